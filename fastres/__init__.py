@@ -1,0 +1,20 @@
+"""A Celery result backend that keeps results as AMQP messages, for joins of 10,000 to 1,000,000 tasks."""
+
+from __future__ import annotations
+
+from fastres._impl import impl as __impl__
+from fastres.backend import AMQPBackend, RPCBackend
+from fastres.errors import BacklogLimitExceeded, MalformedResult, OversizedResult, ResultTooLarge
+
+__all__ = (
+    "AMQPBackend",
+    "BacklogLimitExceeded",
+    "MalformedResult",
+    "OversizedResult",
+    "RPCBackend",
+    "ResultTooLarge",
+    "__impl__",
+    "__version__",
+)
+
+__version__ = "0.1.0"

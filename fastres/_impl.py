@@ -1,0 +1,58 @@
+"""The one place that chooses the implementation: compiled or Python, all or nothing."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import warnings
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+__all__ = ("MODULES", "Aggregate", "Decoder", "impl", "load")
+
+#: The modules that an implementation consists of.
+MODULES = ("aggregate", "decode")
+
+PACKAGES = {"c": "fastres_ext", "python": "fastres._py"}
+
+
+def load(name: str) -> dict[str, ModuleType]:
+    """The modules of an implementation, ``"c"`` or ``"python"``.
+
+    Raises:
+        ImportError: it is not there, or not whole.
+    """
+    return {module: importlib.import_module(f"{PACKAGES[name]}.{module}") for module in MODULES}
+
+
+def choose() -> str:
+    """The implementation that ``FASTRES_IMPL`` asks for; unset, the compiled one where it is installed.
+
+    Raises:
+        ValueError: ``FASTRES_IMPL`` is neither ``c`` nor ``python``.
+    """
+    asked = os.environ.get("FASTRES_IMPL", "")
+    if asked in PACKAGES:
+        return asked
+    if asked:
+        raise ValueError(f"FASTRES_IMPL={asked!r}: expected 'c', 'python', or not set")
+    # Only a package that is not there at all is passed over: one that is there and fails must be seen.
+    if importlib.util.find_spec(PACKAGES["c"]) is not None:
+        return "c"
+    warnings.warn(
+        "fastres runs on its Python implementation: this installation has no compiled modules. "
+        "Install a wheel for this platform, or a compiler and reinstall; "
+        "FASTRES_IMPL=python asks for the Python implementation without this warning.",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return "python"
+
+
+impl = choose()
+_modules = load(impl)
+Aggregate = _modules["aggregate"].Aggregate
+Decoder = _modules["decode"].Decoder

@@ -1,0 +1,870 @@
+"""``AMQPBackend`` and ``RPCBackend``: the public API, that of Celery 3.1's class and of Celery 5's backends."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Iterable, Iterator
+from operator import itemgetter
+from typing import Any, Callable
+from weakref import WeakSet, WeakValueDictionary
+
+import kombu
+from celery import current_app, states
+from celery._state import get_current_task, task_join_will_block
+from celery.backends.base import Backend
+from celery.exceptions import ImproperlyConfigured, TimeoutError
+from celery.result import AsyncResult, GroupResult, result_from_tuple
+from celery.signals import before_task_publish
+from kombu.compression import encoders as compression_encoders
+from kombu.compression import get_encoder as get_compression_encoder
+from kombu.serialization import dumps
+from kombu.utils.functional import LRUCache
+from kombu.utils.url import maybe_sanitize_url
+
+from fastres._impl import Decoder
+from fastres._protocols import Arrival, Meta
+from fastres.addresses import Address, Addresses
+from fastres.connections import Connector
+from fastres.errors import BacklogLimitExceeded
+from fastres.groups import GroupTable, leaves, member_of, pack, unpack
+from fastres.join import KEEP, Inbox, Join, Reader
+from fastres.link import Link
+from fastres.logs import Reports
+from fastres.options import Options
+from fastres.peek import Peek
+from fastres.store import Store
+
+__all__ = ("AMQPBackend", "RPCBackend")
+
+#: Results that this process has read and can be asked for again: Celery 3.1's default for result_cache_max.
+CACHED = 100
+#: Seconds between two looks at the results of single members of a group: the first, and the longest pause.
+FIRST_PAUSE, LONGEST_PAUSE = 0.01, 0.25
+
+E_NO_RPC_CHORDS = """\
+fastres-rpc:// has no chords: the results of a chord's header go to the client that sent it, and the worker that \
+joins them cannot read them there. Use fastres://, where any process reads a group's results.\
+"""
+
+_backends: WeakSet[AMQPBackend] = WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    for backend in list(_backends):
+        backend._after_fork()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
+class AMQPBackend(Backend):  # type: ignore[misc]
+    """Results as messages: a lone task's in a queue of its own, a group's in one queue, for any process to read.
+
+    The API is that of ``celery.backends.amqp.AMQPBackend`` of Celery 3.1, on Celery 5.5 and later.
+
+    Args:
+        app: the Celery application.
+        connection: a ``kombu.Connection`` to the broker of the results; default: the URL's, or the application's.
+        exchange: the exchange that carries results; default: ``result_exchange``, where Celery's default means
+            the default exchange, which routes by queue name.
+        exchange_type: ``direct`` or ``topic``; default: ``result_exchange_type``.
+        persistent: whether messages survive a restart of the broker; default: ``result_persistent``, or True.
+        serializer: default: ``result_serializer``.
+        auto_delete: delete a queue when all its results were taken. (Queues are not declared auto-delete, which
+            would lose results that come while nobody consumes.)
+        expires: seconds or timedelta, default: ``result_expires``.
+        url: as in ``result_backend``.
+
+    Raises:
+        celery.exceptions.ImproperlyConfigured: an option in ``result_backend_transport_options`` is unknown or
+            wrong, or the exchange type cannot carry results.
+    """
+
+    class Consumer(kombu.Consumer):  # type: ignore[misc]
+        """Consumer that does not declare queues by itself."""
+
+        auto_declare = False
+
+    class Queue(kombu.Queue):  # type: ignore[misc]
+        """Queue that never caches its declaration."""
+
+        can_cache_declaration = False
+
+    Exchange = kombu.Exchange
+    Producer = kombu.Producer
+
+    #: Raised when there are too many messages for a task id.
+    BacklogLimitExceeded = BacklogLimitExceeded
+
+    persistent = True
+    supports_autoexpire = True
+    supports_native_join = True
+    supports_result_compression = True
+
+    retry_policy: dict[str, Any] = {
+        "max_retries": 20,
+        "interval_start": 0,
+        "interval_step": 1,
+        "interval_max": 1,
+    }
+
+    _scheme = "fastres"
+
+    def __init__(
+        self,
+        app: Any,
+        connection: Any = None,
+        exchange: Any = None,
+        exchange_type: str | None = None,
+        persistent: bool | None = None,
+        serializer: str | None = None,
+        auto_delete: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(app, serializer=serializer, **kwargs)
+        conf = app.conf
+        #: One backend, and one consuming connection, for all threads of a process.
+        self.thread_safe = True
+        self.persistent = self.prepare_persistent(persistent)
+        self.delivery_mode = 2 if self.persistent else 1
+        self.auto_delete = auto_delete
+        self.options = Options.parse(conf.result_backend_transport_options)
+        self.reports = Reports()
+        self._compression = self._prepare_compression(conf.get("result_compression"))
+        if (kwargs.get("max_cached_results") or conf.result_cache_max) == -1:
+            self._cache = LRUCache(limit=CACHED)
+        self._connection = connection
+        self.addresses = Addresses(
+            self.options.namespace,
+            getattr(exchange, "name", exchange) or conf.result_exchange,
+            exchange_type or getattr(exchange, "type", None) or conf.result_exchange_type,
+            self.expires,
+            self.Queue,
+            self.Exchange,
+        )
+        self.exchange = self.addresses.exchange
+        connector = Connector(app, self.url, connection, self.options)
+        self._store = Store(
+            connector.open,
+            self.addresses,
+            self.Producer,
+            self.retry_policy,
+            self.options.confirm,
+            conf.broker_pool_limit or 10,
+        )
+        self._link = Link(connector.open, self.retry_policy)
+        self._reader = Reader(
+            self._link,
+            self.addresses,
+            Decoder(self.accept, self.options.max_unpacked_size),
+            self.reports,
+            self.options.prefetch,
+            auto_delete,
+        )
+        self._peek = Peek(self._reader)
+        self._groups = GroupTable()
+        self._waiting: WeakValueDictionary[str, Any] = WeakValueDictionary()
+        before_task_publish.connect(self._on_publish, weak=True, dispatch_uid=f"fastres-{id(self)}")
+        _backends.add(self)
+
+    # -- where a result goes
+
+    def rkey(self, task_id: str) -> str:
+        """The name of a lone task's queue."""
+        return self.addresses.rkey(task_id)
+
+    def destination_for(self, task_id: str, request: Any) -> tuple[str, str]:
+        """Routing key and correlation id of a task's result."""
+        correlation_id = getattr(request, "correlation_id", None) or task_id
+        return self._address_of(task_id, self._group_in(request)).name, correlation_id
+
+    def on_reply_declare(self, task_id: str) -> list[Any]:
+        """The queues that are declared before a task's result is sent."""
+        return [self.addresses.queue(self._address_of(task_id))]
+
+    def on_task_call(self, producer: Any, task_id: str) -> dict[str, Any]:
+        """Called when a task is sent: there is nothing to prepare, the worker declares what it sends to."""
+        return {}
+
+    def _group_in(self, request: Any) -> str | None:
+        return None if self.options.member_queues else getattr(request, "group", None)
+
+    def _group_of(self, task_id: str) -> str | None:
+        """The group of a task id, as far as this process knows."""
+        if self.options.member_queues:
+            return None
+        group_id = self._groups.group_of(task_id)
+        if group_id is None:
+            held = self._waiting.get(task_id)
+            group = None if held is None else member_of(held)
+            if group is not None and group.id:
+                self._know(group)
+                group_id = self._groups.group_of(task_id)
+        return group_id
+
+    def _know(self, group: GroupResult) -> None:
+        """Remember the members of a group, and of the groups in it."""
+        own = []
+        for result in group.results:
+            if isinstance(result, GroupResult):
+                self._know(result)
+            elif self._groups.group_of(result.id) is None:
+                own.append(result.id)
+        self._groups.add(group.id, own)
+
+    def _address_of(self, task_id: str, group_id: str | None = None) -> Address:
+        group_id = group_id or self._group_of(task_id)
+        return self.addresses.group(group_id) if group_id else self.addresses.task(task_id)
+
+    def _on_publish(self, sender: Any = None, headers: Any = None, **kwargs: Any) -> None:
+        """Remember which group a task that this process sends belongs to."""
+        if headers and headers.get("group") and headers.get("id") and not headers.get("ignore_result"):
+            self._groups.add(headers["group"], (headers["id"],))
+
+    # -- writing
+
+    def store_result(
+        self,
+        task_id: str,
+        result: Any,
+        state: str,
+        traceback: Any = None,
+        request: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Send a task's state and result; waits for the broker's confirm unless ``confirm`` is off.
+
+        Raises:
+            fastres.errors.ResultTooLarge: the broker does not take a message of this size.
+            kombu.exceptions.EncodeError: the result cannot be serialized.
+            kombu.exceptions.OperationalError: the broker could not be reached within ``retry_policy``.
+        """
+        address, declare = self._outbox(task_id, state, request)
+        if address is None:
+            return result
+        meta = self._get_result_meta(
+            result=self.encode_result(result, state), state=state, traceback=traceback, request=request
+        )
+        meta["task_id"] = task_id
+        content_type, content_encoding, body = dumps(meta, serializer=self.serializer)
+        keep = self.options.keep_chord_results and getattr(request, "chord", None)
+        self._store.publish(
+            address,
+            body,
+            declare=declare,
+            content_type=content_type,
+            content_encoding=content_encoding,
+            compression=self._compression,
+            correlation_id=self.destination_for(task_id, request)[1],
+            delivery_mode=self.delivery_mode,
+            headers={KEEP: True} if keep else {},
+        )
+        return result
+
+    def _outbox(self, task_id: str, state: str, request: Any) -> tuple[Address | None, bool]:
+        """Where a state is sent, and whether the queue is this process's to declare."""
+        group_id = self._group_in(request) or self._group_of(task_id)
+        if not group_id:
+            return self.addresses.task(task_id), True
+        if state in states.READY_STATES:
+            return self.addresses.group(group_id), True
+        # Apart from the results, so that the number of messages is the number of results.
+        return self.addresses.states(group_id), True
+
+    def _prepare_compression(self, compression: str | None) -> str | None:
+        if not compression:
+            return None
+        try:
+            get_compression_encoder(compression)
+        except KeyError:
+            raise ImproperlyConfigured(
+                f"result_compression={compression!r}: there is no such method; "
+                f"there are {', '.join(sorted(compression_encoders()))}"
+            ) from None
+        return compression
+
+    # -- waiting
+
+    def wait_for(
+        self,
+        task_id: str,
+        timeout: float | None = None,
+        cache: bool = True,
+        propagate: bool = True,
+        no_ack: bool = True,
+        on_interval: Callable[[], Any] | None = None,
+        READY_STATES: frozenset[str] = states.READY_STATES,
+        PROPAGATE_STATES: frozenset[str] = states.PROPAGATE_STATES,
+        **kwargs: Any,
+    ) -> Any:
+        """Wait for a task and return its result.
+
+        Args:
+            timeout: seconds, None: for ever.
+            cache: take the result from this process's cache if it is there.
+            propagate: raise the exception of a failed task.
+            no_ack: take the result out of its queue; otherwise another process can read it afterwards.
+            on_interval: called about once a second.
+
+        Raises:
+            celery.exceptions.TimeoutError: it did not come in time.
+            Exception: what the task raised, with ``propagate``.
+        """
+        meta = self._cached(task_id, READY_STATES) if cache else None
+        if meta is None:
+            meta = self._wait_for_meta(task_id, timeout, no_ack, on_interval, None, READY_STATES)
+        if propagate and meta["status"] in PROPAGATE_STATES:
+            raise meta["result"]
+        return meta["result"]
+
+    def consume(
+        self,
+        task_id: str,
+        timeout: float | None = None,
+        no_ack: bool = True,
+        on_interval: Callable[[], Any] | None = None,
+    ) -> Meta:
+        """Wait for a task and return its meta: ``status``, ``result``, ``traceback`` and the rest.
+
+        Raises:
+            socket.timeout: it did not come in ``timeout`` seconds.
+        """
+        try:
+            return self._wait_for_meta(task_id, timeout, no_ack, on_interval, None, states.READY_STATES)
+        except TimeoutError as exc:
+            raise socket.timeout(str(exc)) from exc
+
+    def drain_events(
+        self,
+        connection: Any,
+        consumer: Any,
+        timeout: float | None = None,
+        on_interval: Callable[[], Any] | None = None,
+        now: Callable[[], float] = time.time,
+        wait: Callable[..., Any] | None = None,
+    ) -> dict[str, Meta]:
+        """Drain a connection until final results come to a consumer, and return them by task id.
+
+        Args:
+            connection: a ``kombu.Connection``.
+            consumer: a ``Consumer`` on it; its callbacks are replaced.
+            timeout: seconds, None: for ever.
+            on_interval: called after each event, and about once a second.
+            now: the clock, in seconds.
+            wait: drains one event, default ``connection.drain_events``.
+
+        Raises:
+            socket.timeout: none came in time.
+        """
+        wait = wait or connection.drain_events
+        results: dict[str, Meta] = {}
+
+        def on_result(meta: Meta, message: Any) -> None:
+            if meta["status"] in states.READY_STATES:
+                results[meta["task_id"]] = self._to_python(meta)
+
+        consumer.callbacks[:] = [on_result]
+        start = now()
+        while not results:
+            left = None if timeout is None else timeout - (now() - start)
+            if left is not None and left <= 0:
+                raise socket.timeout(f"no result came within {timeout} seconds")
+            try:
+                wait(timeout=1.0 if left is None else min(1.0, left))
+            except socket.timeout:
+                # That was one look; the time limit is ours.
+                pass
+            if on_interval is not None:
+                on_interval()
+        self._cache.update(results)
+        return results
+
+    def _wait_for_meta(
+        self,
+        task_id: str,
+        timeout: float | None,
+        no_ack: bool,
+        on_interval: Callable[[], Any] | None,
+        on_message: Callable[[Meta], Any] | None,
+        ready_states: Iterable[str],
+    ) -> Meta:
+        for _, meta in self._results(
+            [task_id],
+            timeout,
+            no_ack,
+            on_interval=on_interval,
+            on_message=on_message,
+            ready_states=ready_states,
+        ):
+            return meta
+        raise AssertionError("a wait ends with a result or with an exception")
+
+    def get_many(
+        self,
+        task_ids: Iterable[str],
+        timeout: float | None = None,
+        no_ack: bool = True,
+        now: Callable[[], float] = time.time,
+        getfields: Callable[[Meta], tuple[str, str]] = itemgetter("status", "task_id"),
+        READY_STATES: frozenset[str] = states.READY_STATES,
+        PROPAGATE_STATES: frozenset[str] = states.PROPAGATE_STATES,
+        *,
+        on_message: Callable[[Meta], Any] | None = None,
+        on_interval: Callable[[], Any] | None = None,
+        max_iterations: int | None = None,
+        **kwargs: Any,
+    ) -> Iterator[tuple[str, Meta]]:
+        """Yield ``(task_id, meta)`` of many tasks as they become ready; nothing of it is kept here.
+
+        Args:
+            timeout: seconds for all of them, None: for ever.
+            no_ack: take the results out of their queues; otherwise another process can read them afterwards.
+            now: the clock that the timeout is measured with, in seconds.
+            getfields: state and task id of a meta.
+            READY_STATES: the states that are final.
+            on_message: called with every meta that comes, those of states that are not final too.
+            on_interval: called about once a second, and after each batch.
+            max_iterations: how often to look, None: until all are there.
+
+        Raises:
+            celery.exceptions.TimeoutError: not all came in time.
+        """
+        ids = dict.fromkeys(task_ids)
+        cached = {task_id: meta for task_id in ids if (meta := self._cached(task_id, READY_STATES))}
+        for task_id, meta in cached.items():
+            yield task_id, meta
+        for _, meta in self._results(
+            [task_id for task_id in ids if task_id not in cached], timeout, no_ack, now=now,
+            on_message=on_message, on_interval=on_interval, ready_states=READY_STATES, rounds=max_iterations,
+        ):  # fmt: skip
+            _, task_id = getfields(meta)
+            yield task_id, meta
+
+    def iter_native(
+        self,
+        result: Any,
+        timeout: float | None = None,
+        interval: float = 0.5,
+        no_ack: bool = True,
+        on_message: Callable[[Meta], Any] | None = None,
+        on_interval: Callable[[], Any] | None = None,
+        **kwargs: Any,
+    ) -> Iterator[tuple[str, Any]]:
+        """Yield ``(task_id, meta)`` of a group's members as they become ready, then ``(group_id, results)`` of the
+        groups in it: what ``ResultSet.join_native`` joins.
+        """
+        self._ensure_not_eager()
+        if isinstance(result, GroupResult) and result.id:
+            self._know(result)
+        nested = [child for child in result.results if isinstance(child, GroupResult)]
+        direct = {child.id for child in result.results if not isinstance(child, GroupResult)}
+        waiting: dict[str, list[AsyncResult]] = {}
+        for child in leaves(result.results):
+            if child._cache is not None:
+                if child.id in direct:
+                    yield child.id, child._cache
+            else:
+                waiting.setdefault(child.id, []).append(child)
+        for task_id, meta in self._results(
+            list(waiting), timeout, no_ack, on_message=on_message, on_interval=on_interval
+        ):
+            for child in waiting.pop(task_id):
+                child._maybe_set_cache(meta)
+            if task_id in direct:
+                yield task_id, meta
+        for child in nested:
+            yield child.id, child.results
+
+    def _results(
+        self,
+        task_ids: list[str],
+        timeout: float | None,
+        no_ack: bool,
+        *,
+        on_interval: Callable[[], Any] | None = None,
+        on_message: Callable[[Meta], Any] | None = None,
+        ready_states: Iterable[str] = states.READY_STATES,
+        now: Callable[[], float] = time.monotonic,
+        rounds: int | None = None,
+    ) -> Iterator[tuple[str, Meta]]:
+        """Final results of tasks as they come, each handed over when the next one is asked for."""
+        if not task_ids:
+            return
+        join = Join(task_ids, ready_states)
+        inboxes: list[Inbox] = []
+        try:
+            pump = self._open_inboxes(join, task_ids, no_ack and rounds is None, on_message is not None, inboxes)
+            for batch in self._reader.wait(
+                join, inboxes, timeout=timeout, on_interval=on_interval, pump=pump, now=now, rounds=rounds
+            ):
+                handed: list[Arrival] = []
+                try:
+                    for arrival, final in batch:
+                        meta = arrival[2]
+                        if on_message is not None:
+                            on_message(meta)
+                        if not final:
+                            continue
+                        self._to_python(meta)
+                        if len(task_ids) <= CACHED or meta["status"] in states.PROPAGATE_STATES:
+                            self._cache[arrival[1]] = meta
+                        handed.append(arrival)
+                        yield arrival[1], meta
+                finally:
+                    self._reader.handed_over(handed, no_ack)
+        finally:
+            self._reader.leave(join, inboxes)
+
+    def _open_inboxes(
+        self, join: Join, task_ids: list[str], take: bool, with_states: bool, inboxes: list[Inbox]
+    ) -> Callable[[Join], float] | None:
+        """Subscribe to wherever the results come; what the answer does is look at those that are not consumed."""
+        lone: list[Address] = []
+        groups: dict[str, set[str]] = {}
+        for task_id in task_ids:
+            group_id = self._group_of(task_id)
+            if group_id is None:
+                lone.append(self.addresses.task(task_id))
+            else:
+                groups.setdefault(group_id, set()).add(task_id)
+        if lone:
+            inboxes += self._reader.tasks(join, lone, take)
+        watched = []
+        for group_id, wanted in groups.items():
+            members = self._groups.members(group_id) or {}
+            # Taking some members of a group would hide the others from whoever wants them.
+            if not wanted.issuperset(member for member in members if member not in self._cache):
+                watched.append(group_id)
+                continue
+            addresses = [self.addresses.group(group_id)]
+            if with_states:
+                addresses.append(self.addresses.states(group_id))
+            inboxes += self._reader.group(join, addresses, take, whole=False)
+        if not watched:
+            return None
+        pause = FIRST_PAUSE
+
+        def look(join: Join) -> float:
+            nonlocal pause
+            for group_id in watched:
+                metas = self._peek.group(group_id, with_states).metas
+                for task_id in groups[group_id]:
+                    if task_id in metas and task_id in join.aggregate:
+                        join.offer([((None, None, None), task_id, metas[task_id])])
+            pause = min(pause * 2, LONGEST_PAUSE)
+            return pause
+
+        return look
+
+    def _cached(self, task_id: str, ready_states: Iterable[str]) -> Meta | None:
+        meta: Meta | None = self._cache.get(task_id)
+        return meta if meta is not None and meta["status"] in ready_states else None
+
+    def _to_python(self, meta: Meta) -> Meta:
+        """Make a failure's result an exception; one that cannot be made is that failure's result."""
+        try:
+            self.meta_from_decoded(meta)
+        except Exception as exc:
+            meta["result"] = exc
+        return meta
+
+    # -- looking
+
+    def get_task_meta(self, task_id: str, backlog_limit: int = 1000, cache: bool = True) -> Meta:
+        """The latest state of a task, which stays in its queue.
+
+        Raises:
+            BacklogLimitExceeded: a queue that fastres did not make has more than ``backlog_limit`` states.
+        """
+        self._ensure_not_eager()
+        meta = self._cached(task_id, states.READY_STATES) if cache else None
+        if meta is None:
+            meta = self._look(task_id, backlog_limit)
+            if meta is None:
+                return {"status": states.PENDING, "result": None}
+            self._to_python(meta)
+            if meta["status"] in states.READY_STATES:
+                self._cache[task_id] = meta
+        return meta
+
+    poll = get_task_meta
+
+    def _get_task_meta_for(self, task_id: str) -> Meta:
+        return self.get_task_meta(task_id, cache=False)
+
+    def _look(self, task_id: str, backlog_limit: int) -> Meta | None:
+        group_id = self._group_of(task_id)
+        if group_id is not None:
+            return self._peek.member(group_id, task_id)
+        return self._peek.task(task_id, backlog_limit)
+
+    def task_result_exists(self, task_id: str) -> bool:
+        """Whether there is any state of this task."""
+        return bool(self.get_task_meta(task_id)["status"] != states.PENDING)
+
+    def reload_task_result(self, task_id: str) -> None:
+        """Read a task's state again, even if it has been read before."""
+        self._cache[task_id] = self.get_task_meta(task_id, cache=False)
+
+    def group_progress(self, group_id: str) -> int:
+        """How many results of a group have come: one passive declare."""
+        return self._peek.progress(group_id)
+
+    # -- groups
+
+    def _save_group(self, group_id: str, result: GroupResult) -> GroupResult:
+        address = self.addresses.saved(group_id)
+        self._know(result)
+
+        def replace(writer: Any) -> None:
+            writer.declare(address, afresh=True)
+            writer.purge(address)
+
+        self._store.run(replace)
+        for message in pack(group_id, result):
+            content_type, content_encoding, body = dumps(message, serializer=self.serializer)
+            self._store.publish(
+                address,
+                body,
+                declare=True,
+                content_type=content_type,
+                content_encoding=content_encoding,
+                compression=self._compression,
+                correlation_id=group_id,
+                delivery_mode=self.delivery_mode,
+            )
+        return result
+
+    def _restore_group(self, group_id: str) -> dict[str, Any] | None:
+        address = self.addresses.saved(group_id)
+
+        def read(speak: Any) -> list[Meta]:
+            state = speak.inspect(address.name)
+            messages = self._peek.read_all(speak, address, state.messages) if state is not None else None
+            return [self._reader.decode(message) for message in messages or ()]
+
+        saved = unpack(self._link.call(read))
+        if saved is None:
+            return None
+        (own_id, parent), children = saved
+        group = result_from_tuple(((own_id, parent), children), self.app)
+        self._know(group)
+        return {"result": group}
+
+    def _delete_group(self, group_id: str) -> None:
+        self._delete([self.addresses.saved(group_id)])
+
+    def _delete(self, addresses: list[Address]) -> None:
+        def delete(speak: Any) -> None:
+            channel = speak.channel()
+            for address in addresses:
+                speak.delete(channel, address.name)
+            channel.close()
+
+        self._link.call(delete)
+
+    def _forget(self, task_id: str) -> None:
+        self._peek.forget(task_id)
+        group_id = self._group_of(task_id)
+        if group_id is None:
+            self._delete([self.addresses.task(task_id)])
+        elif self._groups.forgotten(group_id, task_id):
+            self._groups.discard(group_id)
+            self._delete([self.addresses.group(group_id), self.addresses.states(group_id)])
+
+    # -- Celery's own way to wait
+
+    @property
+    def is_async(self) -> bool:
+        return True
+
+    def add_pending_result(self, result: Any, weak: bool = False, start_drainer: bool = True) -> Any:
+        """Called when somebody may wait for a result: a callback added with ``then`` fires when it is read."""
+        self._waiting[result.id] = result
+        if result._cache is not None and not result.on_ready.ready:
+            result.on_ready(result)
+        return result
+
+    def add_pending_results(self, results: Iterable[Any], weak: bool = False) -> list[Any]:
+        return [self.add_pending_result(result, weak) for result in results]
+
+    def remove_pending_result(self, result: Any) -> Any:
+        """Called when a result is ready, forgotten, or no longer referred to."""
+        if self._waiting.get(result.id) is result:
+            del self._waiting[result.id]
+        return result
+
+    def on_result_fulfilled(self, result: Any) -> None:
+        """Called by Celery when nobody waits for a result any more."""
+
+    def wait_for_pending(
+        self,
+        result: Any,
+        callback: Callable[[str, Any], Any] | None = None,
+        propagate: bool = True,
+        timeout: float | None = None,
+        interval: float = 0.5,
+        no_ack: bool = True,
+        on_interval: Callable[[], Any] | None = None,
+        on_message: Callable[[Meta], Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Wait for an ``AsyncResult``, and return or raise what the task did."""
+        self._ensure_not_eager()
+        if result._cache is None:
+            meta = self._cached(result.id, states.READY_STATES)
+            if meta is None:
+                meta = self._wait_for_meta(
+                    result.id, timeout, no_ack, on_interval, on_message, states.READY_STATES
+                )
+            result._maybe_set_cache(meta)
+        return result.maybe_throw(callback=callback, propagate=propagate)
+
+    # -- the errors of chords
+
+    def chord_error_from_stack(self, callback: Any, exc: BaseException | None = None) -> Any:
+        """As in Celery; the failure goes to the body's address, which only its signature knows."""
+        options = getattr(callback, "options", None) or {}
+        if options.get("group_id") and options.get("task_id"):
+            self._groups.add(options["group_id"], (options["task_id"],))
+        tasks = getattr(callback, "tasks", None)
+        if tasks is not None:
+            frozen = callback.freeze()
+            if isinstance(frozen, GroupResult):
+                self._know(frozen)
+        return super().chord_error_from_stack(callback, exc)
+
+    # -- the rest
+
+    def as_uri(self, include_password: bool = False) -> str:
+        """The URL of the results' broker; the password is hidden unless asked for."""
+        url: str = self.url or f"{self._scheme}://"
+        return url if include_password else maybe_sanitize_url(url)
+
+    def revive(self, channel: Any) -> None:
+        """Start again after a connection was lost: the next use opens a new one."""
+        self.close()
+
+    def close(self) -> None:
+        """Close this process's connections; results that nobody has taken stay in their queues."""
+        self._link.reset()
+        self._store.close()
+
+    def _after_fork(self) -> None:
+        """In a forked child: the connections, and what came over them, are the parent's."""
+        self._link.abandon()
+        self._store.abandon()
+        self._reader.forget_all()
+        self._peek = Peek(self._reader)
+        self._groups.clear()
+        self._cache.clear()
+        self._waiting.clear()
+
+    def __reduce__(self, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = dict(
+            kwargs or {},
+            exchange=self.exchange.name or None,
+            exchange_type=self.exchange.type,
+            persistent=self.persistent,
+            serializer=self.serializer,
+            auto_delete=self.auto_delete,
+            expires=self.expires,
+            url=self.url,
+            connection=self._connection,
+        )
+        return _unpickle, (type(self), args, kwargs)
+
+
+def _unpickle(cls: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The application's own backend if it is this one: results that were unpickled share its connection."""
+    app = current_app._get_current_object()
+    if app.conf.result_backend and isinstance(app.backend, cls):
+        own = app.backend
+        if own.__reduce__(args)[1][2] == kwargs:
+            return own
+    return cls(*args, app=app, **kwargs)
+
+
+class RPCBackend(AMQPBackend):
+    """Results in the reply queue of the client that sent the task: nobody else can read them.
+
+    Compatible with Celery's ``rpc`` backend: the one reads what the workers of the other write.
+    """
+
+    persistent = False
+
+    _scheme = "fastres-rpc"
+
+    @property
+    def oid(self) -> str:
+        """The name of this thread's reply queue."""
+        return str(self.app.thread_oid)
+
+    @property
+    def binding(self) -> Any:
+        """This thread's reply queue."""
+        return self.addresses.queue(self.addresses.mailbox(self.oid))
+
+    def ensure_chords_allowed(self) -> None:
+        raise NotImplementedError(E_NO_RPC_CHORDS)
+
+    def on_task_call(self, producer: Any, task_id: str) -> dict[str, Any]:
+        # A task that sends tasks does not wait for them.
+        if not task_join_will_block():
+            self._reader.mailbox.expect(task_id)
+            self._reader.mailbox.add(self.addresses.mailbox(self.oid))
+        return {}
+
+    def destination_for(self, task_id: str, request: Any) -> tuple[str, str]:
+        """Reply queue and correlation id of a task's result.
+
+        Raises:
+            RuntimeError: it is not known who sent the task.
+        """
+        request = request or getattr(get_current_task(), "request", None)
+        if request is None:
+            raise RuntimeError(
+                f"fastres-rpc: the request of task {task_id} says where its result goes; it is missing"
+            )
+        return request.reply_to, request.correlation_id or task_id
+
+    def on_reply_declare(self, task_id: str) -> list[Any]:
+        """Nothing: the client has declared its reply queue."""
+        return []
+
+    def _outbox(self, task_id: str, state: str, request: Any) -> tuple[Address | None, bool]:
+        reply_to, _ = self.destination_for(task_id, request)
+        return (self.addresses.mailbox(reply_to) if reply_to else None), False
+
+    def _group_of(self, task_id: str) -> str | None:
+        return None
+
+    def _open_inboxes(
+        self, join: Join, task_ids: list[str], take: bool, with_states: bool, inboxes: list[Inbox]
+    ) -> Callable[[Join], float] | None:
+        self._reader.mailbox.add(self.addresses.mailbox(self.oid))
+        inboxes += self._reader.mail(join)
+        return None
+
+    def _look(self, task_id: str, backlog_limit: int) -> Meta | None:
+        mailbox = self._reader.mailbox
+        mailbox.add(self.addresses.mailbox(self.oid))
+        # One question to the broker: when it has answered, what came before has been read too.
+        self._link.call(lambda speak: speak.inspect(self.oid))
+        self._link.read(0, lambda: False, None)
+        return mailbox.peek(task_id)
+
+    def group_progress(self, group_id: str) -> int:
+        """How many results of a group have come to this client."""
+        self._look("", 0)
+        return self._reader.mailbox.in_group(group_id)
+
+    def _forget(self, task_id: str) -> None:
+        self._peek.forget(task_id)
+        self._reader.mailbox.drop(task_id)
+
+    def remove_pending_result(self, result: Any) -> Any:
+        self._reader.mailbox.forget(result.id)
+        return super().remove_pending_result(result)

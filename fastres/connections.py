@@ -1,0 +1,68 @@
+"""Connections to the broker of the results: how they are opened, and left behind in a forked child."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit, urlunsplit
+
+if TYPE_CHECKING:
+    from fastres.options import Options
+
+__all__ = ("Connector", "abandon")
+
+#: URL schemes of the backend that mean RabbitMQ; the value is whether it is over TLS.
+SCHEMES = {"fastres": False, "fastres-rpc": False, "fastress": True, "fastress-rpc": True, "amqp": False}
+
+
+class Connector:
+    """Opens connections: to the URL of the backend, to a given connection's broker, or the application's.
+
+    Args:
+        app: the Celery application.
+        url: the backend's URL; without a host, the application's broker is meant.
+        connection: a kombu connection to clone instead, None for none.
+        options: the backend's options.
+    """
+
+    def __init__(self, app: Any, url: str | None, connection: Any, options: Options) -> None:
+        self._app = app
+        self._given = connection
+        self._options = options
+        self._url, self._tls = self._parse(url)
+
+    @staticmethod
+    def _parse(url: str | None) -> tuple[str | None, bool]:
+        parts = urlsplit(url or "")
+        if parts.scheme not in SCHEMES:
+            # "fastres+redis://host" reaches us as "redis://host": any transport of kombu.
+            return url or None, False
+        if not parts.netloc:
+            return None, SCHEMES[parts.scheme]
+        return urlunsplit(("pyamqp", *parts[1:])), SCHEMES[parts.scheme]
+
+    def open(self) -> Any:
+        """A kombu connection, not yet established."""
+        if self._given is not None:
+            return self._given.clone()
+        if self._url is None and not self._tls:
+            return self._app.connection_for_write()
+        if not self._tls:
+            return self._app.connection_for_write(self._url)
+        ssl = dict(self._options.ssl or self._app.conf.broker_use_ssl or {})
+        url = self._url or self._app.conf.broker_write_url
+        ssl.setdefault("server_hostname", urlsplit(url).hostname or "localhost")
+        return self._app.connection_for_write(url, ssl=ssl)
+
+
+def abandon(connection: Any) -> None:
+    """Let go of a connection that belongs to the parent process.
+
+    Closing it the usual way shuts the socket down, for the parent too: only this process's descriptor is closed.
+    """
+    transport = getattr(getattr(connection, "_connection", None), "_transport", None)
+    sock = getattr(transport, "sock", None)
+    if sock is not None:
+        with contextlib.suppress(OSError):
+            os.close(sock.detach())

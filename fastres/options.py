@@ -1,0 +1,68 @@
+"""What ``result_backend_transport_options`` may hold, with defaults and units."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from celery.exceptions import ImproperlyConfigured
+
+__all__ = ("Options",)
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of a backend.
+
+    Raises:
+        celery.exceptions.ImproperlyConfigured: an option is unknown, or has a value it cannot have.
+    """
+
+    #: Put before every queue name, so that several applications can share a virtual host.
+    namespace: str | None = None
+    #: Wait for the broker's confirm of every result (of large ones in any case).
+    confirm: bool = True
+    #: Give every member of a group a queue of its own, readable by its bare task id.
+    member_queues: bool = False
+    #: Leave the results of a chord's header in their queue after the chord is joined.
+    keep_chord_results: bool = True
+    #: How many results of a group the broker sends ahead of their acknowledgement.
+    prefetch: int = 2000
+    #: Largest size of a compressed result once unpacked, in bytes.
+    max_unpacked_size: int = 1 << 30
+    #: TLS settings of a ``fastress://`` connection, as ``broker_use_ssl`` takes them.
+    ssl: Mapping[str, Any] | None = field(default=None, hash=False)
+
+    def __post_init__(self) -> None:
+        expected: dict[str, Any] = {
+            "namespace": str, "confirm": bool, "member_queues": bool, "keep_chord_results": bool,
+            "prefetch": int, "max_unpacked_size": int, "ssl": Mapping,
+        }  # fmt: skip
+        for name, kind in expected.items():
+            value = getattr(self, name)
+            if value is None and name in ("namespace", "ssl"):
+                continue
+            if not isinstance(value, kind) or (kind is int and (isinstance(value, bool) or value < 1)):
+                what = "a positive int" if kind is int else f"a {kind.__name__.lower()}"
+                raise ImproperlyConfigured(
+                    f"result_backend_transport_options: {name} must be {what}, not {value!r}"
+                )
+        if self.prefetch > 65535:
+            raise ImproperlyConfigured(
+                f"result_backend_transport_options: prefetch is at most 65535, not {self.prefetch}"
+            )
+
+    @classmethod
+    def parse(cls, given: Mapping[str, Any] | None) -> Options:
+        known = [option.name for option in fields(cls)]
+        for name in given or {}:
+            if name not in known:
+                close = difflib.get_close_matches(str(name), known, 1)
+                hint = f" Did you mean {close[0]!r}?" if close else ""
+                raise ImproperlyConfigured(
+                    f"result_backend_transport_options: fastres has no option {name!r}.{hint}"
+                    f" It has: {', '.join(sorted(known))}."
+                )
+        return cls(**(given or {}))

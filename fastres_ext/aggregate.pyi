@@ -1,0 +1,3 @@
+from fastres import _protocols
+
+class Aggregate(_protocols.Aggregate): ...

@@ -1,0 +1,48 @@
+# cython: freethreading_compatible=True
+"""The task ids that a join waits for, and which of them have come."""
+
+__all__ = ("Aggregate",)
+
+
+cdef class Aggregate:
+    """See :class:`fastres._protocols.Aggregate`."""
+
+    # One table answers "awaited?" and "came before?": a million ids are held once.
+    cdef dict _came
+    cdef Py_ssize_t _left
+    cdef frozenset _ready_states
+
+    def __init__(self, task_ids, ready_states):
+        self._came = dict.fromkeys(task_ids, False)
+        self._left = len(self._came)
+        self._ready_states = frozenset(ready_states)
+
+    def __len__(self):
+        return self._left
+
+    def __contains__(self, task_id):
+        return self._came.get(task_id) is False
+
+    def missing(self):
+        return [task_id for task_id, came in self._came.items() if not came]
+
+    def feed(self, arrivals):
+        cdef dict came = self._came
+        cdef list ready = []
+        cdef list states = []
+        cdef list repeated = []
+        cdef list foreign = []
+        for arrival in arrivals:
+            _, task_id, meta = arrival
+            before = came.get(task_id)
+            if before is None:
+                foreign.append(arrival)
+            elif before:
+                repeated.append(arrival)
+            elif meta["status"] in self._ready_states:
+                came[task_id] = True
+                ready.append(arrival)
+            else:
+                states.append(arrival)
+        self._left -= len(ready)
+        return ready, states, repeated, foreign

@@ -1,0 +1,3 @@
+from fastres import _protocols
+
+class Decoder(_protocols.Decoder): ...
