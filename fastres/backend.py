@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import time
 from collections.abc import Iterable, Iterator
 from operator import itemgetter
-from typing import Any, Callable
+from typing import Any, Callable, ClassVar
 from weakref import WeakSet, WeakValueDictionary
 
 import kombu
@@ -103,7 +104,7 @@ class AMQPBackend(Backend):  # type: ignore[misc]
     supports_native_join = True
     supports_result_compression = True
 
-    retry_policy: dict[str, Any] = {
+    retry_policy: ClassVar[dict[str, Any]] = {
         "max_retries": 20,
         "interval_start": 0,
         "interval_step": 1,
@@ -189,7 +190,13 @@ class AMQPBackend(Backend):  # type: ignore[misc]
         return {}
 
     def _group_in(self, request: Any) -> str | None:
-        return None if self.options.member_queues else getattr(request, "group", None)
+        """The group that the task of a request is a member of.
+
+        The body of a chord carries the group id of its header, but is no member of it: it has no index there.
+        """
+        if self.options.member_queues or getattr(request, "group_index", None) is None:
+            return None
+        return getattr(request, "group", None)
 
     def _group_of(self, task_id: str) -> str | None:
         """The group of a task id, as far as this process knows."""
@@ -198,7 +205,7 @@ class AMQPBackend(Backend):  # type: ignore[misc]
         group_id = self._groups.group_of(task_id)
         if group_id is None:
             held = self._waiting.get(task_id)
-            group = None if held is None else member_of(held)
+            group: Any = None if held is None else member_of(held)
             if group is not None and group.id:
                 self._know(group)
                 group_id = self._groups.group_of(task_id)
@@ -220,7 +227,7 @@ class AMQPBackend(Backend):  # type: ignore[misc]
 
     def _on_publish(self, sender: Any = None, headers: Any = None, **kwargs: Any) -> None:
         """Remember which group a task that this process sends belongs to."""
-        if headers and headers.get("group") and headers.get("id") and not headers.get("ignore_result"):
+        if headers and headers.get("group_index") is not None and not headers.get("ignore_result"):
             self._groups.add(headers["group"], (headers["id"],))
 
     # -- writing
@@ -371,11 +378,9 @@ class AMQPBackend(Backend):  # type: ignore[misc]
             left = None if timeout is None else timeout - (now() - start)
             if left is not None and left <= 0:
                 raise socket.timeout(f"no result came within {timeout} seconds")
-            try:
+            # That one look ends without an event is no news; the time limit is ours.
+            with contextlib.suppress(socket.timeout):
                 wait(timeout=1.0 if left is None else min(1.0, left))
-            except socket.timeout:
-                # That was one look; the time limit is ours.
-                pass
             if on_interval is not None:
                 on_interval()
         self._cache.update(results)
@@ -727,7 +732,7 @@ class AMQPBackend(Backend):  # type: ignore[misc]
     def chord_error_from_stack(self, callback: Any, exc: BaseException | None = None) -> Any:
         """As in Celery; the failure goes to the body's address, which only its signature knows."""
         options = getattr(callback, "options", None) or {}
-        if options.get("group_id") and options.get("task_id"):
+        if options.get("group_index") is not None and options.get("task_id"):
             self._groups.add(options["group_id"], (options["task_id"],))
         tasks = getattr(callback, "tasks", None)
         if tasks is not None:

@@ -131,8 +131,14 @@ class Native:
 
     def leave(self, channel: Any, tags: Sequence[str], unacknowledged: Sequence[int]) -> None:
         """Stop consuming; what was not acknowledged goes back to where it was in its queue."""
-        if channel.is_open:
-            channel.close()
+        if not channel.is_open:
+            return
+        for tag in tags[:-1]:
+            channel.basic_cancel(tag, nowait=True)
+        if tags:
+            # When this is answered no more deliveries come, which a closing channel would complain about.
+            channel.basic_cancel(tags[-1])
+        channel.close()
 
     def _give_back(self, channel: Any) -> None:
         channel.send_method(spec.Basic.Nack, "Lbb", (0, True, True))
@@ -155,7 +161,6 @@ class Native:
             "exchange": exchange,
             "routing_key": routing_key,
         }
-        message.delivery_tag = delivery_tag
         return channel.message_to_python(message), behind
 
     def glance(self, channel: Any, name: str, seconds: float) -> Any | None:
@@ -195,7 +200,7 @@ class Native:
                 while len(found) < count:
                     self._connection.drain_events(timeout=STALLED)
         finally:
-            self.leave(channel, (), ())
+            self.leave(channel, ["fastres-scan"], ())
         return found[:count]
 
     def delete(self, channel: Any, name: str) -> None:
