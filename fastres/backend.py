@@ -146,16 +146,16 @@ class AMQPBackend(Backend):  # type: ignore[misc]
             self.Exchange,
         )
         self.exchange = self.addresses.exchange
-        connector = Connector(app, self.url, connection, self.options)
+        self.connector = Connector(app, self.url, connection, self.options)
         self._store = Store(
-            connector.open,
+            self.connector.open,
             self.addresses,
             self.Producer,
             self.retry_policy,
             self.options.confirm,
             conf.broker_pool_limit or 10,
         )
-        self._link = Link(connector.open, self.retry_policy)
+        self._link = Link(self.connector.open, self.retry_policy)
         self._reader = Reader(
             self._link,
             self.addresses,
@@ -697,8 +697,9 @@ class AMQPBackend(Backend):  # type: ignore[misc]
 
     def remove_pending_result(self, result: Any) -> Any:
         """Called when a result is ready, forgotten, or no longer referred to."""
-        if self._waiting.get(result.id) is result:
-            del self._waiting[result.id]
+        held: Any = self._waiting.get(result.id)
+        if held is result:
+            self._waiting.pop(result.id, None)
         return result
 
     def on_result_fulfilled(self, result: Any) -> None:
@@ -746,7 +747,11 @@ class AMQPBackend(Backend):  # type: ignore[misc]
     def as_uri(self, include_password: bool = False) -> str:
         """The URL of the results' broker; the password is hidden unless asked for."""
         url: str = self.url or f"{self._scheme}://"
-        return url if include_password else maybe_sanitize_url(url)
+        if include_password:
+            return url
+        shown: str = maybe_sanitize_url(url)
+        # It puts a slash behind a URL that names no host.
+        return shown[:-1] if shown.endswith(":///") else shown
 
     def revive(self, channel: Any) -> None:
         """Start again after a connection was lost: the next use opens a new one."""

@@ -1,0 +1,152 @@
+"""``celery -A proj fastres ...``: the commands of fastres in Celery's command line."""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+import time
+from typing import TYPE_CHECKING, Any, Callable
+
+import amqp
+import celery
+import click
+import kombu
+from celery.bin.base import CeleryCommand, handle_preload_options
+from celery.exceptions import ImproperlyConfigured
+from kombu.utils.uuid import uuid
+
+import fastres as package
+from fastres.transport import Native, dialect
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from fastres.transport import Dialect
+
+#: Seconds to wait for the probe's message.
+PATIENCE = 5.0
+
+
+@click.group(name="fastres")
+def fastres() -> None:
+    """The AMQP result backend: what is installed, and does it work here."""
+
+
+@fastres.command(cls=CeleryCommand)
+@click.pass_context
+@handle_preload_options
+def doctor(ctx: Any) -> None:
+    """Check the result backend: what is installed, can it reach the broker, declare, publish, consume."""
+    check = Checkup(ctx.obj)
+    with contextlib.suppress(Failed):
+        examine(ctx.obj.app, check)
+    ctx.exit(check.conclude())
+
+
+class Failed(Exception):
+    """A check failed that the next ones depend on."""
+
+
+class Checkup:
+    """Runs checks, tells their outcome, and remembers whether one failed."""
+
+    def __init__(self, out: Any) -> None:
+        self._out = out
+        self._failed = 0
+        self._warned = 0
+
+    def tell(self, what: str, detail: object) -> None:
+        self._out.echo(f"{'':4} {what:<16} {detail}")
+
+    def warn(self, what: str, detail: object) -> None:
+        self._warned += 1
+        self._out.echo(f"{self._out.style('warn', fg='yellow')} {what:<16} {detail}")
+
+    @contextlib.contextmanager
+    def step(self, what: str, advice: str) -> Iterator[Callable[[object], None]]:
+        """A check: it passes with what is told in it, or fails with what it raises."""
+        said: list[object] = []
+        try:
+            yield said.append
+        except Exception as exc:
+            self._failed += 1
+            why = str(exc) or type(exc).__name__
+            self._out.echo(f"{self._out.style('FAIL', fg='red', bold=True)} {what:<16} {why}")
+            self._out.echo(f"{'':4} {'':16} -> {advice}")
+            raise Failed(what) from exc
+        self._out.echo(f"{self._out.style('  ok', fg='green')} {what:<16} {', '.join(map(str, said))}")
+
+    def conclude(self) -> int:
+        if self._failed:
+            self._out.echo("The result backend does not work: see FAIL above.")
+        elif self._warned:
+            self._out.echo("The result backend works, with the warnings above.")
+        else:
+            self._out.echo("The result backend works.")
+        return 1 if self._failed else 0
+
+
+def examine(app: Any, check: Checkup) -> None:
+    slow = package.__impl__ == "python"
+    tell = check.warn if slow else check.tell
+    tell("implementation", f"{package.__impl__}{' (slower: this installation has no compiled modules)' * slow}")
+    check.tell("fastres", package.__version__)
+    check.tell("Celery", f"{celery.__version__}, kombu {kombu.__version__}, py-amqp {amqp.__version__}")
+    check.tell("Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
+    with check.step("backend", 'set result_backend = "fastres://" in the configuration of the application') as say:
+        backend = app.backend
+        if not isinstance(backend, package.AMQPBackend):
+            raise ImproperlyConfigured(
+                f"the application's result_backend is {app.conf.result_backend!r}, not one of fastres"
+            )
+        say(f"{type(backend).__name__} at {backend.as_uri()}")
+    if not backend.expires:
+        check.warn("result_expires", "off: results that nobody reads stay in the broker for ever")
+    connection = backend.connector.open()
+    address = backend.addresses.probe(uuid())
+    with check.step(
+        "broker", f"is a broker running at {connection.as_uri()}, and are user, password and virtual host right?"
+    ) as say:
+        connection.ensure_connection(max_retries=1, interval_start=0, interval_step=0, interval_max=0)
+        speak = dialect(connection)
+        for fact in _broker(connection, speak):
+            say(fact)
+    with contextlib.closing(connection):
+        may = f"the user needs permission to configure, write and read queues like {address.name!r}"
+        with check.step("declare", may) as say:
+            queue = backend.addresses.queue(address)
+            say(f"queue {address.name}, {_milliseconds(lambda: speak.declare(queue))}")
+        try:
+            with check.step("publish", f"{may}; is the broker out of memory or disk?") as say:
+                how = "confirmed" if speak.confirms else "sent (this transport has no confirms)"
+                say(f"{how}, {_milliseconds(lambda: _publish(backend, address))}")
+            with check.step("consume", may) as say:
+                say(f"read back, {_milliseconds(lambda: _consume(connection, speak, address.name))}")
+        finally:
+            speak.delete(speak.channel(), address.name)
+
+
+def _broker(connection: Any, speak: Dialect) -> Iterator[str]:
+    if not isinstance(speak, Native):
+        yield f"{connection.as_uri()} (kombu's own drain: slower than RabbitMQ through py-amqp)"
+        return
+    properties = connection.connection.server_properties
+    yield f"{properties.get('product')} {properties.get('version')} at {connection.as_uri()}"
+    yield "with TLS" if connection.ssl else "without TLS"
+
+
+def _publish(backend: Any, address: Any) -> None:
+    backend._store.publish(address, b"{}", declare=True, content_type="application/json", content_encoding="utf-8")
+
+
+def _consume(connection: Any, speak: Dialect, name: str) -> None:
+    end = time.monotonic() + PATIENCE
+    while not speak.read_all(name, 1):
+        if time.monotonic() > end:
+            raise TimeoutError(f"the message that was published did not come within {PATIENCE:.0f} seconds")
+
+
+def _milliseconds(action: Callable[[], object]) -> str:
+    start = time.perf_counter()
+    action()
+    return f"{(time.perf_counter() - start) * 1000:.1f} ms"
