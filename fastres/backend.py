@@ -20,6 +20,7 @@ from celery.result import AsyncResult, GroupResult, result_from_tuple
 from celery.signals import before_task_publish
 from kombu.compression import encoders as compression_encoders
 from kombu.compression import get_encoder as get_compression_encoder
+from kombu.exceptions import OperationalError
 from kombu.serialization import dumps
 from kombu.utils.functional import LRUCache
 from kombu.utils.url import maybe_sanitize_url
@@ -30,7 +31,7 @@ from fastres.addresses import Address, Addresses
 from fastres.connections import Connector
 from fastres.errors import BacklogLimitExceeded
 from fastres.groups import GroupTable, leaves, member_of, pack, unpack
-from fastres.join import KEEP, Inbox, Join, Reader
+from fastres.join import KEEP, Join, Reader
 from fastres.link import Link
 from fastres.logs import Reports
 from fastres.options import Options
@@ -217,7 +218,7 @@ class AMQPBackend(Backend):  # type: ignore[misc]
         for result in group.results:
             if isinstance(result, GroupResult):
                 self._know(result)
-            elif self._groups.group_of(result.id) is None:
+            elif self._groups.group_of(result.id) is None and not self._groups.is_alone(result.id):
                 own.append(result.id)
         self._groups.add(group.id, own)
 
@@ -226,9 +227,17 @@ class AMQPBackend(Backend):  # type: ignore[misc]
         return self.addresses.group(group_id) if group_id else self.addresses.task(task_id)
 
     def _on_publish(self, sender: Any = None, headers: Any = None, **kwargs: Any) -> None:
-        """Remember which group a task that this process sends belongs to."""
-        if headers and headers.get("group_index") is not None and not headers.get("ignore_result"):
-            self._groups.add(headers["group"], (headers["id"],))
+        """Remember which group a task that this process sends belongs to, or that it belongs to none."""
+        if not headers or headers.get("ignore_result") or "id" not in headers:
+            return
+        task_id = headers["id"]
+        if headers.get("group_index") is not None:
+            self._groups.add(headers["group"], (task_id,))
+        else:
+            self._groups.add_alone(task_id)
+        # It may have run before: what is known of that is about to change.
+        self._cache.pop(task_id, None)
+        self._peek.forget(task_id)
 
     # -- writing
 
@@ -497,13 +506,10 @@ class AMQPBackend(Backend):  # type: ignore[misc]
         """Final results of tasks as they come, each handed over when the next one is asked for."""
         if not task_ids:
             return
-        join = Join(task_ids, ready_states)
-        inboxes: list[Inbox] = []
+        join = Join(task_ids, ready_states, timeout, now)
         try:
-            pump = self._open_inboxes(join, task_ids, no_ack and rounds is None, on_message is not None, inboxes)
-            for batch in self._reader.wait(
-                join, inboxes, timeout=timeout, on_interval=on_interval, pump=pump, now=now, rounds=rounds
-            ):
+            pump = self._open_inboxes(join, task_ids, no_ack and rounds is None, on_message is not None)
+            for batch in self._reader.wait(join, on_interval=on_interval, pump=pump, rounds=rounds):
                 handed: list[Arrival] = []
                 try:
                     for arrival, final in batch:
@@ -519,11 +525,15 @@ class AMQPBackend(Backend):  # type: ignore[misc]
                         yield arrival[1], meta
                 finally:
                     self._reader.handed_over(handed, no_ack)
+        except OperationalError as exc:
+            if join.left() > 0:
+                raise
+            raise join.time_is_over() from exc
         finally:
-            self._reader.leave(join, inboxes)
+            self._reader.leave(join)
 
     def _open_inboxes(
-        self, join: Join, task_ids: list[str], take: bool, with_states: bool, inboxes: list[Inbox]
+        self, join: Join, task_ids: list[str], take: bool, with_states: bool
     ) -> Callable[[Join], float] | None:
         """Subscribe to wherever the results come; what the answer does is look at those that are not consumed."""
         lone: list[Address] = []
@@ -535,7 +545,7 @@ class AMQPBackend(Backend):  # type: ignore[misc]
             else:
                 groups.setdefault(group_id, set()).add(task_id)
         if lone:
-            inboxes += self._reader.tasks(join, lone, take)
+            self._reader.tasks(join, lone, take)
         watched = []
         for group_id, wanted in groups.items():
             members = self._groups.members(group_id) or {}
@@ -543,10 +553,9 @@ class AMQPBackend(Backend):  # type: ignore[misc]
             if not wanted.issuperset(member for member in members if member not in self._cache):
                 watched.append(group_id)
                 continue
-            addresses = [self.addresses.group(group_id)]
-            if with_states:
-                addresses.append(self.addresses.states(group_id))
-            inboxes += self._reader.group(join, addresses, take, whole=False)
+            results, states_ = self.addresses.group(group_id), self.addresses.states(group_id)
+            consumed = [results, states_] if with_states else [results]
+            self._reader.group(join, consumed, [] if with_states else [states_], take)
         if not watched:
             return None
         pause = FIRST_PAUSE
@@ -554,10 +563,7 @@ class AMQPBackend(Backend):  # type: ignore[misc]
         def look(join: Join) -> float:
             nonlocal pause
             for group_id in watched:
-                metas = self._peek.group(group_id, with_states).metas
-                for task_id in groups[group_id]:
-                    if task_id in metas and task_id in join.aggregate:
-                        join.offer([((None, None, None), task_id, metas[task_id])])
+                self._peek.offer(group_id, groups[group_id], join, with_states)
             pause = min(pause * 2, LONGEST_PAUSE)
             return pause
 
@@ -628,7 +634,8 @@ class AMQPBackend(Backend):  # type: ignore[misc]
             writer.purge(address)
 
         self._store.run(replace)
-        for message in pack(group_id, result):
+        alone = [leaf.id for leaf in leaves(result.results) if self._groups.is_alone(leaf.id)]
+        for message in pack(group_id, result, alone):
             content_type, content_encoding, body = dumps(message, serializer=self.serializer)
             self._store.publish(
                 address,
@@ -653,8 +660,9 @@ class AMQPBackend(Backend):  # type: ignore[misc]
         saved = unpack(self._link.call(read))
         if saved is None:
             return None
-        (own_id, parent), children = saved
-        group = result_from_tuple(((own_id, parent), children), self.app)
+        group = result_from_tuple((saved.identity, saved.children), self.app)
+        for task_id in saved.alone:
+            self._groups.add_alone(task_id)
         self._know(group)
         return {"result": group}
 
@@ -852,10 +860,10 @@ class RPCBackend(AMQPBackend):
         return None
 
     def _open_inboxes(
-        self, join: Join, task_ids: list[str], take: bool, with_states: bool, inboxes: list[Inbox]
+        self, join: Join, task_ids: list[str], take: bool, with_states: bool
     ) -> Callable[[Join], float] | None:
-        self._reader.mailbox.add(self.addresses.mailbox(self.oid))
-        inboxes += self._reader.mail(join)
+        self._reader.mailbox.add(self.addresses.mailbox(self.oid), join.deadline)
+        self._reader.mail(join)
         return None
 
     def _look(self, task_id: str, backlog_limit: int) -> Meta | None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from celery.result import GroupResult, ResultBase
+from kombu.utils.functional import LRUCache
 from kombu.utils.uuid import uuid
 from vine import barrier
 
@@ -17,6 +18,9 @@ __all__ = ("GroupTable", "leaves", "member_of", "pack", "unpack")
 
 #: Members that are remembered, over all groups; the newest group is kept whole however large it is.
 REMEMBERED = 1_000_000
+
+#: Tasks that are known to be in no group.
+REMEMBERED_ALONE = 10_000
 
 #: Results in one message of a saved group: some 2.6 MB, under every broker's limit.
 SAVED_PER_MESSAGE = 50_000
@@ -29,6 +33,7 @@ class GroupTable:
         self._group_of: dict[str, str] = {}
         self._members: OrderedDict[str, dict[str, None]] = OrderedDict()
         self._forgotten: dict[str, set[str]] = {}
+        self._alone = LRUCache(limit=REMEMBERED_ALONE)
         self._lock = threading.Lock()
 
     def add(self, group_id: str, task_ids: Iterable[str]) -> None:
@@ -40,6 +45,13 @@ class GroupTable:
             for task_id in task_ids:
                 members[task_id] = None
                 self._group_of[task_id] = group_id
+
+    def add_alone(self, task_id: str) -> None:
+        """A task that is no member of a group, whatever ``GroupResult`` its result is put into."""
+        self._alone[task_id] = True
+
+    def is_alone(self, task_id: str) -> bool:
+        return task_id in self._alone
 
     def group_of(self, task_id: str) -> str | None:
         return self._group_of.get(task_id)
@@ -103,9 +115,18 @@ def _listeners(promise: Any) -> Sequence[Any]:
     return [one] if one is not None else list(many or ())
 
 
-def pack(group_id: str, result: GroupResult) -> list[dict[str, Any]]:
-    """A group as the messages that keep it: Celery's ``as_tuple``, its members in portions."""
-    (own_id, parent), children = result.as_tuple()
+class Saved(NamedTuple):
+    """A group that was saved: Celery's ``as_tuple`` in two parts."""
+
+    identity: Any
+    children: list[Any]
+    #: Task ids among the children that are no members of a group.
+    alone: list[str]
+
+
+def pack(group_id: str, result: GroupResult, alone: list[str]) -> list[dict[str, Any]]:
+    """A group as the messages that keep it, its members in portions."""
+    identity, children = result.as_tuple()
     portions = [
         children[start : start + SAVED_PER_MESSAGE] for start in range(0, len(children), SAVED_PER_MESSAGE)
     ] or [[]]
@@ -114,7 +135,8 @@ def pack(group_id: str, result: GroupResult) -> list[dict[str, Any]]:
         {
             "task_id": group_id,
             "status": "SUCCESS",
-            "result": ((own_id, parent), portion),
+            "result": (identity, portion),
+            "alone": alone if number == 0 else [],
             "save_id": save_id,
             "portion": number,
             "portions": len(portions),
@@ -123,7 +145,7 @@ def pack(group_id: str, result: GroupResult) -> list[dict[str, Any]]:
     ]
 
 
-def unpack(messages: Iterable[dict[str, Any]]) -> tuple[Any, list[Any]] | None:
+def unpack(messages: Iterable[dict[str, Any]]) -> Saved | None:
     """What :func:`pack` made messages of: the newest save of which every portion is there; None without one."""
     saves: dict[str, dict[int, dict[str, Any]]] = {}
     for message in messages:
@@ -132,5 +154,5 @@ def unpack(messages: Iterable[dict[str, Any]]) -> tuple[Any, list[Any]] | None:
         first = next(iter(portions.values()))
         if len(portions) == first["portions"]:
             children = [child for number in sorted(portions) for child in portions[number]["result"][1]]
-            return first["result"][0], children
+            return Saved(first["result"][0], children, portions[0]["alone"])
     return None

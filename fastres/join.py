@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from typing import TYPE_CHECKING, Any, Callable
 
 from celery import states
 from celery.exceptions import TimeoutError
-from kombu.exceptions import ContentDisallowed, OperationalError
+from kombu.exceptions import ContentDisallowed
 from kombu.utils.functional import LRUCache
 
 from fastres._impl import Aggregate
@@ -32,6 +33,8 @@ KEEP = "fastres-keep"
 
 #: Seconds between two looks at the interval callback, and at results that are peeked at.
 INTERVAL = 1.0
+#: Seconds between two attempts to be the one reader of a queue.
+TURN = 0.1
 #: A wait of no seconds still lets the broker answer once.
 LEAST_TIMEOUT = 0.05
 #: Final results that came to the mailbox and nobody has asked for yet.
@@ -39,9 +42,26 @@ UNCLAIMED = 8192
 
 
 class Join:
-    """A wait for some results: what is still to come, and what came but was not handed over yet."""
+    """A wait for some results: what is still to come, and what came but was not handed over yet.
 
-    def __init__(self, task_ids: Iterable[str], ready_states: Iterable[str] = states.READY_STATES) -> None:
+    Args:
+        task_ids: the tasks.
+        ready_states: the states that are final.
+        timeout: seconds from now, None: for ever.
+        now: the clock that the timeout is measured with, in seconds.
+    """
+
+    def __init__(
+        self,
+        task_ids: Iterable[str],
+        ready_states: Iterable[str] = states.READY_STATES,
+        timeout: float | None = None,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.timeout = timeout
+        self._now = now
+        self._end = math.inf if timeout is None else now() + max(timeout, LEAST_TIMEOUT)
+        self.inboxes: list[Inbox] = []
         self.aggregate: AggregateProtocol = Aggregate(task_ids, ready_states)
         self.alone = len(self.aggregate) == 1
         #: (arrival, whether it is final), in order.
@@ -61,6 +81,24 @@ class Join:
     def has_news(self) -> bool:
         return bool(self.news)
 
+    def left(self) -> float:
+        """Seconds until the timeout."""
+        return self._end - self._now()
+
+    @property
+    def deadline(self) -> float:
+        """The timeout on the monotonic clock."""
+        return time.monotonic() + self.left()
+
+    def time_is_over(self) -> TimeoutError:
+        missing = self.aggregate.missing()
+        shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+        text = f"The operation timed out: {len(missing)} results are missing ({shown})."
+        for task_id, why in list(self.unreadable.items())[:1]:
+            text += f" For {len(self.unreadable)} of them something came that cannot be read, for task {task_id}: "
+            text += f"{type(why).__name__}: {why}"
+        return TimeoutError(text)
+
 
 class Inbox:
     """A channel of the link that consumes from some addresses: what feeds and mailboxes have in common."""
@@ -73,12 +111,16 @@ class Inbox:
         self._exclusive = exclusive
         self._prefetch = prefetch
         self._channel: Any = None
+        self._speak: Dialect | None = None
         self._messages: list[tuple[Any, Address]] = []
         self._unacknowledged: dict[Any, None] = {}
         self._tags: dict[str, Address] = {}
         self._cancelled = False
 
     def open(self, speak: Dialect) -> None:
+        if self._channel is not None and self._speak is speak:
+            return
+        self._speak = speak
         self._messages.clear()
         self._unacknowledged.clear()
         self._tags.clear()
@@ -93,7 +135,7 @@ class Inbox:
             # One reader at a time: results shared out between two would complete neither's join.
             speak.leave(self._channel, list(self._tags), ())
             self._channel = None
-            self.retry_at = time.monotonic() + 0.1
+            self.retry_at = time.monotonic() + TURN
 
     def _consume(self, speak: Dialect, address: Address) -> None:
         state = speak.declare(self.reader.addresses.queue(address))
@@ -182,9 +224,7 @@ class Inbox:
             all_up_to: Any = max(tags)
         else:
             all_up_to = max((tag for tag in tags if tag < lowest), default=None)
-        self.reader.link.call(
-            lambda speak: speak.acknowledge(self._channel, tags, all_up_to) if self._channel else None
-        )
+        self.reader.link.attempt(lambda speak: speak.acknowledge(self._channel, tags, all_up_to))
 
 
 class Feed(Inbox):
@@ -198,7 +238,8 @@ class Feed(Inbox):
         take: acknowledge what is handed over; otherwise everything goes back in the end.
         exclusive: one reader at a time: others wait for their turn.
         prefetch: messages that the broker sends ahead, 0: all it has.
-        whole: a result for any id that no join knows is an error, not somebody else's.
+        alone: each queue is that of one task; otherwise they are those of one group.
+        leftovers: queues to delete with the others.
     """
 
     def __init__(
@@ -209,12 +250,16 @@ class Feed(Inbox):
         take: bool,
         exclusive: bool,
         prefetch: int,
-        whole: bool,
+        alone: bool,
+        leftovers: list[Address],
     ) -> None:
         super().__init__(reader, addresses, exclusive, prefetch)
         self.take = take
-        self._whole = whole
+        self._alone = alone
+        self._leftovers = leftovers
         self._emptied = True
+        #: Queues of lone tasks whose result was handed over.
+        self._finished: list[Address] = []
         #: Arrivals that were not handed over yet, for joins that come late.
         self._held: dict[Any, Arrival] = {}
         self._latest_state: dict[str, Any] = {}
@@ -249,7 +294,7 @@ class Feed(Inbox):
         for (_, message, address), task_id, meta in foreign:
             self._held.pop(message.delivery_tag, None)
             self._emptied = False
-            if self._whole:
+            if self._alone:
                 self.reader.reports.add(
                     "unknown", address.name, task_id, message.delivery_tag,
                     f"nobody waits for this task ({meta['status']}); the message is left in its queue",
@@ -293,13 +338,15 @@ class Feed(Inbox):
                 for address in self.addresses:
                     self._consume(speak, address)
 
-        self.reader.link.call(again)
+        self.reader.link.attempt(again)
 
-    def handed_over(self, messages: list[Any]) -> None:
-        for message in messages:
+    def handed_over(self, arrivals: list[Arrival]) -> None:
+        for (_, message, address), _, _ in arrivals:
             self._held.pop(message.delivery_tag, None)
+            if self._alone:
+                self._finished.append(address)
         if self.take:
-            self._acknowledge(messages)
+            self._acknowledge(message for (_, message, _), _, _ in arrivals)
 
     def detach(self, join: Join) -> bool:
         """Whether that was the last join."""
@@ -312,9 +359,14 @@ class Feed(Inbox):
         channel, self._channel = self._channel, None
         if channel is None:
             return
-        if self.take and self._emptied and not self._unacknowledged and self.reader.auto_delete:
-            for address in self.addresses:
-                speak.delete(channel, address.name)
+        over: list[Address] = []
+        if self.take and self.reader.auto_delete:
+            if self._alone:
+                over = self._finished
+            elif self._emptied and not self._unacknowledged:
+                over = self.addresses + self._leftovers
+        for address in over:
+            speak.delete(channel, address.name)
         speak.leave(channel, list(self._tags), list(self._unacknowledged))
 
 
@@ -334,7 +386,7 @@ class Mailbox(Inbox):
         self._per_group = LRUCache(limit=UNCLAIMED)
         self._subscribed = False
 
-    def add(self, address: Address) -> None:
+    def add(self, address: Address, deadline: float | None = None) -> None:
         """Receive at this address too, from now on."""
 
         def add(speak: Dialect) -> None:
@@ -345,10 +397,11 @@ class Mailbox(Inbox):
 
         if address in self.addresses:
             return
-        self.reader.link.call(add)
-        if not self._subscribed:
-            self._subscribed = True
-            self.reader.link.subscribe(self)
+        with self.reader.link.exclusively():
+            self.reader.link.call(add, deadline)
+            if not self._subscribed:
+                self.reader.link.subscribe(self, deadline)
+                self._subscribed = True
 
     def expect(self, task_id: str) -> None:
         """Keep this result until it is asked for, however many others come."""
@@ -483,22 +536,25 @@ class Reader:
         """The feed that reads an address at present."""
         return self._feeds.get(address.name)
 
-    def tasks(self, join: Join, addresses: list[Address], take: bool) -> list[Inbox]:
+    def tasks(self, join: Join, addresses: list[Address], take: bool) -> None:
         """Let a join have the results of lone tasks."""
-        return self._attach(join, addresses, take=take, exclusive=False, prefetch=0, whole=True)
+        self._attach(join, addresses, take=take, exclusive=False, prefetch=0, alone=True, leftovers=[])
 
-    def group(self, join: Join, addresses: list[Address], take: bool, whole: bool) -> list[Inbox]:
-        """Let a join have the results of a group."""
+    def group(self, join: Join, addresses: list[Address], leftovers: list[Address], take: bool) -> None:
+        """Let a join have the results of a group, and delete ``leftovers`` when they were all taken."""
         prefetch = self._prefetch if take else 0
-        return self._attach(join, addresses, take=take, exclusive=True, prefetch=prefetch, whole=whole)
+        self._attach(
+            join, addresses, take=take, exclusive=True, prefetch=prefetch, alone=False, leftovers=leftovers
+        )
 
-    def mail(self, join: Join) -> list[Inbox]:
+    def mail(self, join: Join) -> None:
         """Let a join have what comes to the mailbox."""
-        self.link.call(lambda speak: self.mailbox.attach(join))
-        return [self.mailbox]
+        with self.link.exclusively():
+            self.mailbox.attach(join)
+        join.inboxes.append(self.mailbox)
 
-    def _attach(self, join: Join, addresses: list[Address], take: bool, **how: Any) -> list[Inbox]:
-        def attach(speak: Dialect) -> tuple[list[Feed], Feed | None]:
+    def _attach(self, join: Join, addresses: list[Address], take: bool, **how: Any) -> None:
+        def attach() -> tuple[list[Feed], Feed | None]:
             shared: list[Feed] = []
             for address in addresses:
                 feed = self._feeds.get(address.name)
@@ -516,21 +572,21 @@ class Reader:
                 self._feeds[address.name] = feed
             return shared, feed
 
-        shared, feed = self.link.call(attach)
-        if feed is None:
-            return list(shared)
-        try:
-            self.link.subscribe(feed)
-        except BaseException:
-            self._release(feed)
-            raise
-        return [*shared, feed]
-
-    def leave(self, join: Join, inboxes: list[Inbox]) -> None:
-        """End a join, however it ended."""
-
         with self.link.exclusively():
-            for inbox in inboxes:
+            shared, feed = attach()
+            join.inboxes += shared
+            if feed is not None:
+                try:
+                    self.link.subscribe(feed, join.deadline)
+                except BaseException:
+                    self._release(feed)
+                    raise
+                join.inboxes.append(feed)
+
+    def leave(self, join: Join) -> None:
+        """End a join, however it ended."""
+        with self.link.exclusively():
+            for inbox in join.inboxes:
                 if isinstance(inbox, Mailbox):
                     inbox.detach(join)
                 elif isinstance(inbox, Feed) and inbox.detach(join):
@@ -543,35 +599,31 @@ class Reader:
 
     def handed_over(self, arrivals: list[Arrival], take: bool) -> None:
         """These results are the user's now."""
-        by_feed: dict[Feed, list[Any]] = {}
-        for (inbox, message, _), task_id, _ in arrivals:
+        by_feed: dict[Feed, list[Arrival]] = {}
+        for arrival in arrivals:
+            inbox = arrival[0][0]
             if isinstance(inbox, Feed):
-                by_feed.setdefault(inbox, []).append(message)
+                by_feed.setdefault(inbox, []).append(arrival)
             elif isinstance(inbox, Mailbox) and take:
-                inbox.taken(task_id)
+                inbox.taken(arrival[1])
         if by_feed:
             with self.link.exclusively():
-                for feed, messages in by_feed.items():
-                    feed.handed_over(messages)
+                for feed, own in by_feed.items():
+                    feed.handed_over(own)
 
     def wait(
         self,
         join: Join,
-        inboxes: list[Inbox],
         *,
-        timeout: float | None,
         on_interval: Callable[[], Any] | None = None,
         pump: Callable[[Join], float] | None = None,
-        now: Callable[[], float] = time.monotonic,
         rounds: int | None = None,
     ) -> Iterator[list[tuple[Arrival, bool]]]:
         """What comes for a join, batch by batch, until all of it is there.
 
         Args:
-            timeout: seconds, None: for ever.
             on_interval: called about once a second, and after each batch.
             pump: brings results that are not consumed; returns in how many seconds it wants to look again.
-            now: the clock that ``timeout`` is measured with, in seconds.
             rounds: how often to look, None: until all is there.
 
         Raises:
@@ -579,8 +631,6 @@ class Reader:
             kombu.exceptions.ContentDisallowed, kombu.exceptions.DecodeError: what is missing came, and cannot be
                 read.
         """
-        start = now()
-        limit = None if timeout is None else max(timeout, LEAST_TIMEOUT)
         while True:
             pause = pump(join) if pump is not None and join.aggregate else INTERVAL
             if join.news:
@@ -589,43 +639,27 @@ class Reader:
                 continue
             if not join.aggregate:
                 return
-            left = None if limit is None else limit - (now() - start)
-            if left is not None and left <= 0:
-                self._time_is_over(join, timeout, None)
             # Everything else was handed over. A lone wait need not wait for its timeout to be told.
-            if len(join.unreadable) >= len(join.aggregate) and (timeout is None or join.alone):
+            if len(join.unreadable) >= len(join.aggregate) and (join.timeout is None or join.alone):
                 self._raise_unreadable(join)
+            left = join.left()
+            if left <= 0:
+                raise join.time_is_over()
             if rounds is not None:
                 rounds -= 1
                 if rounds < 0:
                     return
-            self._look(join, inboxes, min(pause, INTERVAL if left is None else left), left)
+            self._look(join, min(pause, INTERVAL, left))
             if on_interval is not None:
                 on_interval()
 
-    def _look(self, join: Join, inboxes: list[Inbox], seconds: float, left: float | None) -> None:
-        deadline = None if left is None else time.monotonic() + left
-        busy = [inbox for inbox in inboxes if inbox.retry_at is not None]
-        for inbox in busy:
-            seconds = min(seconds, 0.1)
-            if inbox.retry_at is not None and time.monotonic() >= inbox.retry_at:
-                self.link.call(inbox.open, deadline)
-        try:
-            self.link.read(max(seconds, 0.0), join.has_news, deadline)
-        except OperationalError as exc:
-            if deadline is None or time.monotonic() < deadline:
-                raise
-            self._time_is_over(join, left, exc)
-
-    @staticmethod
-    def _time_is_over(join: Join, timeout: float | None, cause: BaseException | None) -> None:
-        if not join.unreadable:
-            raise TimeoutError(_sentence(join)) from cause
-        task_id, why = next(iter(join.unreadable.items()))
-        raise TimeoutError(
-            f"{_sentence(join)} A message for {len(join.unreadable)} of them came and cannot be read, "
-            f"for task {task_id}: {type(why).__name__}: {why}"
-        ) from why
+    def _look(self, join: Join, seconds: float) -> None:
+        for inbox in join.inboxes:
+            if inbox.retry_at is not None:
+                seconds = min(seconds, TURN)
+                if time.monotonic() >= inbox.retry_at:
+                    self.link.call(inbox.open, join.deadline)
+        self.link.read(seconds, join.has_news, join.deadline)
 
     @staticmethod
     def _raise_unreadable(join: Join) -> None:
@@ -633,9 +667,3 @@ class Reader:
         if len(join.unreadable) == 1:
             raise why
         raise type(why)(f"{len(join.unreadable)} results cannot be read, the first of task {task_id}: {why}")
-
-
-def _sentence(join: Join) -> str:
-    missing = join.aggregate.missing()
-    shown: str | None = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
-    return f"The operation timed out: {len(missing)} results are missing ({shown})."

@@ -54,8 +54,8 @@ class Link:
 
     Args:
         connect: returns a kombu connection, not yet established.
-        retry_policy: ``max_retries``, ``interval_start``, ``interval_step``, ``interval_max`` (seconds) for the
-            first connection. A connection that was lost is sought for as long as somebody waits.
+        retry_policy: ``max_retries``, ``interval_start``, ``interval_step``, ``interval_max`` (seconds). A wait
+            seeks a connection that was lost for as long as it lasts.
     """
 
     def __init__(self, connect: Callable[[], Any], retry_policy: dict[str, Any]) -> None:
@@ -76,8 +76,11 @@ class Link:
     def call(self, operation: Callable[[Dialect], T], deadline: float | None = None) -> T:
         """Do something with the broker, over a new connection if the present one breaks.
 
+        Args:
+            deadline: until when to seek a connection, on the monotonic clock; None: as ``retry_policy`` says.
+
         Raises:
-            kombu.exceptions.OperationalError: there was no connection to be had by the deadline.
+            kombu.exceptions.OperationalError: there was no connection to be had.
         """
         with self.exclusively():
             for attempt in range(ATTEMPTS):
@@ -89,6 +92,18 @@ class Link:
                     if attempt == ATTEMPTS - 1:
                         raise OperationalError(f"the connection broke {ATTEMPTS} times: {exc}") from exc
         raise AssertionError("unreachable")
+
+    def attempt(self, operation: Callable[[Dialect], object]) -> None:
+        """Do something that only has a meaning on the present connection, if that is still there."""
+        with self.exclusively():
+            if self._connection is None:
+                return
+            try:
+                operation(self._speak)  # type: ignore[arg-type]
+            except self._connection.channel_errors as exc:
+                logger.warning("The broker closed a channel: %s", exc)
+            except self._connection.connection_errors as exc:
+                self._lost(exc)
 
     def subscribe(self, subscriber: Subscriber, deadline: float | None = None) -> None:
         """Open a subscriber, now and after each reconnection, until :meth:`unsubscribe`."""
@@ -108,19 +123,12 @@ class Link:
         """Close a subscriber with a last word to the broker, if it is there to hear it."""
         with self.exclusively():
             self._subscribers.remove(subscriber)
-            if self._connection is None:
-                return
-            try:
-                farewell(self._speak)  # type: ignore[arg-type]
-            except self._connection.channel_errors as exc:
-                logger.warning("The broker closed a channel: %s", exc)
-            except self._connection.connection_errors as exc:
-                self._lost(exc)
+            self.attempt(farewell)
 
     def read(self, timeout: float, done: Callable[[], bool], deadline: float | None) -> None:
         """Read what comes within ``timeout`` seconds, or let another thread do it until ``done()``.
 
-        Returns after a batch, when interrupted, or when the time is over.
+        Returns after a batch, when interrupted, or when the time is over. ``deadline`` is that of :meth:`call`.
         """
         if not self._reader.acquire(blocking=False):
             with self._news:
@@ -185,7 +193,8 @@ class Link:
             except connection.recoverable_connection_errors as exc:
                 attempt += 1
                 left = None if deadline is None else deadline - time.monotonic()
-                given_up = not self._established and attempt > policy["max_retries"]
+                patient = self._established and deadline is not None
+                given_up = not patient and attempt > policy["max_retries"]
                 if given_up or (left is not None and left <= 0):
                     raise OperationalError(f"cannot reach the broker {connection.as_uri()}: {exc}") from exc
                 logger.warning("Cannot reach the broker %s, trying again: %s", connection.as_uri(), exc)

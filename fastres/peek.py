@@ -18,9 +18,11 @@ from fastres.errors import BacklogLimitExceeded
 from fastres.transport import Busy
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from fastres._protocols import Meta
     from fastres.addresses import Address, Addresses
-    from fastres.join import Reader
+    from fastres.join import Join, Reader
     from fastres.link import Link
     from fastres.transport import Dialect
 
@@ -141,6 +143,7 @@ class Peek:
             self._declared.clear()
         if self._channel is None or not getattr(self._channel, "is_open", True):
             self._channel = speak.channel()
+            speak.prefetch(self._channel, 1)
         return self._channel
 
     def _declare(self, speak: Dialect, address: Address) -> None:
@@ -152,10 +155,19 @@ class Peek:
 
     def member(self, group_id: str, task_id: str) -> Meta | None:
         """The latest state of a member of a group, None when there is none."""
-        meta: Meta | None = self.group(group_id, with_states=True).metas.get(task_id)
-        if meta is None:
-            return self._seen.get(task_id)  # type: ignore[no-any-return]
+        known: Snapshot | None = self._snapshots.get(group_id)
+        meta = known.metas.get(task_id) if known is not None else None
+        if meta is None or meta["status"] not in states.READY_STATES:
+            meta = self.group(group_id, with_states=True).metas.get(task_id)
         return meta
+
+    def offer(self, group_id: str, task_ids: Iterable[str], join: Join, with_states: bool) -> None:
+        """Give a join what there is of some members of a group."""
+        with self._link.exclusively():
+            metas = self.group(group_id, with_states).metas
+            for task_id in task_ids:
+                if task_id in metas and task_id in join.aggregate:
+                    join.offer([((None, None, None), task_id, metas[task_id])])
 
     def group(self, group_id: str, with_states: bool) -> Snapshot:
         """What the queue of a group holds, read again if it has changed.

@@ -165,10 +165,9 @@ class Native:
 
     def glance(self, channel: Any, name: str, seconds: float) -> Any | None:
         """The first message of a queue, waiting for it as a consumer: what another process has just taken out to
-        look at comes here when that puts it back.
+        look at comes here when that puts it back. The channel's prefetch is 1.
         """
         found: list[Any] = []
-        channel.basic_qos(0, 1, False)
         tag = channel.basic_consume(name, callback=found.append, on_cancel=lambda tag: None)
         end = time.monotonic() + seconds
         with contextlib.suppress(socket.timeout):
@@ -220,7 +219,7 @@ class Generic:
         return self._connection.channel()
 
     def _declaring_channel(self) -> Any:
-        if self._declaring is None or self._declaring.closed:
+        if self._declaring is None or getattr(self._declaring, "closed", False):
             self._declaring = self.channel()
         return self._declaring
 
@@ -233,14 +232,14 @@ class Generic:
         )
         if queue.exchange.name:
             queue(channel).queue_bind()
-        return QueueState(answer.message_count, 0)
+        return QueueState(answer[1], 0)
 
     def inspect(self, name: str) -> QueueState | None:
         try:
             answer = self._declaring_channel().queue_declare(name, passive=True)
         except self._connection.channel_errors:
             return None
-        return QueueState(answer.message_count, 0)
+        return QueueState(answer[1], 0)
 
     def purge(self, name: str) -> None:
         """Delete all messages of a queue."""
@@ -275,7 +274,7 @@ class Generic:
         channel.basic_qos(0, 0, False)
 
     def leave(self, channel: Any, tags: Sequence[str], unacknowledged: Sequence[Any]) -> None:
-        if channel.closed:
+        if getattr(channel, "closed", False):
             return
         for tag in tags:
             channel.basic_cancel(tag)
