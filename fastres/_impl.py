@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from types import ModuleType
 
-__all__ = ("MODULES", "Aggregate", "Decoder", "impl", "load")
+__all__ = ("MODULES", "Aggregate", "Decoder", "Delivery", "Frames", "impl", "load")
 
 #: The modules that an implementation consists of.
-MODULES = ("aggregate", "decode")
+MODULES = ("aggregate", "decode", "frames")
 
 PACKAGES = {"c": "fastres_ext", "python": "fastres._py"}
 
@@ -56,3 +56,5 @@ impl = choose()
 _modules = load(impl)
 Aggregate = _modules["aggregate"].Aggregate
 Decoder = _modules["decode"].Decoder
+Delivery = _modules["frames"].Delivery
+Frames = _modules["frames"].Frames

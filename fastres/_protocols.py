@@ -13,7 +13,73 @@ Meta = dict[str, Any]
 #: A result that arrived: its mark (whatever the caller wants back), the task's id, the result.
 Arrival = tuple[Any, str, Meta]
 
+#: Header of a compressed message, as kombu sets it.
+COMPRESSION = "compression"
+#: Header of a result that stays in its queue when it is read: a chord's part, wanted by the join and by users.
+KEEP = "fastres-keep"
+
+#: A frame that is not for fastres: type, channel, payload.
+Frame = tuple[int, int, bytes]
+
 Body = Union[bytes, bytearray, memoryview, str]
+
+
+class Delivery(Protocol):
+    """A message that was delivered, with what a result needs of its properties."""
+
+    channel_id: int
+    consumer_tag: str
+    delivery_tag: Any
+    redelivered: bool
+    body: Body
+    content_type: str | None
+    content_encoding: str | None
+    correlation_id: str | None
+    compression: str | None
+    keep: bool
+    #: Whatever its receiver wants to find here.
+    source: Any
+
+    def __init__(
+        self,
+        channel_id: int,
+        consumer_tag: str,
+        delivery_tag: Any,
+        redelivered: bool,
+        body: Body,
+        content_type: str | None = None,
+        content_encoding: str | None = None,
+        correlation_id: str | None = None,
+        compression: str | None = None,
+        keep: bool = False,
+    ) -> None: ...
+
+
+class Frames(Protocol):
+    """A stream of bytes cut into frames, and put together to deliveries."""
+
+    #: How many frames were put together to deliveries.
+    consumed: int
+
+    def __init__(self, frame_max: int) -> None:
+        """``frame_max``: the largest frame that was negotiated, in bytes."""
+
+    def own(self, channel_id: int) -> None:
+        """Take the deliveries of this channel from now on."""
+
+    def disown(self, channel_id: int) -> None:
+        """Leave the deliveries of this channel to others; one that has not come whole is dropped."""
+
+    def feed(self, data: bytes | bytearray | memoryview) -> tuple[list[Delivery], list[Frame]]:
+        """The deliveries that are whole with these bytes, and the frames that are not for fastres, in order.
+
+        Raises:
+            amqp.exceptions.FrameSyntaxError: a frame is larger than negotiated, does not end where it should, or
+                does not hold what it says. Nothing can be read from this connection any more.
+        """
+
+    def unused(self) -> bytes:
+        """What was fed and did not make a whole frame or delivery: whoever reads next begins with it."""
 
 
 class Decoder(Protocol):
@@ -22,15 +88,11 @@ class Decoder(Protocol):
     def __init__(self, accept: Iterable[str] | None, max_size: int) -> None:
         """Accept these content types (None: kombu's enabled ones), and bodies of up to ``max_size`` bytes."""
 
-    def decode(
-        self,
-        body: Body,
-        content_type: str | None,
-        content_encoding: str | None,
-        compression: str | None,
-        correlation_id: str | None,
-    ) -> Meta:
-        """The result in a message, with ``task_id`` filled in from the correlation id where it is missing.
+    def decode_all(self, deliveries: Sequence[Delivery]) -> tuple[list[Arrival], list[tuple[Delivery, Exception]]]:
+        """The results in deliveries, each marked with its delivery, and those that :meth:`decode` refused."""
+
+    def decode(self, delivery: Delivery) -> Meta:
+        """The result in a delivery, with ``task_id`` filled in from the correlation id where it is missing.
 
         Raises:
             kombu.exceptions.ContentDisallowed: the content type is not accepted.

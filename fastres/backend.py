@@ -26,12 +26,12 @@ from kombu.utils.functional import LRUCache
 from kombu.utils.url import maybe_sanitize_url
 
 from fastres._impl import Decoder
-from fastres._protocols import Arrival, Meta
+from fastres._protocols import KEEP, Arrival, Meta
 from fastres.addresses import Address, Addresses
 from fastres.connections import Connector
 from fastres.errors import BacklogLimitExceeded
 from fastres.groups import GroupTable, leaves, member_of, pack, unpack
-from fastres.join import KEEP, Join, Reader
+from fastres.join import Join, Reader
 from fastres.link import Link
 from fastres.logs import Reports
 from fastres.options import Options
@@ -655,7 +655,7 @@ class AMQPBackend(Backend):  # type: ignore[misc]
         def read(speak: Any) -> list[Meta]:
             state = speak.inspect(address.name)
             messages = self._peek.read_all(speak, address, state.messages) if state is not None else None
-            return [self._reader.decode(message) for message in messages or ()]
+            return [self._reader.decoder.decode(message) for message in messages or ()]
 
         saved = unpack(self._link.call(read))
         if saved is None:

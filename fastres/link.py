@@ -31,10 +31,10 @@ T = TypeVar("T")
 
 #: Seconds that a read may last where it cannot be interrupted (gevent, eventlet, transports without a socket).
 SLICE = 0.05
-#: Messages read in one go before they are handed on.
+#: Messages that kombu reads in one go before they are handed on.
 BATCH = 1000
-#: Seconds that the rest of a frame may take to come.
-FRAME_TIMEOUT = 1.0
+#: Seconds that the rest of a TLS record may take to come.
+RECORD_TIMEOUT = 1.0
 #: How often an operation is tried again when the connection breaks under it.
 ATTEMPTS = 5
 
@@ -85,6 +85,7 @@ class Link:
         with self.exclusively():
             for attempt in range(ATTEMPTS):
                 speak = self._ensure(deadline)
+                speak.hand_back()
                 try:
                     return operation(speak)
                 except self._connection.connection_errors as exc:
@@ -99,6 +100,7 @@ class Link:
             if self._connection is None:
                 return
             try:
+                self._speak.hand_back()  # type: ignore[union-attr]
                 operation(self._speak)  # type: ignore[arg-type]
             except self._connection.channel_errors as exc:
                 logger.warning("The broker closed a channel: %s", exc)
@@ -236,40 +238,30 @@ class Link:
     # -- reading
 
     def _drain(self, timeout: float) -> None:
-        connection = self._connection
-        interruptible = isinstance(self._speak, Native) and detect_environment() == "default"
         try:
-            if not interruptible:
-                connection.drain_events(timeout=min(timeout, SLICE))
-            elif self._readable(timeout):
-                # A frame that has begun to come is waited for, but not without an end.
-                connection.drain_events(timeout=FRAME_TIMEOUT)
-            for _ in range(BATCH):
-                if not interruptible:
-                    connection.drain_events(timeout=0.0001)
-                elif self._readable(0):
-                    connection.drain_events(timeout=FRAME_TIMEOUT)
-                else:
-                    break
-        except socket.timeout:
-            pass
+            with contextlib.suppress(socket.timeout):
+                if not isinstance(self._speak, Native):
+                    self._connection.drain_events(timeout=min(timeout, SLICE))
+                    for _ in range(BATCH):
+                        self._connection.drain_events(timeout=0.0001)
+                elif detect_environment() != "default":
+                    self._speak.drain(min(timeout, SLICE))
+                elif self._readable(self._speak, timeout):
+                    # A TLS record that has begun to come is waited for, but not without an end.
+                    self._speak.drain(RECORD_TIMEOUT)
         finally:
             for subscriber in list(self._subscribers):
                 subscriber.flush()
 
-    def _readable(self, timeout: float) -> bool:
+    def _readable(self, speak: Native, timeout: float) -> bool:
         """Whether the broker has sent something, within ``timeout`` seconds or until the bell rings."""
-        transport = self._connection.connection.transport
-        sock = transport.sock
-        if sock is None:
-            raise ConnectionResetError("the connection was closed")
-        if transport._read_buffer or (hasattr(sock, "pending") and sock.pending()):
+        if speak.buffered:
             return True
         if self._bell is None:
             self._bell = socket.socketpair()
             for end in self._bell:
                 end.setblocking(False)
-        bell = self._bell[0]
+        bell, sock = self._bell[0], speak.socket
         poller = select.poll()
         poller.register(sock, select.POLLIN)
         poller.register(bell, select.POLLIN)

@@ -122,9 +122,9 @@ class Peek:
         latest = None
         for message in messages:
             try:
-                meta = self._reader.decode(message)
+                meta = self._reader.decoder.decode(message)
             except Exception as exc:
-                self._reader.report_unreadable(message, address, exc)
+                self._reader.report_unreadable(message, address.name, exc)
                 if len(messages) == 1:
                     raise
                 continue
@@ -208,9 +208,9 @@ class Peek:
         messages = self.read_all(speak, address, count)
         for message in messages or ():
             try:
-                meta = self._reader.decode(message)
+                meta = self._reader.decoder.decode(message)
             except Exception as exc:
-                self._reader.report_unreadable(message, address, exc)
+                self._reader.report_unreadable(message, address.name, exc)
                 continue
             before = snapshot.metas.get(meta["task_id"])
             if before is None or before["status"] not in states.READY_STATES:

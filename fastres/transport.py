@@ -10,14 +10,23 @@ from typing import TYPE_CHECKING, Any, Callable, NamedTuple, Union
 from amqp import spec
 from amqp.exceptions import AccessRefused, NotFound, PreconditionFailed
 
+from fastres._impl import Delivery, Frames
+from fastres._protocols import COMPRESSION, KEEP
 from fastres.logs import logger
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from fastres._protocols import Delivery as DeliveryProtocol
+
 __all__ = ("Busy", "Dialect", "Generic", "Native", "QueueState", "dialect")
 
 
+#: Called with deliveries, in order.
+Receiver = Callable[[list["DeliveryProtocol"]], object]
+
+#: Bytes to read in one system call.
+CHUNK = 1 << 18
 #: Seconds without a message after which a queue is taken to be read to its end.
 STALLED = 1.0
 
@@ -43,6 +52,66 @@ class Native:
         self._connection = connection
         self._declaring: Any = None
         self._foreign: set[str] = set()
+        self._frames = Frames(connection.connection.frame_max)
+        self._receivers: dict[tuple[int, str], Receiver] = {}
+
+    @property
+    def buffered(self) -> bool:
+        """Whether there are bytes to read that the socket does not know of."""
+        transport = self._connection.connection.transport
+        return bool(transport._read_buffer) or (
+            hasattr(transport.sock, "pending") and transport.sock.pending() > 0
+        )
+
+    @property
+    def socket(self) -> Any:
+        sock = self._connection.connection.transport.sock
+        if sock is None:
+            raise ConnectionResetError("the connection was closed")
+        return sock
+
+    def drain(self, timeout: float) -> None:
+        """Read as much as has come, after waiting for it for ``timeout`` seconds, and give it to its receivers.
+
+        Raises: socket.timeout: nothing came.
+        """
+        connection = self._connection.connection
+        transport = connection.transport
+        # What py-amqp has read ahead comes first.
+        data, transport._read_buffer = transport._read_buffer, b""
+        if not data:
+            with transport.having_timeout(timeout):
+                data = self.socket.recv(CHUNK)
+            if not data:
+                raise ConnectionResetError("the broker closed the connection")
+        before = self._frames.consumed
+        deliveries, others = self._frames.feed(data)
+        connection.bytes_recv += self._frames.consumed - before
+        start = 0
+        for stop in range(1, len(deliveries) + 1):
+            first = deliveries[start]
+            if (
+                stop == len(deliveries)
+                or deliveries[stop].consumer_tag != first.consumer_tag
+                or deliveries[stop].channel_id != first.channel_id
+            ):
+                receiver = self._receivers.get((first.channel_id, first.consumer_tag))
+                # Without one it was cancelled: the messages go back when its channel is closed.
+                if receiver is not None:
+                    receiver(deliveries[start:stop])
+                start = stop
+        if others:
+            # What they set off may read from the socket.
+            self.hand_back()
+            for frame in others:
+                connection.on_inbound_frame(frame)
+
+    def hand_back(self) -> None:
+        """Let py-amqp read on from here."""
+        unused = self._frames.unused()
+        if unused:
+            transport = self._connection.connection.transport
+            transport._read_buffer = unused + transport._read_buffer
 
     def channel(self) -> Any:
         channel = self._connection.channel()
@@ -102,15 +171,20 @@ class Native:
         channel: Any,
         name: str,
         tag: str,
-        callback: Callable[[Any], None],
+        receiver: Receiver,
         on_cancel: Callable[[str], None],
         exclusive: bool = False,
     ) -> None:
-        """Raises: Busy: the queue has a consumer, and this one or that one is exclusive."""
+        """Have a queue's messages sent to ``receiver``, by whoever reads them: this class or py-amqp.
+
+        Raises: Busy: the queue has a consumer, and this one or that one is exclusive.
+        """
+        self._frames.own(channel.channel_id)
+        self._receivers[channel.channel_id, tag] = receiver
         try:
             channel.basic_consume(
                 name, tag, exclusive=exclusive, on_cancel=on_cancel,
-                callback=lambda raw: callback(channel.message_to_python(raw)),
+                callback=lambda raw: receiver([delivery_of(channel.message_to_python(raw), tag)]),
             )  # fmt: skip
         except AccessRefused as exc:
             raise Busy(exc.reply_text) from exc
@@ -133,6 +207,9 @@ class Native:
         """Stop consuming; what was not acknowledged goes back to where it was in its queue."""
         if not channel.is_open:
             return
+        for tag in tags:
+            self._receivers.pop((channel.channel_id, tag), None)
+        self._frames.disown(channel.channel_id)
         for tag in tags[:-1]:
             channel.basic_cancel(tag, nowait=True)
         if tags:
@@ -161,7 +238,7 @@ class Native:
             "exchange": exchange,
             "routing_key": routing_key,
         }
-        return channel.message_to_python(message), behind
+        return delivery_of(channel.message_to_python(message)), behind
 
     def glance(self, channel: Any, name: str, seconds: float) -> Any | None:
         """The first message of a queue, waiting for it as a consumer: what another process has just taken out to
@@ -178,13 +255,13 @@ class Native:
                 self._connection.drain_events(timeout=left)
         channel.basic_cancel(tag)
         self._give_back(channel)
-        return channel.message_to_python(found[0]) if found else None
+        return delivery_of(channel.message_to_python(found[0])) if found else None
 
     def history(self, channel: Any, name: str, count: int) -> list[Any]:
         """The first ``count`` messages of a queue, which stay there."""
         raw = [channel.basic_get(name) for _ in range(count)]
         self._give_back(channel)
-        return [channel.message_to_python(message) for message in raw if message is not None]
+        return [delivery_of(channel.message_to_python(message)) for message in raw if message is not None]
 
     def read_all(self, name: str, count: int) -> list[Any]:
         """The first ``count`` messages of a queue, which go back where they were.
@@ -194,10 +271,10 @@ class Native:
         found: list[Any] = []
         channel = self.channel()
         try:
-            self.consume(channel, name, "fastres-scan", found.append, lambda tag: None, exclusive=True)
+            self.consume(channel, name, "fastres-scan", found.extend, lambda tag: None, exclusive=True)
             with contextlib.suppress(socket.timeout):
                 while len(found) < count:
-                    self._connection.drain_events(timeout=STALLED)
+                    self.drain(STALLED)
         finally:
             self.leave(channel, ["fastres-scan"], ())
         return found[:count]
@@ -214,6 +291,9 @@ class Generic:
     def __init__(self, connection: Any) -> None:
         self._connection = connection
         self._declaring: Any = None
+
+    def hand_back(self) -> None:
+        """There is nothing to: kombu is the only one to read."""
 
     def channel(self) -> Any:
         return self._connection.channel()
@@ -253,14 +333,14 @@ class Generic:
         channel: Any,
         name: str,
         tag: str,
-        callback: Callable[[Any], None],
+        receiver: Receiver,
         on_cancel: Callable[[str], None],
         exclusive: bool = False,
     ) -> None:
         channel.basic_consume(
             name,
             no_ack=False,
-            callback=lambda raw: callback(channel.message_to_python(raw)),
+            callback=lambda raw: receiver([delivery_of(channel.message_to_python(raw), tag)]),
             consumer_tag=tag,
         )
 
@@ -294,7 +374,7 @@ class Generic:
             latest = message
         if latest is not None:
             channel.basic_reject(latest.delivery_tag, requeue=True)
-        return latest, 0
+        return (None if latest is None else delivery_of(latest)), 0
 
     def glance(self, channel: Any, name: str, seconds: float) -> Any | None:
         """The first message of a queue, trying again for a moment."""
@@ -315,7 +395,7 @@ class Generic:
             messages.append(message)
         for message in reversed(messages):
             channel.basic_reject(message.delivery_tag, requeue=True)
-        return messages
+        return [delivery_of(message) for message in messages]
 
     def read_all(self, name: str, count: int) -> list[Any]:
         channel = self.channel()
@@ -329,6 +409,23 @@ class Generic:
 
 
 Dialect = Union[Native, Generic]
+
+
+def delivery_of(message: Any, consumer_tag: str = "") -> DeliveryProtocol:
+    """A message of kombu as a delivery."""
+    delivery: DeliveryProtocol = Delivery(
+        0,
+        consumer_tag,
+        message.delivery_tag,
+        bool(message.delivery_info.get("redelivered")),
+        message.body,
+        message.content_type,
+        message.content_encoding,
+        message.properties.get("correlation_id"),
+        message.headers.get(COMPRESSION),
+        bool(message.headers.get(KEEP)),
+    )
+    return delivery
 
 
 def dialect(connection: Any) -> Dialect:

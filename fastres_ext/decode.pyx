@@ -31,16 +31,29 @@ cdef class Decoder:
         self._accept = None if accept is None else frozenset(accept)
         self._max_size = max_size
 
-    def decode(self, body, content_type, content_encoding, compression, correlation_id):
-        if compression:
-            body = self._decompress(body, compression)
-        meta = loads(body, content_type, content_encoding, accept=self._accept)
+    def decode_all(self, deliveries):
+        cdef list arrivals = []
+        cdef list refused = []
+        for delivery in deliveries:
+            try:
+                meta = self.decode(delivery)
+            except Exception as exc:
+                refused.append((delivery, exc))
+            else:
+                arrivals.append((delivery, meta["task_id"], meta))
+        return arrivals, refused
+
+    def decode(self, delivery):
+        body = delivery.body
+        if delivery.compression:
+            body = self._decompress(body, delivery.compression)
+        meta = loads(body, delivery.content_type, delivery.content_encoding, accept=self._accept)
         if not isinstance(meta, dict):
             raise MalformedResult(f"a result is a mapping, this message holds {type(meta).__name__}")
         if not isinstance(meta.get("task_id"), str):
-            if not correlation_id:
+            if not delivery.correlation_id:
                 raise MalformedResult("a result without task_id, in a message without correlation id")
-            meta["task_id"] = correlation_id
+            meta["task_id"] = delivery.correlation_id
         if not isinstance(meta.get("status"), str):
             raise MalformedResult("a result without status")
         if "result" not in meta:

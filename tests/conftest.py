@@ -13,7 +13,7 @@ from celery import Celery
 from rabbitmq_node import Node
 
 import fastres
-from fastres import _impl, backend, join
+from fastres import _impl, backend, join, transport
 
 IMPLEMENTATIONS = ("python", "c")
 
@@ -39,6 +39,8 @@ def both(impl: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Run a test on the backend with each of the implementations."""
     monkeypatch.setattr(backend, "Decoder", impl["decode"].Decoder)
     monkeypatch.setattr(join, "Aggregate", impl["aggregate"].Aggregate)
+    monkeypatch.setattr(transport, "Delivery", impl["frames"].Delivery)
+    monkeypatch.setattr(transport, "Frames", impl["frames"].Frames)
 
 
 @pytest.fixture(scope="session")

@@ -14,9 +14,9 @@ from kombu.serialization import loads
 from fastres.errors import MalformedResult, OversizedResult
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
-    from fastres._protocols import Body, Meta
+    from fastres._protocols import Arrival, Body, Delivery, Meta
 
 __all__ = ("Decoder",)
 
@@ -35,23 +35,29 @@ class Decoder:
         self._accept = None if accept is None else frozenset(accept)
         self._max_size = max_size
 
-    def decode(
-        self,
-        body: Body,
-        content_type: str | None,
-        content_encoding: str | None,
-        compression: str | None,
-        correlation_id: str | None,
-    ) -> Meta:
-        if compression:
-            body = self._decompress(body, compression)
-        meta = loads(body, content_type, content_encoding, accept=self._accept)
+    def decode_all(self, deliveries: Sequence[Delivery]) -> tuple[list[Arrival], list[tuple[Delivery, Exception]]]:
+        arrivals: list[Arrival] = []
+        refused: list[tuple[Delivery, Exception]] = []
+        for delivery in deliveries:
+            try:
+                meta = self.decode(delivery)
+            except Exception as exc:
+                refused.append((delivery, exc))
+            else:
+                arrivals.append((delivery, meta["task_id"], meta))
+        return arrivals, refused
+
+    def decode(self, delivery: Delivery) -> Meta:
+        body = delivery.body
+        if delivery.compression:
+            body = self._decompress(body, delivery.compression)
+        meta: Meta = loads(body, delivery.content_type, delivery.content_encoding, accept=self._accept)
         if not isinstance(meta, dict):
             raise MalformedResult(f"a result is a mapping, this message holds {type(meta).__name__}")
         if not isinstance(meta.get("task_id"), str):
-            if not correlation_id:
+            if not delivery.correlation_id:
                 raise MalformedResult("a result without task_id, in a message without correlation id")
-            meta["task_id"] = correlation_id
+            meta["task_id"] = delivery.correlation_id
         if not isinstance(meta.get("status"), str):
             raise MalformedResult("a result without status")
         if "result" not in meta:
