@@ -1,0 +1,39 @@
+"""AMQP 0-9-1 frames as a broker writes them, for the tests of their reader."""
+
+from __future__ import annotations
+
+import struct
+
+from amqp.basic_message import Message
+from amqp.serialization import dumps
+
+
+def frame(kind: int, channel: int, payload: bytes, end: int = 0xCE) -> bytes:
+    return struct.pack(">BHI", kind, channel, len(payload)) + payload + bytes([end])
+
+
+def method(channel: int, class_id: int, method_id: int, arguments: bytes = b"") -> bytes:
+    return frame(1, channel, struct.pack(">HH", class_id, method_id) + arguments)
+
+
+def delivery(
+    channel: int,
+    body: bytes,
+    *,
+    tag: str = "fastres-1",
+    delivery_tag: int = 1,
+    redelivered: bool = False,
+    part: int = 131_064,
+    **properties: object,
+) -> list[bytes]:
+    """The frames of a message, its body in parts of ``part`` bytes; properties as py-amqp takes them."""
+    arguments = dumps("sLbss", (tag, delivery_tag, redelivered, "", "some.queue"))
+    header = struct.pack(">HHQ", 60, 0, len(body)) + Message(b"", **properties)._serialize_properties()
+    return [
+        method(channel, 60, 60, arguments),
+        frame(2, channel, header),
+        *(frame(3, channel, body[start : start + part]) for start in range(0, len(body), part)),
+    ]
+
+
+HEARTBEAT = frame(8, 0, b"")
