@@ -41,8 +41,8 @@ cdef class Aggregate:
                 repeated.append(arrival)
             elif meta["status"] in self._ready_states:
                 came[task_id] = True
+                self._left -= 1
                 ready.append(arrival)
             else:
                 states.append(arrival)
-        self._left -= len(ready)
         return ready, states, repeated, foreign
