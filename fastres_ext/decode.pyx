@@ -11,6 +11,9 @@ from kombu.serialization import loads
 
 from fastres.errors import MalformedResult, OversizedResult
 
+cdef extern from "Python.h":
+    Py_ssize_t PY_SSIZE_T_MAX
+
 __all__ = ("Decoder",)
 
 # Decompressors of the standard library stop at a limit; the others are checked when they are done.
@@ -29,7 +32,8 @@ cdef class Decoder:
 
     def __init__(self, accept, Py_ssize_t max_size):
         self._accept = None if accept is None else frozenset(accept)
-        self._max_size = max_size
+        # One more than the limit is asked for, and must be a size still.
+        self._max_size = min(max_size, PY_SSIZE_T_MAX - 1)
 
     def decode_all(self, deliveries):
         cdef list arrivals = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bz2
 import lzma
+import sys
 import zlib
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +34,8 @@ class Decoder:
 
     def __init__(self, accept: Iterable[str] | None, max_size: int) -> None:
         self._accept = None if accept is None else frozenset(accept)
-        self._max_size = max_size
+        # One more than the limit is asked for, and must be a size still.
+        self._max_size = min(max_size, sys.maxsize - 1)
 
     def decode_all(self, deliveries: Sequence[Delivery]) -> tuple[list[Arrival], list[tuple[Delivery, Exception]]]:
         arrivals: list[Arrival] = []

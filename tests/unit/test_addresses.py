@@ -1,0 +1,133 @@
+"""Where results live: names of queues, what they are declared with, and which exchanges may carry results."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+import kombu
+import pytest
+from celery import Celery
+from celery.exceptions import ImproperlyConfigured
+
+from fastres.addresses import MAX_EXPIRES, Addresses
+
+ID = "0f8fad5b-d9cb-469f-a165-70867728950e"
+HEX = "0f8fad5bd9cb469fa16570867728950e"
+
+
+def addresses(
+    namespace: str | None = None,
+    exchange: str | None = None,
+    exchange_type: str = "direct",
+    expires: float | None = None,
+) -> Addresses:
+    return Addresses(namespace, exchange, exchange_type, expires, kombu.Queue, kombu.Exchange)
+
+
+def backend_of(**conf: Any) -> Any:
+    app = Celery(broker="memory://", backend="fastres://", set_as_current=False)
+    app.conf.update(conf)
+    return app.backend
+
+
+def arguments(expires: Any) -> dict[str, Any]:
+    backend = backend_of(result_expires=expires)
+    queue = backend.addresses.queue(backend.addresses.group(ID))
+    return dict(queue.queue_arguments)
+
+
+def test_names() -> None:
+    given = addresses()
+    assert given.rkey(ID) == HEX
+    assert given.task(ID).name == HEX
+    assert given.group(ID).name == f"fastres.group.{ID}"
+    assert given.states(ID).name == f"fastres.states.{ID}"
+    assert given.saved(ID).name == f"fastres.saved.{ID}"
+    assert given.probe("x").name == "fastres.probe.x"
+    assert given.mailbox(ID).name == ID
+
+
+def test_namespace_stands_before_every_name_but_a_mailbox() -> None:
+    given = addresses(namespace="shop")
+    assert given.rkey(ID) == f"shop.{HEX}"
+    assert given.task(ID).name == f"shop.{HEX}"
+    assert given.group(ID).name == f"shop.group.{ID}"
+    assert given.states(ID).name == f"shop.states.{ID}"
+    assert given.saved(ID).name == f"shop.saved.{ID}"
+    assert given.probe("x").name == "shop.probe.x"
+    # The name of a mailbox travels in the task message: Celery's rpc workers send to it too.
+    assert given.mailbox(ID).name == ID
+
+
+@pytest.mark.parametrize("namespace", [None, "shop"])
+def test_addresses_of_one_id_differ(namespace: str | None) -> None:
+    given = addresses(namespace)
+    made = [given.task(ID), given.group(ID), given.states(ID), given.saved(ID), given.probe(ID)]
+    assert len({address.name for address in made}) == len(made)
+
+
+def test_a_lone_tasks_queue_keeps_its_latest_state_and_others_keep_all() -> None:
+    given = addresses()
+    assert given.queue(given.task(ID)).queue_arguments == {"x-max-length": 1}
+    for address in (given.group(ID), given.states(ID), given.saved(ID), given.mailbox(ID)):
+        assert given.queue(address).queue_arguments == {}
+
+
+def test_queues_are_durable_and_outlive_their_consumers() -> None:
+    given = addresses(expires=60)
+    for address in (given.task(ID), given.group(ID), given.mailbox(ID)):
+        queue = given.queue(address)
+        assert queue.name == queue.routing_key == address.name
+        assert queue.durable
+        assert not queue.auto_delete
+        assert not queue.exclusive
+        assert queue.queue_arguments["x-expires"] == 60_000
+
+
+@pytest.mark.parametrize(
+    ("expires", "milliseconds"),
+    [
+        (60, 60_000),
+        (0.5, 500),
+        (0.0001, 1),
+        (timedelta(minutes=2), 120_000),
+        (timedelta(milliseconds=1500), 1500),
+        (timedelta(days=365), MAX_EXPIRES),
+        (10**12, MAX_EXPIRES),
+        (MAX_EXPIRES / 1000, MAX_EXPIRES),
+    ],
+)
+def test_result_expires(expires: Any, milliseconds: int) -> None:
+    assert arguments(expires) == {"x-expires": milliseconds}
+
+
+@pytest.mark.parametrize("expires", [None, 0, 0.0, timedelta()])
+def test_results_that_never_expire(expires: Any) -> None:
+    assert arguments(expires) == {}
+
+
+def test_celerys_default_is_a_day() -> None:
+    backend = backend_of()
+    assert backend.addresses.queue(backend.addresses.group(ID)).queue_arguments == {"x-expires": 86_400_000}
+
+
+def test_results_go_through_the_default_exchange() -> None:
+    for name in (None, "", "celeryresults"):
+        given = addresses(exchange=name)
+        assert given.exchange.name == ""
+        assert given.queue(given.task(ID)).exchange.name == ""
+
+
+@pytest.mark.parametrize("kind", ["direct", "topic"])
+def test_an_exchange_of_ones_own(kind: str) -> None:
+    given = addresses(exchange="shop.results", exchange_type=kind)
+    assert (given.exchange.name, given.exchange.type) == ("shop.results", kind)
+    assert given.queue(given.task(ID)).exchange == given.exchange
+    assert given.exchange.durable
+
+
+@pytest.mark.parametrize("kind", ["fanout", "headers", "x-consistent-hash", ""])
+def test_an_exchange_that_does_not_route_by_key_is_refused(kind: str) -> None:
+    with pytest.raises(ImproperlyConfigured, match=f"result_exchange_type='{kind}'.*'direct' or a 'topic'"):
+        addresses(exchange="shop.results", exchange_type=kind)

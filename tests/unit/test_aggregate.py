@@ -1,0 +1,112 @@
+"""``Aggregate``: which of the awaited ids have come, in both implementations, against a model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from celery.states import READY_STATES
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+IDS = st.sampled_from(["a", "b", "c", "d", "e"])
+STATUSES = st.sampled_from(["SUCCESS", "FAILURE", "REVOKED", "STARTED", "PROGRESS", "RETRY"])
+
+
+def arrival(task_id: str, status: str = "SUCCESS", mark: Any = None) -> tuple[Any, str, dict[str, Any]]:
+    return mark, task_id, {"task_id": task_id, "status": status, "result": None}
+
+
+@pytest.fixture
+def aggregate_class(impl: dict[str, Any]) -> Any:
+    return impl["aggregate"].Aggregate
+
+
+def test_what_is_missing_keeps_the_order_it_was_given_in(aggregate_class: Any) -> None:
+    ids = [f"task-{n}" for n in (3, 1, 2, 1, 3)]
+    aggregate = aggregate_class(ids, READY_STATES)
+    assert aggregate.missing() == ["task-3", "task-1", "task-2"]
+    assert len(aggregate) == 3
+    aggregate.feed([arrival("task-1")])
+    assert aggregate.missing() == ["task-3", "task-2"]
+
+
+def test_feed_sorts(aggregate_class: Any) -> None:
+    aggregate = aggregate_class(iter(["a", "b"]), READY_STATES)
+    first, started, again, stranger = arrival("a"), arrival("b", "STARTED"), arrival("a"), arrival("z")
+    assert aggregate.feed([started, first, again, stranger]) == ([first], [started], [again], [stranger])
+    assert "a" not in aggregate
+    assert "b" in aggregate
+    assert "z" not in aggregate
+
+
+def test_a_state_after_the_result_is_a_repetition(aggregate_class: Any) -> None:
+    aggregate = aggregate_class(["a"], READY_STATES)
+    late = arrival("a", "STARTED")
+    aggregate.feed([arrival("a")])
+    assert aggregate.feed([late]) == ([], [], [late], [])
+
+
+def test_marks_come_back_as_they_went_in(aggregate_class: Any) -> None:
+    mark, given_ = object(), {"task_id": "a", "status": "SUCCESS", "result": 1}
+    ready, _, _, _ = aggregate_class(["a"], READY_STATES).feed([(mark, "a", given_)])
+    assert ready[0][0] is mark
+    assert ready[0][2] is given_
+
+
+def test_ready_states_are_the_callers(aggregate_class: Any) -> None:
+    aggregate = aggregate_class(["a", "b"], ["STARTED"])
+    started, done = arrival("a", "STARTED"), arrival("b")
+    assert aggregate.feed([started, done]) == ([started], [done], [], [])
+    assert aggregate.missing() == ["b"]
+
+
+def test_nothing_awaited(aggregate_class: Any) -> None:
+    aggregate = aggregate_class([], READY_STATES)
+    assert not aggregate
+    assert aggregate.missing() == []
+    assert aggregate.feed([]) == ([], [], [], [])
+    assert aggregate.feed([arrival("a")]) == ([], [], [], [arrival("a")])
+
+
+@pytest.mark.parametrize("stranger", [None, 7, ("a",), b"a"])
+def test_contains_of_what_is_no_id(aggregate_class: Any, stranger: object) -> None:
+    assert stranger not in aggregate_class(["a"], READY_STATES)
+
+
+def test_a_batch_with_a_meta_without_status_is_refused(aggregate_class: Any) -> None:
+    with pytest.raises(KeyError, match="status"):
+        aggregate_class(["a"], READY_STATES).feed([(None, "a", {})])
+
+
+def test_a_batch_that_was_refused_leaves_the_count_true(aggregate_class: Any) -> None:
+    aggregate = aggregate_class(["a", "b"], READY_STATES)
+    with pytest.raises(KeyError):
+        aggregate.feed([arrival("a"), (None, "b", {})])
+    assert len(aggregate) == len(aggregate.missing())
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(
+    awaited=st.lists(IDS),
+    batches=st.lists(st.lists(st.builds(arrival, st.sampled_from("abcdez"), STATUSES, st.integers()))),
+)
+def test_against_a_model(aggregate_class: Any, awaited: list[str], batches: list[list[Any]]) -> None:
+    aggregate = aggregate_class(awaited, READY_STATES)
+    left = list(dict.fromkeys(awaited))
+    for batch in batches:
+        expected: tuple[list[Any], ...] = ([], [], [], [])
+        for one in batch:
+            if one[1] not in awaited:
+                expected[3].append(one)
+            elif one[1] not in left:
+                expected[2].append(one)
+            elif one[2]["status"] not in READY_STATES:
+                expected[1].append(one)
+            else:
+                expected[0].append(one)
+                left.remove(one[1])
+        assert aggregate.feed(batch) == expected
+        assert aggregate.missing() == left
+        assert len(aggregate) == len(left)
+        assert all(task_id in aggregate for task_id in left)
