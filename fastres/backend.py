@@ -29,7 +29,7 @@ from fastres._impl import Decoder
 from fastres._protocols import KEEP, Arrival, Meta
 from fastres.addresses import Address, Addresses
 from fastres.connections import Connector
-from fastres.errors import BacklogLimitExceeded
+from fastres.errors import BacklogLimitExceeded, MalformedResult
 from fastres.groups import GroupTable, leaves, member_of, pack, unpack
 from fastres.join import Join, Reader
 from fastres.link import Link
@@ -167,7 +167,9 @@ class AMQPBackend(Backend):  # type: ignore[misc]
         )
         self._peek = Peek(self._reader)
         self._groups = GroupTable()
+        #: The result objects of tasks that may be waited for: the first of each id, and those beyond it.
         self._waiting: WeakValueDictionary[str, Any] = WeakValueDictionary()
+        self._also_waiting: dict[str, WeakSet[Any]] = {}
         before_task_publish.connect(self._on_publish, weak=True, dispatch_uid=f"fastres-{id(self)}")
         _backends.add(self)
 
@@ -485,7 +487,8 @@ class AMQPBackend(Backend):  # type: ignore[misc]
             list(waiting), timeout, no_ack, on_message=on_message, on_interval=on_interval
         ):
             for child in waiting.pop(task_id):
-                child._maybe_set_cache(meta)
+                if child._cache is None:
+                    child._maybe_set_cache(meta)
             if task_id in direct:
                 yield task_id, meta
         for child in nested:
@@ -554,7 +557,8 @@ class AMQPBackend(Backend):  # type: ignore[misc]
                 watched.append(group_id)
                 continue
             results, states_ = self.addresses.group(group_id), self.addresses.states(group_id)
-            consumed = [results, states_] if with_states else [results]
+            # What was reported on the way is told before the result.
+            consumed = [states_, results] if with_states else [results]
             self._reader.group(join, consumed, [] if with_states else [states_], take)
         if not watched:
             return None
@@ -652,12 +656,17 @@ class AMQPBackend(Backend):  # type: ignore[misc]
     def _restore_group(self, group_id: str) -> dict[str, Any] | None:
         address = self.addresses.saved(group_id)
 
-        def read(speak: Any) -> list[Meta]:
+        def read(speak: Any) -> list[Any]:
             state = speak.inspect(address.name)
-            messages = self._peek.read_all(speak, address, state.messages) if state is not None else None
-            return [self._reader.decoder.decode(message) for message in messages or ()]
+            return self._peek.read_all(speak, address, state.messages) or [] if state is not None else []
 
-        saved = unpack(self._link.call(read))
+        arrivals, refused = self._reader.decoder.decode_all(self._link.call(read))
+        for delivery, _, meta in arrivals:
+            if "save_id" not in meta:
+                refused.append((delivery, MalformedResult("a result where a saved group should be")))
+        for delivery, exc in refused:
+            self._reader.report_unreadable(delivery, address.name, exc)
+        saved = unpack(meta for _, _, meta in arrivals if "save_id" in meta)
         if saved is None:
             return None
         group = result_from_tuple((saved.identity, saved.children), self.app)
@@ -695,7 +704,9 @@ class AMQPBackend(Backend):  # type: ignore[misc]
 
     def add_pending_result(self, result: Any, weak: bool = False, start_drainer: bool = True) -> Any:
         """Called when somebody may wait for a result: a callback added with ``then`` fires when it is read."""
-        self._waiting[result.id] = result
+        first = self._waiting.setdefault(result.id, result)
+        if first is not result:
+            self._also_waiting.setdefault(result.id, WeakSet()).add(result)
         if result._cache is not None and not result.on_ready.ready:
             result.on_ready(result)
         return result
@@ -704,11 +715,14 @@ class AMQPBackend(Backend):  # type: ignore[misc]
         return [self.add_pending_result(result, weak) for result in results]
 
     def remove_pending_result(self, result: Any) -> Any:
-        """Called when a result is ready, forgotten, or no longer referred to."""
-        held: Any = self._waiting.get(result.id)
-        if held is result:
-            self._waiting.pop(result.id, None)
+        """Called when a result is ready, forgotten, or no longer referred to: it is held by a weak reference."""
         return result
+
+    def _fulfil(self, task_id: str, meta: Meta) -> None:
+        """Give a result to all its result objects, which call what was added with ``then``."""
+        for result in (self._waiting.get(task_id), *self._also_waiting.pop(task_id, ())):
+            if result is not None and result._cache is None:
+                result._maybe_set_cache(meta)
 
     def on_result_fulfilled(self, result: Any) -> None:
         """Called by Celery when nobody waits for a result any more."""
@@ -734,6 +748,7 @@ class AMQPBackend(Backend):  # type: ignore[misc]
                     result.id, timeout, no_ack, on_interval, on_message, states.READY_STATES
                 )
             result._maybe_set_cache(meta)
+            self._fulfil(result.id, meta)
         return result.maybe_throw(callback=callback, propagate=propagate)
 
     # -- the errors of chords
@@ -779,6 +794,7 @@ class AMQPBackend(Backend):  # type: ignore[misc]
         self._groups.clear()
         self._cache.clear()
         self._waiting.clear()
+        self._also_waiting.clear()
 
     def __reduce__(self, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = dict(
@@ -791,6 +807,7 @@ class AMQPBackend(Backend):  # type: ignore[misc]
             expires=self.expires,
             url=self.url,
             connection=self._connection,
+            accept=self.accept,
         )
         return _unpickle, (type(self), args, kwargs)
 
@@ -814,6 +831,17 @@ class RPCBackend(AMQPBackend):
     persistent = False
 
     _scheme = "fastres-rpc"
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._reader.mailbox.on_final = self._on_final
+
+    def _on_final(self, task_id: str, meta: Meta) -> None:
+        self._fulfil(task_id, self._to_python(meta))
+
+    def _after_fork(self) -> None:
+        super()._after_fork()
+        self._reader.mailbox.on_final = self._on_final
 
     @property
     def oid(self) -> str:

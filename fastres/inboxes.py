@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from celery import states
@@ -11,7 +12,7 @@ from kombu.utils.functional import LRUCache
 from fastres.transport import Busy
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from fastres._protocols import Arrival, Delivery, Meta
     from fastres.addresses import Address
@@ -167,7 +168,7 @@ class Inbox:
         if not delivery.redelivered:
             self.reader.reports.add(
                 "repeated", self._name_of(delivery), task_id, delivery.delivery_tag,
-                "this task's result came before; the first one counts", 0,
+                "this task's result came before; the first one counts", 0, recount=True,
             )  # fmt: skip
 
 
@@ -233,11 +234,19 @@ class Feed(Inbox):
                 return meta
         return None
 
+    def held(self, address: Address) -> int:
+        """How many results have come from an address and were not handed over yet."""
+        return sum(self._address_of(delivery) == address for delivery, _, _ in self._held.values())
+
     def handed_over(self, arrivals: list[Arrival]) -> None:
+        taken = self.reader.taken
         for delivery, _, _ in arrivals:
             self._held.pop(delivery.delivery_tag, None)
-            if self._alone:
-                self._finished.append(self._address_of(delivery))
+            if self.take:
+                address = self._address_of(delivery)
+                taken[address.name] = taken.get(address.name, 0) + 1
+                if self._alone:
+                    self._finished.append(address)
         if self.take:
             self._acknowledge([delivery for delivery, _, _ in arrivals])
 
@@ -262,9 +271,10 @@ class Feed(Inbox):
             self._held[arrival[0].delivery_tag] = arrival
         self._supersede(arrivals)
         repeated, foreign = self._offer(arrivals)
-        for delivery, task_id, _ in repeated:
+        for delivery, task_id, meta in repeated:
             self._held.pop(delivery.delivery_tag, None)
-            self._report_repeated(delivery, task_id)
+            if meta["status"] in states.READY_STATES:
+                self._report_repeated(delivery, task_id)
         if self.take and repeated:
             self._acknowledge([delivery for delivery, _, _ in repeated])
         for delivery, task_id, meta in foreign:
@@ -321,6 +331,14 @@ class Mailbox(Inbox):
         self._handed_over = LRUCache(limit=UNCLAIMED)
         self._per_group = LRUCache(limit=UNCLAIMED)
         self._subscribed = False
+        #: Called with the id and the meta of each final result, in the thread of somebody who waits.
+        self.on_final: Callable[[str, Meta], object] | None = None
+        self._to_tell: deque[tuple[str, Meta]] = deque()
+
+    def tell(self) -> None:
+        """Call ``on_final`` for what has come since."""
+        while self._to_tell and self.on_final is not None:
+            self.on_final(*self._to_tell.popleft())
 
     def add(self, address: Address, deadline: float | None = None) -> None:
         """Receive at this address too, from now on."""
@@ -340,8 +358,9 @@ class Mailbox(Inbox):
                 self._subscribed = True
 
     def expect(self, task_id: str) -> None:
-        """Keep this result until it is asked for, however many others come."""
+        """A task was sent: keep its result until it is asked for, however many others come."""
         self._expected.add(task_id)
+        self._handed_over.pop(task_id, None)
 
     def forget(self, task_id: str) -> None:
         """Nobody expects this result any more."""
@@ -395,6 +414,8 @@ class Mailbox(Inbox):
             else:
                 (self._arrived if task_id in self._expected else self._unclaimed)[task_id] = meta
                 self._states.pop(task_id, None)
+                if self.on_final is not None:
+                    self._to_tell.append((task_id, meta))
                 group_id = meta.get("group_id")
                 if group_id:
                     self._per_group[group_id] = self._per_group.get(group_id, 0) + 1

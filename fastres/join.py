@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Callable
 from celery import states
 from celery.exceptions import TimeoutError
 from kombu.exceptions import ContentDisallowed
+from kombu.utils.functional import LRUCache
 
 from fastres._impl import Aggregate
 from fastres.errors import MalformedResult
@@ -29,6 +30,10 @@ __all__ = ("Join", "Reader")
 
 #: Seconds between two looks at the interval callback, and at results that are peeked at.
 INTERVAL = 1.0
+#: Seconds that a result may come behind a message for the same task that cannot be read.
+GRACE = 0.1
+#: Queues of which it is remembered how many results were taken.
+REMEMBERED = 1000
 #: A wait of no seconds still lets the broker answer once.
 LEAST_TIMEOUT = 0.05
 
@@ -60,12 +65,17 @@ class Join:
         self.news: deque[tuple[Arrival, bool]] = deque()
         #: Ids of which a message came that cannot be read, and why.
         self.unreadable: dict[str, Exception] = {}
+        #: Whether a readable one was given the time to come after it.
+        self.looked_again = False
 
     def offer(self, arrivals: list[Arrival]) -> tuple[list[Arrival], list[Arrival], list[Arrival], list[Arrival]]:
         """Take what this join waits for; the answer is that of ``Aggregate.feed``."""
         sorted_out = self.aggregate.feed(arrivals)
         ready, states_, _, _ = sorted_out
         # A state is told before the final result of the same batch: it came first.
+        if self.unreadable:
+            for _, task_id, _ in ready:
+                self.unreadable.pop(task_id, None)
         self.news.extend((arrival, False) for arrival in states_)
         self.news.extend((arrival, True) for arrival in ready)
         return sorted_out
@@ -117,6 +127,8 @@ class Reader:
         self.addresses = addresses
         self.reports = reports
         self.auto_delete = auto_delete
+        #: How many results were taken, by queue.
+        self.taken = LRUCache(limit=REMEMBERED)
         self.mailbox = Mailbox(self)
         self.decoder = decoder
         self._prefetch = prefetch
@@ -147,6 +159,11 @@ class Reader:
     def feed_of(self, address: Address) -> Feed | None:
         """The feed that reads an address at present."""
         return self._feeds.get(address.name)
+
+    def progress(self, address: Address) -> int:
+        """How many results of an address this process has taken, or is about to."""
+        feed = self._feeds.get(address.name)
+        return int(self.taken.get(address.name, 0)) + (feed.held(address) if feed is not None else 0)
 
     def tasks(self, join: Join, addresses: list[Address], take: bool) -> None:
         """Let a join have the results of lone tasks."""
@@ -252,17 +269,21 @@ class Reader:
                 continue
             if not join.aggregate:
                 return
-            # Everything else was handed over. A lone wait need not wait for its timeout to be told.
-            if len(join.unreadable) >= len(join.aggregate) and (join.timeout is None or join.alone):
-                self._raise_unreadable(join)
             left = join.left()
             if left <= 0:
                 raise join.time_is_over()
+            # Everything else was handed over. A lone wait need not wait for its timeout to be told.
+            if len(join.unreadable) >= len(join.aggregate) and (join.timeout is None or join.alone):
+                if join.looked_again:
+                    self._raise_unreadable(join)
+                join.looked_again = True
+                left = min(left, GRACE)
             if rounds is not None:
                 rounds -= 1
                 if rounds < 0:
                     return
             self._look(join, min(pause, INTERVAL, left))
+            self.mailbox.tell()
             if on_interval is not None:
                 on_interval()
 

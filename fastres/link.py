@@ -11,6 +11,7 @@ import select
 import socket
 import threading
 import time
+import weakref
 from typing import TYPE_CHECKING, Any, Callable, Protocol, TypeVar
 
 from kombu.exceptions import OperationalError
@@ -261,6 +262,8 @@ class Link:
             self._bell = socket.socketpair()
             for end in self._bell:
                 end.setblocking(False)
+                # A backend need not be closed; an open socket that is dropped would be complained about.
+                weakref.finalize(self, end.close)
         bell, sock = self._bell[0], speak.socket
         poller = select.poll()
         poller.register(sock, select.POLLIN)

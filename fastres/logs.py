@@ -16,18 +16,35 @@ REMEMBERED = 10_000
 
 
 class Reports:
-    """Messages that are no result anybody can use: each is logged once, and counted every time."""
+    """Messages that are no result anybody can use: each is logged and counted once."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
         self._reported = LRUCache(limit=REMEMBERED)
 
-    def add(self, kind: str, queue: str, task_id: object, tag: object, why: object, fingerprint: int) -> bool:
-        """Report a message; False when this was done before."""
+    def add(
+        self,
+        kind: str,
+        queue: str,
+        task_id: object,
+        tag: object,
+        why: object,
+        fingerprint: int,
+        recount: bool = False,
+    ) -> None:
+        """Report a message.
+
+        Args:
+            fingerprint: tells messages of a kind, queue and task apart; one that was seen is not reported again.
+            recount: count it again all the same: it is another one.
+        """
         key = (kind, queue, task_id, fingerprint)
-        if key in self._reported:
-            return False
-        self._reported[key] = True
+        known = key in self._reported
+        if known and not recount:
+            return
         self.counts[kind] += 1
-        logger.warning("%s result in queue %r, task id %s, delivery tag %s: %s", kind, queue, task_id, tag, why)
-        return True
+        if not known:
+            self._reported[key] = True
+            logger.warning(
+                "%s result in queue %r, task id %s, delivery tag %s: %s", kind, queue, task_id, tag, why
+            )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -49,10 +50,11 @@ class Options:
                 raise ImproperlyConfigured(
                     f"result_backend_transport_options: {name} must be {what}, not {value!r}"
                 )
-        if self.prefetch > 65535:
-            raise ImproperlyConfigured(
-                f"result_backend_transport_options: prefetch is at most 65535, not {self.prefetch}"
-            )
+        for name, limit in (("prefetch", 65535), ("max_unpacked_size", sys.maxsize)):
+            if getattr(self, name) > limit:
+                raise ImproperlyConfigured(
+                    f"result_backend_transport_options: {name} is at most {limit}, not {getattr(self, name)}"
+                )
 
     @classmethod
     def parse(cls, given: Mapping[str, Any] | None) -> Options:

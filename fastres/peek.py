@@ -34,7 +34,7 @@ DECLARED = 10_000
 SEEN = 1000
 SNAPSHOTS = 8
 #: Seconds to wait for a message that may be out of its queue: when nobody else is there, and when somebody is.
-GLANCE, LONG_GLANCE = 0.002, 0.1
+GLANCE, LONG_GLANCE = 0.01, 0.1
 #: A group's queue is read again after this many times the seconds it took the last time: polling every member of
 #: a large group costs a bounded part of the time that passes.
 REST = 4
@@ -167,7 +167,7 @@ class Peek:
             metas = self.group(group_id, with_states).metas
             for task_id in task_ids:
                 if task_id in metas and task_id in join.aggregate:
-                    join.offer([((None, None, None), task_id, metas[task_id])])
+                    join.offer([(None, task_id, metas[task_id])])
 
     def group(self, group_id: str, with_states: bool) -> Snapshot:
         """What the queue of a group holds, read again if it has changed.
@@ -234,12 +234,8 @@ class Peek:
         """How many results of a group have come: the messages in its queue."""
         address = self._addresses.group(group_id)
         state = self._link.call(lambda speak: speak.inspect(address.name))
-        count = state.messages if state is not None else 0
-        # While somebody reads the queue its messages are out of it, but what has come does not go.
+        count = self._reader.progress(address) + (state.messages if state is not None else 0)
+        # While another process reads the queue its messages are out of it, but what has come does not go.
         most: int = max(count, self._progress.get(group_id, 0))
         self._progress[group_id] = most
         return most
-
-    def took(self, group_id: str, count: int) -> None:
-        """A join of this process has taken so many results of a group."""
-        self._progress[group_id] = max(self._progress.get(group_id, 0), count)

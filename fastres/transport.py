@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import struct
 import time
 from typing import TYPE_CHECKING, Any, Callable, NamedTuple, Union
 
 from amqp import spec
 from amqp.exceptions import AccessRefused, NotFound, PreconditionFailed
+from amqp.serialization import dumps
 
 from fastres._impl import Delivery, Frames
 from fastres._protocols import COMPRESSION, KEEP
@@ -184,7 +186,7 @@ class Native:
         try:
             channel.basic_consume(
                 name, tag, exclusive=exclusive, on_cancel=on_cancel,
-                callback=lambda raw: receiver([delivery_of(channel.message_to_python(raw), tag)]),
+                callback=lambda raw: receiver([_delivery(raw, tag)]),
             )  # fmt: skip
         except AccessRefused as exc:
             raise Busy(exc.reply_text) from exc
@@ -223,11 +225,12 @@ class Native:
     def peek(self, channel: Any, name: str) -> tuple[Any | None, int]:
         """The first message of a queue and how many stand behind it, in one round trip.
 
-        The request to put it back is written before the message is read, so it is out of the queue only for the
-        moment between two frames in the broker.
+        The request to put it back is in the same write, so it is out of the queue only for the moment between two
+        frames in the broker.
         """
-        channel.send_method(spec.Basic.Get, "Bsb", (0, name, False))
-        self._give_back(channel)
+        get = _method(channel, spec.Basic.Get, "Bsb", (0, name, False))
+        channel.connection.transport.write(get + _method(channel, spec.Basic.Nack, "Lbb", (0, True, True)))
+        channel.connection.bytes_sent += 2
         answer = channel.wait([spec.Basic.GetOk, spec.Basic.GetEmpty], returns_tuple=True)
         if len(answer) < 2:
             return None, 0
@@ -238,7 +241,7 @@ class Native:
             "exchange": exchange,
             "routing_key": routing_key,
         }
-        return delivery_of(channel.message_to_python(message)), behind
+        return _delivery(message), behind
 
     def glance(self, channel: Any, name: str, seconds: float) -> Any | None:
         """The first message of a queue, waiting for it as a consumer: what another process has just taken out to
@@ -255,13 +258,13 @@ class Native:
                 self._connection.drain_events(timeout=left)
         channel.basic_cancel(tag)
         self._give_back(channel)
-        return delivery_of(channel.message_to_python(found[0])) if found else None
+        return _delivery(found[0]) if found else None
 
     def history(self, channel: Any, name: str, count: int) -> list[Any]:
         """The first ``count`` messages of a queue, which stay there."""
         raw = [channel.basic_get(name) for _ in range(count)]
         self._give_back(channel)
-        return [delivery_of(channel.message_to_python(message)) for message in raw if message is not None]
+        return [_delivery(message) for message in raw if message is not None]
 
     def read_all(self, name: str, count: int) -> list[Any]:
         """The first ``count`` messages of a queue, which go back where they were.
@@ -340,7 +343,7 @@ class Generic:
         channel.basic_consume(
             name,
             no_ack=False,
-            callback=lambda raw: receiver([delivery_of(channel.message_to_python(raw), tag)]),
+            callback=lambda raw: receiver([_generic_delivery(channel.message_to_python(raw), tag)]),
             consumer_tag=tag,
         )
 
@@ -374,7 +377,7 @@ class Generic:
             latest = message
         if latest is not None:
             channel.basic_reject(latest.delivery_tag, requeue=True)
-        return (None if latest is None else delivery_of(latest)), 0
+        return (None if latest is None else _generic_delivery(latest)), 0
 
     def glance(self, channel: Any, name: str, seconds: float) -> Any | None:
         """The first message of a queue, trying again for a moment."""
@@ -395,7 +398,7 @@ class Generic:
             messages.append(message)
         for message in reversed(messages):
             channel.basic_reject(message.delivery_tag, requeue=True)
-        return [delivery_of(message) for message in messages]
+        return [_generic_delivery(message) for message in messages]
 
     def read_all(self, name: str, count: int) -> list[Any]:
         channel = self.channel()
@@ -411,8 +414,38 @@ class Generic:
 Dialect = Union[Native, Generic]
 
 
-def delivery_of(message: Any, consumer_tag: str = "") -> DeliveryProtocol:
-    """A message of kombu as a delivery."""
+def dialect(connection: Any) -> Dialect:
+    """How to speak to the broker of an established kombu connection."""
+    return Native(connection) if connection.transport.driver_name == "py-amqp" else Generic(connection)
+
+
+def _method(channel: Any, signature: tuple[int, int], types: str, arguments: tuple[Any, ...]) -> bytes:
+    """The frame of a method."""
+    payload = struct.pack(">HH", *signature) + dumps(types, arguments)
+    return struct.pack(">BHI", 1, channel.channel_id, len(payload)) + payload + b"\xce"
+
+
+def _delivery(message: Any, consumer_tag: str = "") -> DeliveryProtocol:
+    """A message of py-amqp as a delivery."""
+    properties = message.properties
+    headers = properties.get("application_headers") or {}
+    delivery: DeliveryProtocol = Delivery(
+        0,
+        consumer_tag,
+        message.delivery_tag,
+        bool(message.delivery_info.get("redelivered")),
+        message.body,
+        properties.get("content_type"),
+        properties.get("content_encoding"),
+        properties.get("correlation_id"),
+        headers.get(COMPRESSION),
+        bool(headers.get(KEEP)),
+    )
+    return delivery
+
+
+def _generic_delivery(message: Any, consumer_tag: str = "") -> DeliveryProtocol:
+    """A message of kombu, which has decompressed the body already if it could, as a delivery."""
     delivery: DeliveryProtocol = Delivery(
         0,
         consumer_tag,
@@ -422,12 +455,7 @@ def delivery_of(message: Any, consumer_tag: str = "") -> DeliveryProtocol:
         message.content_type,
         message.content_encoding,
         message.properties.get("correlation_id"),
-        message.headers.get(COMPRESSION),
+        message.headers.get(COMPRESSION) if message.errors else None,
         bool(message.headers.get(KEEP)),
     )
     return delivery
-
-
-def dialect(connection: Any) -> Dialect:
-    """How to speak to the broker of an established kombu connection."""
-    return Native(connection) if connection.transport.driver_name == "py-amqp" else Generic(connection)
