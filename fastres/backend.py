@@ -612,6 +612,8 @@ class AMQPBackend(Backend):  # type: ignore[misc]
     def _look(self, task_id: str, backlog_limit: int) -> Meta | None:
         group_id = self._group_of(task_id)
         if group_id is not None:
+            if self._groups.is_forgotten(group_id, task_id):
+                return None
             return self._peek.member(group_id, task_id)
         return self._peek.task(task_id, backlog_limit)
 
@@ -668,6 +670,8 @@ class AMQPBackend(Backend):  # type: ignore[misc]
             self._reader.report_unreadable(delivery, address.name, exc)
         saved = unpack(meta for _, _, meta in arrivals if "save_id" in meta)
         if saved is None:
+            if refused:
+                raise refused[0][1]
             return None
         group = result_from_tuple((saved.identity, saved.children), self.app)
         for task_id in saved.alone:
@@ -692,7 +696,7 @@ class AMQPBackend(Backend):  # type: ignore[misc]
         group_id = self._group_of(task_id)
         if group_id is None:
             self._delete([self.addresses.task(task_id)])
-        elif self._groups.forgotten(group_id, task_id):
+        elif self._groups.forget(group_id, task_id):
             self._groups.discard(group_id)
             self._delete([self.addresses.group(group_id), self.addresses.states(group_id)])
 

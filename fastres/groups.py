@@ -60,8 +60,11 @@ class GroupTable:
         """The known members, in the order they were added; None when nothing is known of the group."""
         return self._members.get(group_id)
 
-    def forgotten(self, group_id: str, task_id: str) -> bool:
-        """The result of a member was deleted: is it the last one?"""
+    def is_forgotten(self, group_id: str, task_id: str) -> bool:
+        return task_id in self._forgotten.get(group_id, ())
+
+    def forget(self, group_id: str, task_id: str) -> bool:
+        """Delete the result of a member: whether it was the last one."""
         with self._lock:
             forgotten = self._forgotten.setdefault(group_id, set())
             forgotten.add(task_id)

@@ -236,7 +236,8 @@ class Feed(Inbox):
 
     def held(self, address: Address) -> int:
         """How many results have come from an address and were not handed over yet."""
-        return sum(self._address_of(delivery) == address for delivery, _, _ in self._held.values())
+        deliveries = [delivery for delivery, _, _ in self._held.values()] + self.received
+        return sum(self._address_of(delivery) == address for delivery in deliveries)
 
     def handed_over(self, arrivals: list[Arrival]) -> None:
         taken = self.reader.taken

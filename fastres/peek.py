@@ -234,7 +234,8 @@ class Peek:
         """How many results of a group have come: the messages in its queue."""
         address = self._addresses.group(group_id)
         state = self._link.call(lambda speak: speak.inspect(address.name))
-        count = self._reader.progress(address) + (state.messages if state is not None else 0)
+        # What came over the connection before that answer is counted here.
+        count = (state.messages if state is not None else 0) + self._reader.progress(address)
         # While another process reads the queue its messages are out of it, but what has come does not go.
         most: int = max(count, self._progress.get(group_id, 0))
         self._progress[group_id] = most

@@ -421,8 +421,9 @@ def dialect(connection: Any) -> Dialect:
 
 def _method(channel: Any, signature: tuple[int, int], types: str, arguments: tuple[Any, ...]) -> bytes:
     """The frame of a method."""
-    payload = struct.pack(">HH", *signature) + dumps(types, arguments)
-    return struct.pack(">BHI", 1, channel.channel_id, len(payload)) + payload + b"\xce"
+    payload: bytes = struct.pack(">HH", *signature) + dumps(types, arguments)
+    header = struct.pack(">BHI", 1, channel.channel_id, len(payload))
+    return header + payload + b"\xce"
 
 
 def _delivery(message: Any, consumer_tag: str = "") -> DeliveryProtocol:

@@ -44,9 +44,9 @@ def test_members_keep_their_order() -> None:
 def test_forgotten_tells_the_last_one() -> None:
     table = GroupTable()
     table.add("g", ["a", "b"])
-    assert not table.forgotten("g", "a")
-    assert not table.forgotten("g", "a")
-    assert table.forgotten("g", "b")
+    assert not table.forget("g", "a")
+    assert not table.forget("g", "a")
+    assert table.forget("g", "b")
 
 
 def test_discard() -> None:
@@ -63,10 +63,10 @@ def test_discard() -> None:
 def test_a_group_that_is_added_again_after_it_was_forgotten_starts_anew() -> None:
     table = GroupTable()
     table.add("g", ["a", "b"])
-    table.forgotten("g", "a")
+    table.forget("g", "a")
     table.discard("g")
     table.add("g", ["a", "b"])
-    assert not table.forgotten("g", "b")
+    assert not table.forget("g", "b")
 
 
 def test_tasks_of_no_group() -> None:

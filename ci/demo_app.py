@@ -1,0 +1,10 @@
+"""The application of the demo: all that fastres needs is the name of the result backend."""
+
+from celery import Celery
+
+app = Celery("demo_app", backend="fastres://")
+
+
+@app.task
+def add(x: int, y: int) -> int:
+    return x + y
