@@ -23,6 +23,8 @@ __all__ = ("Feed", "Inbox", "Mailbox")
 
 #: Seconds between two attempts to be the one reader of a queue.
 TURN = 0.1
+#: Results that were handed over and are kept for joins that come late, in each feed.
+REMEMBERED = 1000
 #: Final results that came to the mailbox and nobody has asked for yet.
 UNCLAIMED = 8192
 
@@ -205,8 +207,9 @@ class Feed(Inbox):
         self._emptied = True
         #: Queues of lone tasks whose result was handed over.
         self._finished: list[Address] = []
-        #: Arrivals that were not handed over yet, for joins that come late, by delivery tag.
+        #: For joins that come late: arrivals not handed over yet, by delivery tag, and the last that were.
         self._held: dict[Any, Arrival] = {}
+        self._last: deque[Arrival] = deque(maxlen=REMEMBERED)
         self._latest_state: dict[str, Delivery] = {}
 
     def open(self, speak: Dialect) -> None:
@@ -217,8 +220,8 @@ class Feed(Inbox):
 
     def attach(self, join: Join) -> None:
         self.joins.append(join)
-        if self._held:
-            join.offer(list(self._held.values()))
+        join.offer([(None, task_id, meta) for _, task_id, meta in self._last])
+        join.offer(list(self._held.values()))
 
     def detach(self, join: Join) -> bool:
         """Whether that was the last join."""
@@ -241,6 +244,7 @@ class Feed(Inbox):
 
     def handed_over(self, arrivals: list[Arrival]) -> None:
         taken = self.reader.taken
+        self._last.extend(arrivals)
         for delivery, _, _ in arrivals:
             self._held.pop(delivery.delivery_tag, None)
             if self.take:
@@ -344,19 +348,19 @@ class Mailbox(Inbox):
     def add(self, address: Address, deadline: float | None = None) -> None:
         """Receive at this address too, from now on."""
 
+        link = self.reader.link
+
         def add(speak: Dialect) -> None:
             if address not in self.addresses:
                 if self.opening is not None:
                     self._consume(self.opening, address)
                 self.addresses.append(address)
-
-        if address in self.addresses:
-            return
-        with self.reader.link.exclusively():
-            self.reader.link.call(add, deadline)
             if not self._subscribed:
-                self.reader.link.subscribe(self, deadline)
+                link.subscribe(self, deadline)
                 self._subscribed = True
+
+        if address not in self.addresses:
+            link.call(add, deadline)
 
     def expect(self, task_id: str) -> None:
         """A task was sent: keep its result until it is asked for, however many others come."""

@@ -178,7 +178,7 @@ class Reader:
 
     def mail(self, join: Join) -> None:
         """Let a join have what comes to the mailbox."""
-        with self.link.exclusively():
+        with self.link.exclusively(join.deadline):
             self.mailbox.attach(join)
         join.inboxes.append(self.mailbox)
 
@@ -201,26 +201,25 @@ class Reader:
                 self._feeds[address.name] = feed
             return shared, feed
 
-        with self.link.exclusively():
+        with self.link.exclusively(join.deadline):
             shared, feed = attach()
             join.inboxes += shared
             if feed is not None:
-                try:
-                    self.link.subscribe(feed, join.deadline)
-                except BaseException:
-                    self._release(feed)
-                    raise
                 join.inboxes.append(feed)
+                self.link.subscribe(feed, join.deadline)
 
     def leave(self, join: Join) -> None:
         """End a join, however it ended."""
-        with self.link.exclusively():
+
+        def leave() -> None:
             for inbox in join.inboxes:
                 if isinstance(inbox, Mailbox):
                     inbox.detach(join)
                 elif isinstance(inbox, Feed) and inbox.detach(join):
                     self._release(inbox)
                     self.link.unsubscribe(inbox, inbox.close)
+
+        self.link.soon(leave)
 
     def _release(self, feed: Feed) -> None:
         for address in feed.addresses:
@@ -236,10 +235,13 @@ class Reader:
                 by_feed.setdefault(delivery.source.inbox, []).append(arrival)
             elif take:
                 self.mailbox.taken(arrival[1])
+
+        def tell() -> None:
+            for feed, own in by_feed.items():
+                feed.handed_over(own)
+
         if by_feed:
-            with self.link.exclusively():
-                for feed, own in by_feed.items():
-                    feed.handed_over(own)
+            self.link.soon(tell)
 
     def wait(
         self,

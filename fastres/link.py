@@ -1,17 +1,20 @@
 """The consuming connection of a process: shared by its threads, kept alive over the broker's absences.
 
 One of the threads that wait reads the socket for all of them; the others sleep until it has news, and take over
-when it leaves. Whoever has something to say to the broker interrupts the reader.
+when it leaves. Whoever has something to say to the broker interrupts the reader. Nobody holds the connection while
+it only waits for a broker that is away, so that each thread keeps its own timeout.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import select
 import socket
 import threading
 import time
 import weakref
+from collections import deque
 from typing import TYPE_CHECKING, Any, Callable, Protocol, TypeVar
 
 from kombu.exceptions import OperationalError
@@ -36,6 +39,9 @@ SLICE = 0.05
 BATCH = 1000
 #: Seconds that the rest of a TLS record may take to come.
 RECORD_TIMEOUT = 1.0
+#: Seconds after which a broker that does not answer is taken to be gone, and how far over a deadline that may go.
+PATIENCE = 30.0
+LENIENCE = 0.2
 #: How often an operation is tried again when the connection breaks under it.
 ATTEMPTS = 5
 
@@ -64,8 +70,12 @@ class Link:
         self._retry_policy = retry_policy
         self._connection: Any = None
         self._speak: Dialect | None = None
+        self._seeking: Any = None
         self._established = False
+        self._failures = 0
+        self._retry_at = 0.0
         self._subscribers: list[Subscriber] = []
+        self._deferred: deque[Callable[[], object]] = deque()
         # _io: who talks to the broker. _reader: who reads for all. _news: a batch was handed on.
         self._io = threading.RLock()
         self._reader = threading.Lock()
@@ -83,44 +93,50 @@ class Link:
         Raises:
             kombu.exceptions.OperationalError: there was no connection to be had.
         """
-        with self.exclusively():
-            for attempt in range(ATTEMPTS):
-                speak = self._ensure(deadline)
-                speak.hand_back()
-                try:
-                    return operation(speak)
-                except self._connection.connection_errors as exc:
-                    self._lost(exc)
-                    if attempt == ATTEMPTS - 1:
-                        raise OperationalError(f"the connection broke {ATTEMPTS} times: {exc}") from exc
-        raise AssertionError("unreachable")
+        broken = 0
+        while True:
+            with self.exclusively(deadline):
+                if self._connection is not None or self._try_to_connect(deadline):
+                    speak, connection = self._speak, self._connection
+                    try:
+                        with self._patiently(deadline):
+                            speak.hand_back()  # type: ignore[union-attr]
+                            return operation(speak)  # type: ignore[arg-type]
+                    except connection.connection_errors as exc:
+                        self._lost(exc)
+                        broken += 1
+                        if broken == ATTEMPTS or _passed(deadline):
+                            raise OperationalError(f"the connection broke {broken} times: {exc!r}") from exc
+            self._pause(math.inf, deadline)
 
-    def attempt(self, operation: Callable[[Dialect], object]) -> None:
+    def attempt(self, operation: Callable[[Dialect], object], deadline: float | None = None) -> None:
         """Do something that only has a meaning on the present connection, if that is still there."""
         with self.exclusively():
-            if self._connection is None:
+            connection = self._connection
+            if connection is None:
                 return
             try:
-                self._speak.hand_back()  # type: ignore[union-attr]
-                operation(self._speak)  # type: ignore[arg-type]
-            except self._connection.channel_errors as exc:
+                with self._patiently(deadline):
+                    self._speak.hand_back()  # type: ignore[union-attr]
+                    operation(self._speak)  # type: ignore[arg-type]
+            except connection.channel_errors as exc:
                 logger.warning("The broker closed a channel: %s", exc)
-            except self._connection.connection_errors as exc:
+            except connection.connection_errors as exc:
                 self._lost(exc)
 
+    def soon(self, action: Callable[[], object]) -> None:
+        """Do something exclusively: now, or by the next one who may if the connection is in use for long."""
+        try:
+            with self.exclusively(time.monotonic() + LENIENCE):
+                action()
+        except Occupied:
+            self._deferred.append(action)
+
     def subscribe(self, subscriber: Subscriber, deadline: float | None = None) -> None:
-        """Open a subscriber, now and after each reconnection, until :meth:`unsubscribe`."""
-        with self.exclusively():
-            if self._connection is None:
-                self._subscribers.append(subscriber)
-                try:
-                    self._ensure(deadline)
-                except BaseException:
-                    self._subscribers.remove(subscriber)
-                    raise
-            else:
-                self.call(subscriber.open, deadline)
-                self._subscribers.append(subscriber)
+        """Open a subscriber, now or with the next connection and after each that follows."""
+        with self.exclusively(deadline):
+            self._subscribers.append(subscriber)
+            self.attempt(subscriber.open, deadline)
 
     def unsubscribe(self, subscriber: Subscriber, farewell: Callable[[Dialect], None]) -> None:
         """Close a subscriber with a last word to the broker, if it is there to hear it."""
@@ -139,15 +155,18 @@ class Link:
             return
         try:
             self._step_aside()
-            with self._io:
+            with self.exclusively(deadline, ring=False):
                 # Between the last look and now another thread may have read it.
                 if done():
                     return
-                self._ensure(deadline)
-                try:
-                    self._drain(timeout)
-                except self._connection.connection_errors as exc:
-                    self._lost(exc)
+                if self._connection is not None or self._try_to_connect(deadline):
+                    connection = self._connection
+                    try:
+                        self._drain(timeout)
+                    except connection.connection_errors as exc:
+                        self._lost(exc)
+                    return
+            self._pause(timeout, deadline)
         finally:
             self._reader.release()
             with self._news:
@@ -156,9 +175,13 @@ class Link:
     def reset(self) -> None:
         """Close the connection; the next use opens a new one."""
         with self.exclusively():
-            if self._connection is not None:
-                connection, self._connection, self._speak = self._connection, None, None
+            connection, self._connection, self._speak = self._connection, None, None
+            if connection is not None:
                 connection.release()
+            with self._count:
+                bell, self._bell = self._bell, None
+            for end in bell or ():
+                end.close()
 
     def abandon(self) -> None:
         """In a forked child: forget the parent's connection, without a word on it."""
@@ -167,64 +190,26 @@ class Link:
             end.close()
         self.__init__(self._connect, self._retry_policy)  # type: ignore[misc]
 
-    # -- the connection
-
-    def _ensure(self, deadline: float | None) -> Dialect:
-        while self._connection is None:
-            connection = self._establish(deadline)
-            self._connection, self._speak = connection, dialect(connection)
-            try:
-                for subscriber in self._subscribers:
-                    subscriber.open(self._speak)
-            except connection.connection_errors as exc:
-                self._lost(exc)
-            else:
-                self._established = True
-        return self._speak  # type: ignore[return-value]
-
-    def _establish(self, deadline: float | None) -> Any:
-        policy = self._retry_policy
-        interval = policy["interval_start"]
-        attempt = 0
-        connection = self._connect()
-        while True:
-            try:
-                return connection.ensure_connection(
-                    max_retries=max(1, len(connection.alt) - 1), interval_start=0, interval_step=0,
-                    interval_max=0, reraise_as_library_errors=False,
-                )  # fmt: skip
-            except connection.recoverable_connection_errors as exc:
-                attempt += 1
-                left = None if deadline is None else deadline - time.monotonic()
-                patient = self._established and deadline is not None
-                given_up = not patient and attempt > policy["max_retries"]
-                if given_up or (left is not None and left <= 0):
-                    raise OperationalError(f"cannot reach the broker {connection.as_uri()}: {exc}") from exc
-                logger.warning("Cannot reach the broker %s, trying again: %s", connection.as_uri(), exc)
-                time.sleep(max(0.0, min(interval, left if left is not None else interval)))
-                interval = min(interval + policy["interval_step"], policy["interval_max"])
-
-    def _lost(self, exc: BaseException) -> None:
-        logger.warning("Lost the connection to the broker, reconnecting: %r", exc)
-        connection, self._connection, self._speak = self._connection, None, None
-        # Nothing that goes wrong while a broken connection is dropped can be news.
-        with contextlib.suppress(Exception):
-            connection.collect()
-
-    # -- who may use it
-
     @contextlib.contextmanager
-    def exclusively(self) -> Iterator[None]:
-        """Nobody else reads or writes meanwhile; a reader is interrupted."""
+    def exclusively(self, deadline: float | None = None, ring: bool = True) -> Iterator[None]:
+        """Nobody else reads or writes meanwhile; a reader is interrupted.
+
+        Raises: Occupied: another thread was at it until the deadline.
+        """
         with self._count:
-            self._wanted += 1
-            if self._bell is not None:
+            self._wanted += ring
+            if ring and self._bell is not None:
                 with contextlib.suppress(BlockingIOError):
                     self._bell[1].send(b"\0")
-        self._io.acquire()
+        forever = deadline is None or deadline == math.inf
+        acquired = self._io.acquire(timeout=-1 if forever else max(0.0, deadline - time.monotonic()))  # type: ignore[operator]
         with self._count:
-            self._wanted -= 1
+            self._wanted -= ring
+        if not acquired:
+            raise Occupied("another thread is waiting for an answer of the broker")
         try:
+            while self._deferred:
+                self._deferred.popleft()()
             yield
         finally:
             self._io.release()
@@ -235,6 +220,85 @@ class Link:
             if not self._wanted:
                 return
             time.sleep(0.0005)
+
+    # -- the connection
+
+    def _try_to_connect(self, deadline: float | None) -> bool:
+        """Whether there is a connection now, after one attempt if it is time for one.
+
+        Raises:
+            kombu.exceptions.OperationalError: that was the last attempt.
+        """
+        if time.monotonic() < self._retry_at:
+            return False
+        if self._seeking is None:
+            self._seeking = self._connect()
+        connection = self._seeking
+        timeout = connection.connect_timeout
+        connection.connect_timeout = _left(deadline, timeout or PATIENCE)
+        try:
+            connection.ensure_connection(
+                max_retries=max(0, len(connection.alt) - 1), interval_start=0, interval_step=0, interval_max=0,
+                reraise_as_library_errors=False,
+            )  # fmt: skip
+            self._connection, self._speak, self._seeking = connection, dialect(connection), None
+            with self._patiently(deadline):
+                for subscriber in list(self._subscribers):
+                    subscriber.open(self._speak)
+        except connection.recoverable_connection_errors as exc:
+            self._failed(connection, exc, deadline)
+            return False
+        finally:
+            connection.connect_timeout = timeout
+        self._established = True
+        self._failures = 0
+        return True
+
+    def _failed(self, connection: Any, exc: BaseException, deadline: float | None) -> None:
+        policy = self._retry_policy
+        self._failures += 1
+        self._drop()
+        patient = self._established and deadline is not None
+        if _passed(deadline) or (not patient and self._failures > policy["max_retries"]):
+            self._failures = 0
+            raise OperationalError(f"cannot reach the broker {connection.as_uri()}: {exc!r}") from exc
+        logger.warning("Cannot reach the broker %s, trying again: %r", connection.as_uri(), exc)
+        interval = policy["interval_start"] + policy["interval_step"] * (self._failures - 1)
+        self._retry_at = time.monotonic() + min(interval, policy["interval_max"])
+
+    def _lost(self, exc: BaseException) -> None:
+        logger.warning("Lost the connection to the broker, reconnecting: %r", exc)
+        self._drop()
+
+    def _drop(self) -> None:
+        connection, self._connection, self._speak = self._connection, None, None
+        # Nothing that goes wrong while a broken connection is dropped can be news.
+        with contextlib.suppress(Exception):
+            connection.collect()
+
+    def _pause(self, timeout: float, deadline: float | None) -> None:
+        """Wait until it is time for the next attempt to connect. Raises OperationalError at the deadline."""
+        pause = min(self._retry_at - time.monotonic(), timeout, _left(deadline, math.inf))
+        if pause > 0:
+            time.sleep(pause)
+        if _passed(deadline):
+            raise OperationalError("the broker cannot be reached")
+
+    @contextlib.contextmanager
+    def _patiently(self, deadline: float | None) -> Iterator[None]:
+        """Let an operation wait for answers of the broker no longer than makes sense."""
+        sock = self._speak.socket if isinstance(self._speak, Native) else None
+        if sock is None:
+            yield
+            return
+        before = sock.gettimeout()
+        sock.settimeout(_left(deadline, PATIENCE) + LENIENCE)
+        try:
+            yield
+        finally:
+            # It may have been closed meanwhile.
+            with contextlib.suppress(OSError):
+                sock.settimeout(before)
 
     # -- reading
 
@@ -268,8 +332,22 @@ class Link:
         poller = select.poll()
         poller.register(sock, select.POLLIN)
         poller.register(bell, select.POLLIN)
-        events = dict(poller.poll(timeout * 1000))
+        # Who rang for the reader that went before is still waiting, and will not ring again.
+        events = dict(poller.poll(0 if self._wanted else max(timeout, 0.0) * 1000))
         if bell.fileno() in events:
             with contextlib.suppress(BlockingIOError):
                 bell.recv(4096)
         return sock.fileno() in events
+
+
+class Occupied(OperationalError):  # type: ignore[misc]
+    """The connection is in use by another thread."""
+
+
+def _left(deadline: float | None, most: float) -> float:
+    """Seconds until the deadline, ``most`` at most."""
+    return most if deadline is None else max(0.01, min(most, deadline - time.monotonic()))
+
+
+def _passed(deadline: float | None) -> bool:
+    return deadline is not None and time.monotonic() >= deadline

@@ -163,13 +163,13 @@ class Peek:
 
     def offer(self, group_id: str, task_ids: Iterable[str], join: Join, with_states: bool) -> None:
         """Give a join what there is of some members of a group."""
-        with self._link.exclusively():
-            metas = self.group(group_id, with_states).metas
+        metas = self.group(group_id, with_states, join.deadline).metas
+        with self._link.exclusively(join.deadline):
             for task_id in task_ids:
                 if task_id in metas and task_id in join.aggregate:
                     join.offer([(None, task_id, metas[task_id])])
 
-    def group(self, group_id: str, with_states: bool) -> Snapshot:
+    def group(self, group_id: str, with_states: bool, deadline: float | None = None) -> Snapshot:
         """What the queue of a group holds, read again if it has changed.
 
         One round trip while it has not changed. A member's result may be seen late by four times the seconds
@@ -183,7 +183,7 @@ class Peek:
         if self._reader.feed_of(addresses[0]) is not None:
             # A join of this process is at it, and its results know.
             return snapshot
-        self._link.call(lambda speak: self._refresh(speak, snapshot, addresses))
+        self._link.call(lambda speak: self._refresh(speak, snapshot, addresses), deadline)
         return snapshot
 
     def _refresh(self, speak: Dialect, snapshot: Snapshot, addresses: list[Address]) -> None:

@@ -206,18 +206,15 @@ class Native:
         channel.basic_qos(0, 0, False)
 
     def leave(self, channel: Any, tags: Sequence[str], unacknowledged: Sequence[int]) -> None:
-        """Stop consuming; what was not acknowledged goes back to where it was in its queue."""
-        if not channel.is_open:
-            return
-        for tag in tags:
-            self._receivers.pop((channel.channel_id, tag), None)
-        self._frames.disown(channel.channel_id)
-        for tag in tags[:-1]:
-            channel.basic_cancel(tag, nowait=True)
-        if tags:
-            # When this is answered no more deliveries come, which a closing channel would complain about.
-            channel.basic_cancel(tags[-1])
-        channel.close()
+        """Stop consuming; what was not acknowledged goes back to where it was in its queue.
+
+        The channel closes when the broker's answer is read: whoever ends a wait does not wait for that.
+        """
+        if channel.is_open:
+            for tag in tags:
+                self._receivers.pop((channel.channel_id, tag), None)
+            self._frames.disown(channel.channel_id)
+            channel.send_method(spec.Channel.Close, "BsBB", (0, "", 0, 0))
 
     def _give_back(self, channel: Any) -> None:
         channel.send_method(spec.Basic.Nack, "Lbb", (0, True, True))
@@ -278,6 +275,7 @@ class Native:
             with contextlib.suppress(socket.timeout):
                 while len(found) < count:
                     self.drain(STALLED)
+            channel.basic_cancel("fastres-scan")
         finally:
             self.leave(channel, ["fastres-scan"], ())
         return found[:count]

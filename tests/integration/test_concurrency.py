@@ -1,0 +1,434 @@
+"""Threads, forks and greenlets: many waits at once, on one consuming connection per process."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Callable
+from uuid import uuid4
+
+import pytest
+from celery import Celery, group
+from celery.app.task import Context
+from celery.exceptions import TimeoutError
+from celery.result import AsyncResult, GroupResult
+from proj import slow
+from rabbitmq_node import Node
+from workers import Worker, client, python, start_python, until
+
+SECONDS = 20
+
+
+@pytest.fixture(scope="module")
+def node() -> Iterator[Node]:
+    """A broker on which nobody else's connections come and go."""
+    with Node() as node:
+        yield node
+
+
+@pytest.fixture
+def app(node: Node) -> Iterator[Celery]:
+    """The application that waits."""
+    with client(node.url) as app:
+        yield app
+
+
+@pytest.fixture
+def writer(make_app: Callable[..., Celery]) -> Celery:
+    """The application that has the results, as a worker has."""
+    app = make_app(result_backend_transport_options={"confirm": False})
+    assert app.backend, "Celery makes one for each of the threads that come at once"
+    return app
+
+
+def store(writer: Celery, task_id: str, value: Any, group_id: str | None = None) -> None:
+    """As a worker does; with a group id, as the result of one of its members."""
+    member = {"group": group_id, "group_index": 0} if group_id else {}
+    request = Context(id=task_id, correlation_id=task_id, children=[], **member)
+    writer.backend.store_result(task_id, value, "SUCCESS", request=request)
+
+
+def new_ids(count: int) -> list[str]:
+    return [str(uuid4()) for _ in range(count)]
+
+
+def new_group(app: Celery, task_ids: list[str], group_id: str | None = None) -> GroupResult:
+    return GroupResult(group_id or str(uuid4()), [app.AsyncResult(task_id) for task_id in task_ids], app=app)
+
+
+def connections(node: Node) -> int:
+    return len(node.ctl("list_connections", "--no-table-headers", "pid").split())
+
+
+def consumers(node: Node) -> int:
+    return sum(map(int, node.ctl("list_queues", "--no-table-headers", "consumers").split()))
+
+
+class Crowd:
+    """Threads that each run a function; a context manager that waits for their end."""
+
+    def __init__(self, size: int) -> None:
+        self._pool = ThreadPoolExecutor(size)
+
+    def __enter__(self) -> Crowd:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._pool.shutdown()
+
+    def send(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Future[Any]:
+        return self._pool.submit(function, *args, **kwargs)
+
+
+def time_out(function: Callable[[], Any]) -> float:
+    """How many seconds a call takes until it raises TimeoutError."""
+    start = time.monotonic()
+    with pytest.raises(TimeoutError):
+        function()
+    return time.monotonic() - start
+
+
+def overslept(seconds: float) -> float:
+    """By how much a sleep is too long: what is not the fault of the one who waits, but of a busy machine."""
+    start = time.monotonic()
+    longest = 0.0
+    while (now := time.monotonic()) - start < seconds + 0.5:
+        time.sleep(0.01)
+        longest = max(longest, time.monotonic() - now - 0.01)
+    return longest
+
+
+# -- threads
+
+
+def test_threads_wait_for_different_results_on_one_connection(app: Celery, writer: Celery, node: Node) -> None:
+    task_ids = new_ids(40)
+    store(writer, "open its connection", 0)
+    before, consuming = connections(node), consumers(node)
+    with Crowd(len(task_ids)) as crowd:
+        waits = [crowd.send(app.AsyncResult(task_id).get, timeout=SECONDS) for task_id in task_ids]
+        until(lambda: consumers(node) == consuming + len(task_ids))
+        assert connections(node) == before + 1
+        for number, task_id in enumerate(task_ids):
+            store(writer, task_id, number)
+        assert [wait.result() for wait in waits] == list(range(len(task_ids)))
+        assert connections(node) == before + 1
+
+
+def test_threads_wait_for_the_same_result(app: Celery, writer: Celery) -> None:
+    task_id = str(uuid4())
+    with Crowd(20) as crowd:
+        waits = [crowd.send(app.AsyncResult(task_id).get, timeout=SECONDS) for _ in range(20)]
+        time.sleep(0.3)
+        store(writer, task_id, "for all")
+        assert [wait.result() for wait in waits] == ["for all"] * 20
+
+
+def test_threads_come_one_after_the_other_for_the_same_result(app: Celery, writer: Celery) -> None:
+    """Some wait when it comes, some come while it is handed over, some later."""
+    task_id = str(uuid4())
+    with Crowd(20) as crowd:
+        waits = []
+        for number in range(20):
+            waits.append(crowd.send(app.AsyncResult(task_id).get, timeout=SECONDS))
+            if number == 10:
+                store(writer, task_id, "for all")
+            time.sleep(0.005)
+        assert [wait.result() for wait in waits] == ["for all"] * 20
+
+
+def test_threads_join_the_same_group(app: Celery, writer: Celery) -> None:
+    group_id, task_ids = str(uuid4()), new_ids(300)
+    with Crowd(5) as crowd:
+        joins = [crowd.send(new_group(app, task_ids, group_id).get, timeout=SECONDS) for _ in range(5)]
+        for number, task_id in enumerate(task_ids):
+            store(writer, task_id, number, group_id)
+        for join in joins:
+            assert join.result() == list(range(300))
+
+
+def test_threads_join_groups_of_their_own(app: Celery, writer: Celery) -> None:
+    groups = {str(uuid4()): new_ids(100) for _ in range(8)}
+    with Crowd(8) as crowd:
+        joins = [
+            crowd.send(new_group(app, ids, group_id).get, timeout=SECONDS) for group_id, ids in groups.items()
+        ]
+        for number in range(100):
+            for group_id, task_ids in groups.items():
+                store(writer, task_ids[number], number, group_id)
+        for join in joins:
+            assert join.result() == list(range(100))
+
+
+def test_each_timeout_is_exact_while_others_wait(app: Celery, writer: Celery) -> None:
+    timeouts = [0.5 + 0.15 * number for number in range(12)]
+    stop = threading.Event()
+
+    def traffic(task_ids: list[str]) -> list[Any]:
+        return [app.AsyncResult(task_id).get(timeout=SECONDS) for task_id in task_ids]
+
+    with Crowd(20) as crowd:
+        busy = new_ids(40)
+        others = [crowd.send(traffic, busy[start::4]) for start in range(4)]
+        waits = [crowd.send(time_out, lambda t=t: app.AsyncResult(str(uuid4())).get(timeout=t)) for t in timeouts]
+        for task_id in busy:
+            store(writer, task_id, task_id)
+            stop.wait(0.04)
+        slack = crowd.send(overslept, 2.0)
+        took = [wait.result() for wait in waits]
+        assert [other.result() for other in others] == [busy[start::4] for start in range(4)]
+    for timeout, seconds in zip(timeouts, took):
+        assert timeout - 0.01 <= seconds <= timeout + 0.1 + slack.result(), list(zip(timeouts, took))
+
+
+def test_a_timeout_is_exact_while_a_large_group_is_joined(app: Celery, writer: Celery) -> None:
+    group_id, task_ids = str(uuid4()), new_ids(3000)
+    for number, task_id in enumerate(task_ids):
+        store(writer, task_id, number, group_id)
+    with Crowd(2) as crowd:
+        wait = crowd.send(time_out, lambda: app.AsyncResult(str(uuid4())).get(timeout=0.5))
+        sleep = crowd.send(overslept, 0.5)
+        assert new_group(app, task_ids, group_id).get(timeout=SECONDS) == list(range(3000))
+        assert 0.49 <= wait.result() <= 0.6 + sleep.result()
+
+
+def test_states_are_polled_while_a_thread_waits(app: Celery, writer: Celery) -> None:
+    waited, polled = new_ids(2)
+    with Crowd(1) as crowd:
+        wait = crowd.send(app.AsyncResult(waited).get, timeout=SECONDS)
+        time.sleep(0.2)
+        start = time.monotonic()
+        assert [app.AsyncResult(polled).state for _ in range(20)] == ["PENDING"] * 20
+        assert time.monotonic() - start < 2
+        store(writer, polled, 1)
+        assert app.AsyncResult(polled).state == "SUCCESS"
+        store(writer, waited, 2)
+        assert wait.result() == 2
+
+
+def test_a_result_is_told_to_its_waiter_at_once(app: Celery, writer: Celery) -> None:
+    """Also while another thread, which waits for something else, is the one that reads the socket."""
+    first, second = new_ids(2)
+    with Crowd(2) as crowd:
+        long_wait = crowd.send(app.AsyncResult(first).get, timeout=SECONDS)
+        time.sleep(0.2)
+        wait = crowd.send(app.AsyncResult(second).get, timeout=SECONDS)
+        time.sleep(0.2)
+        start = time.monotonic()
+        store(writer, second, "soon")
+        assert wait.result() == "soon"
+        assert time.monotonic() - start < 0.3
+        store(writer, first, "late")
+        assert long_wait.result() == "late"
+
+
+def test_many_threads_write_at_once(app: Celery, writer: Celery, node: Node) -> None:
+    task_ids = new_ids(100)
+    before = connections(node)
+    with Crowd(30) as crowd:
+        for done in [crowd.send(store, writer, task_id, task_id) for task_id in task_ids]:
+            done.result()
+    assert connections(node) - before <= 10, "broker_pool_limit"
+    assert [app.AsyncResult(task_id).get(timeout=SECONDS) for task_id in task_ids] == task_ids
+
+
+# -- forks
+
+
+def in_fork(function: Callable[[], Any]) -> Any:
+    """What a function returns in a forked child, as JSON can hold it; the child's errors are raised here."""
+    ours, theirs = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            answer = {"value": function()}
+        except BaseException:
+            answer = {"error": traceback.format_exc()}
+        os.write(theirs, json.dumps(answer).encode())
+        os._exit(0)
+    os.close(theirs)
+    with os.fdopen(ours, "rb") as pipe:
+        answer = json.loads(pipe.read() or '{"error": "the child died"}')
+    os.waitpid(pid, 0)
+    assert "error" not in answer, answer["error"]
+    return answer["value"]
+
+
+FORKS = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+
+
+@FORKS
+def test_a_forked_child_starts_clean(app: Celery, writer: Celery, node: Node) -> None:
+    ours, theirs, late = new_ids(3)
+    for task_id in (ours, theirs):
+        store(writer, task_id, task_id)
+    assert app.AsyncResult(ours).get(timeout=SECONDS) == ours
+    before = connections(node)
+    value, state, seen = in_fork(
+        lambda: (
+            app.AsyncResult(theirs).get(timeout=SECONDS),
+            app.AsyncResult(late).state,
+            connections(node),
+        )
+    )
+    assert (value, state, seen) == (theirs, "PENDING", before + 1)
+    store(writer, late, "late")
+    assert app.AsyncResult(late).get(timeout=SECONDS) == "late", "the parent's connections still work"
+
+
+@FORKS
+def test_a_child_forked_in_the_middle_of_a_wait(app: Celery, writer: Celery) -> None:
+    waited, other = new_ids(2)
+    store(writer, other, "for the child")
+    with Crowd(2) as crowd:
+        waits = [crowd.send(app.AsyncResult(waited).get, timeout=SECONDS) for _ in range(2)]
+        time.sleep(0.3)
+        assert in_fork(lambda: app.AsyncResult(other).get(timeout=SECONDS)) == "for the child"
+        assert in_fork(lambda: time_out(lambda: app.AsyncResult(waited).get(timeout=0.3))) < 0.4 + 0.3
+        store(writer, waited, "for the parent")
+        assert [wait.result() for wait in waits] == ["for the parent"] * 2
+
+
+@FORKS
+def test_a_child_forked_in_the_middle_of_a_join(app: Celery, writer: Celery) -> None:
+    group_id, task_ids = str(uuid4()), new_ids(500)
+    for number, task_id in enumerate(task_ids):
+        store(writer, task_id, number, group_id)
+    pairs = new_group(app, task_ids, group_id).iter_native(timeout=SECONDS)
+    got = [next(pairs)[0] for _ in range(100)]
+    other = str(uuid4())
+    store(writer, other, "for the child")
+    assert in_fork(lambda: app.AsyncResult(other).get(timeout=SECONDS)) == "for the child"
+    got += [task_id for task_id, _ in pairs]
+    assert sorted(got) == sorted(task_ids)
+
+
+@FORKS
+def test_a_child_writes(app: Celery, writer: Celery) -> None:
+    ours, theirs = new_ids(2)
+    store(writer, ours, "parent's")
+    in_fork(lambda: store(writer, theirs, "child's"))
+    store(writer, ours, "parent's")
+    assert app.AsyncResult(theirs).get(timeout=SECONDS) == "child's"
+    assert app.AsyncResult(ours).get(timeout=SECONDS) == "parent's"
+
+
+def read_and_tell(task_id: str, answers: Any) -> None:
+    answers.put(AsyncResult(task_id).get(timeout=SECONDS))
+
+
+@FORKS
+def test_children_of_multiprocessing(app: Celery, writer: Celery) -> None:
+    task_ids = new_ids(4)
+    waited = str(uuid4())
+    context = multiprocessing.get_context("fork")
+    answers = context.SimpleQueue()
+    with Crowd(1) as crowd:
+        wait = crowd.send(app.AsyncResult(waited).get, timeout=SECONDS)
+        time.sleep(0.2)
+        children = [context.Process(target=read_and_tell, args=(task_id, answers)) for task_id in task_ids]
+        for child in children:
+            child.start()
+        for task_id in task_ids:
+            store(writer, task_id, task_id)
+        assert sorted(answers.get() for _ in children) == sorted(task_ids)
+        for child in children:
+            child.join(SECONDS)
+            assert child.exitcode == 0
+        store(writer, waited, "for the parent")
+        assert wait.result() == "for the parent"
+    answers.close()
+
+
+# -- greenlets
+
+PATCH = {
+    "gevent": "import gevent; from gevent import monkey; monkey.patch_all(); from gevent import spawn, sleep",
+    "eventlet": "import eventlet; eventlet.monkey_patch(); from eventlet import spawn, sleep",
+}
+TICKER = """
+import time
+gaps = []
+def tick():
+    last = time.monotonic()
+    while True:
+        sleep(0.01)
+        now = time.monotonic()
+        gaps.append(now - last)
+        last = now
+spawn(tick)
+"""
+JOIN = {"gevent": "get", "eventlet": "wait"}
+
+
+@pytest.mark.parametrize("hub", ["gevent", "eventlet"])
+def test_waits_do_not_block_the_hub(app: Celery, writer: Celery, hub: str) -> None:
+    task_ids = new_ids(50)
+    code = f"""
+        ids = {task_ids!r}
+        waits = [spawn(lambda i=i: app.AsyncResult(i).get(timeout=20)) for i in ids]
+        sleep(1.0)
+        del gaps[:]
+        print("waiting", flush=True)
+        assert [wait.{JOIN[hub]}() for wait in waits] == ids
+        print(max(gaps), len(gaps))
+    """
+    process = start_python(code, app, PATCH[hub] + TICKER)
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline().strip() == "waiting", process.stderr and process.stderr.read()
+        time.sleep(1)
+        for task_id in task_ids:
+            store(writer, task_id, task_id)
+        out, err = process.communicate(timeout=30)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == 0, err
+    longest, ticks = out.split()
+    assert int(ticks) > 30
+    assert float(longest) < 0.25, "the ticker stood still"
+
+
+@pytest.mark.parametrize("hub", ["gevent", "eventlet"])
+def test_greenlets_join_groups_and_time_out(app: Celery, writer: Celery, hub: str) -> None:
+    groups = {str(uuid4()): new_ids(50) for _ in range(5)}
+    for group_id, task_ids in groups.items():
+        for number, task_id in enumerate(task_ids):
+            store(writer, task_id, number, group_id)
+    code = f"""
+        from celery.result import GroupResult
+        from celery.exceptions import TimeoutError
+        groups = {groups!r}
+        def join(group_id):
+            return GroupResult(group_id, [app.AsyncResult(i) for i in groups[group_id]], app=app).get(timeout=20)
+        def time_out(seconds):
+            start = time.monotonic()
+            try:
+                app.AsyncResult("nothing-" + str(seconds)).get(timeout=seconds)
+            except TimeoutError:
+                return time.monotonic() - start - seconds
+        late = [spawn(time_out, seconds) for seconds in (0.5, 1.0, 1.5)]
+        joins = [spawn(join, group_id) for group_id in groups]
+        print(all(greenlet.{JOIN[hub]}() == list(range(50)) for greenlet in joins),
+              max(greenlet.{JOIN[hub]}() for greenlet in late), max(gaps))
+    """
+    all_there, late, longest = python(code, app, before=PATCH[hub] + TICKER).split()
+    assert all_there == "True"
+    assert float(late) < 0.1 + float(longest)
+    assert float(longest) < 1
+
+
+@pytest.mark.parametrize("pool", ["gevent", "eventlet"])
+def test_a_worker_of_greenlets(node: Node, pool: str) -> None:
+    with Worker(node.url, pool=pool, concurrency=50) as worker, worker.client():
+        start = time.monotonic()
+        result = group(slow.s(1.0, number) for number in range(50)).apply_async()
+        assert result.get(timeout=SECONDS) == list(range(50))
+        assert time.monotonic() - start < 10, "they ran at the same time"

@@ -1,0 +1,185 @@
+"""The tasks of the test application, shared by every application of a process.
+
+As a module of a worker (``celery -A proj``) it is configured by PROJ_BROKER, PROJ_BACKEND and PROJ_CONF (JSON).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+from celery import Celery, group, shared_task
+from celery.result import allow_join_result
+
+Json = dict[str, Any]
+
+
+def make_app(broker: str, backend: str, conf: Json | None = None, current: bool = False) -> Celery:
+    """An application with these tasks; `current`: the one that signatures and results find by themselves."""
+    app = Celery("proj", broker=broker, backend=backend, set_as_current=current)
+    app.conf.update(broker_connection_retry_on_startup=True, result_chord_retry_interval=0.1, **(conf or {}))
+    app.made_with = (broker, backend, conf or {})
+    if current:
+        app.set_default()
+    return app
+
+
+class OutOfStockError(Exception):
+    """An exception of the application's own."""
+
+    def __init__(self, item: str, left: int) -> None:
+        super().__init__(item, left)
+        self.item = item
+        self.left = left
+
+
+@shared_task
+def add(x: int, y: int) -> int:
+    return x + y
+
+
+@shared_task
+def tsum(numbers: list[int]) -> int:
+    return sum(numbers)
+
+
+@shared_task
+def echo(value: Any) -> Any:
+    return value
+
+
+@shared_task
+def collect(values: list[Any], *more: Any) -> list[Any]:
+    return [values, *more]
+
+
+@shared_task
+def slow(seconds: float, value: Any = None) -> Any:
+    time.sleep(seconds)
+    return value
+
+
+@shared_task
+def fail(item: str, left: int = 0) -> None:
+    raise OutOfStockError(item, left)
+
+
+@shared_task
+def fail_with_key(key: str) -> None:
+    raise KeyError(key)
+
+
+@shared_task(ignore_result=True)
+def silent(value: Any) -> Any:
+    return value
+
+
+@shared_task
+def errback(request: Any, exc: BaseException, traceback: Any, folder: str) -> None:
+    """Which task failed, and how, into a file."""
+    Path(folder, "told").write_text(f"{request.id} {exc!r}")
+
+
+@shared_task(bind=True)
+def retried(self: Any, times: int) -> int:
+    """Fails for so many times, then returns how often it ran."""
+    if self.request.retries < times:
+        raise self.retry(countdown=0, max_retries=times)
+    return int(self.request.retries) + 1
+
+
+@shared_task(bind=True, max_retries=1)
+def retried_in_vain(self: Any, item: str) -> None:
+    try:
+        raise OutOfStockError(item, 0)
+    except OutOfStockError as exc:
+        raise self.retry(exc=exc, countdown=0) from exc
+
+
+@shared_task(bind=True)
+def progress(self: Any, steps: int, pause: float = 0.05) -> int:
+    for step in range(steps):
+        self.update_state(state="PROGRESS", meta={"step": step, "of": steps})
+        time.sleep(pause)
+    return steps
+
+
+@shared_task(bind=True)
+def ids(self: Any) -> Json:
+    request = self.request
+    return {"id": request.id, "group": request.group, "root": request.root_id, "parent": request.parent_id}
+
+
+@shared_task(bind=True)
+def stamps(self: Any) -> Json:
+    return {header: self.request.stamps.get(header) for header in self.request.stamped_headers or ()}
+
+
+@shared_task
+def big(size: int) -> str:
+    return "x" * size
+
+
+@shared_task(bind=True)
+def launch(self: Any, count: int) -> str:
+    """Sends a group, which becomes its child, and does not wait."""
+    return str(group(add.s(number, number) for number in range(count)).apply_async().id)
+
+
+@shared_task
+def launch_and_wait(count: int, timeout: float) -> list[int]:
+    """A task that joins the group that it sent: what Celery warns of, but what is done."""
+    with allow_join_result():
+        result: list[int] = (
+            group(add.s(number, number) for number in range(count)).apply_async().get(timeout=timeout)
+        )
+    return result
+
+
+@shared_task(bind=True)
+def replaced(self: Any, x: int, y: int) -> None:
+    raise self.replace(add.s(x, y))
+
+
+@shared_task(bind=True)
+def replaced_by_group(self: Any, count: int) -> None:
+    raise self.replace(group(add.s(number, number) for number in range(count)))
+
+
+@shared_task(bind=True)
+def replaced_by_chain(self: Any, x: int) -> None:
+    raise self.replace(add.s(x, 1) | add.s(10))
+
+
+@shared_task(acks_late=True, reject_on_worker_lost=True)
+def dies_once(folder: str, number: int) -> int:
+    """The first time its process is killed: the broker gives the task to another one."""
+    mark = Path(folder, f"ran-{number}")
+    if not mark.exists():
+        mark.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return number
+
+
+@shared_task
+def gated(path: str, value: Any) -> Any:
+    """Ends as soon as a file is there."""
+    end = time.monotonic() + 60
+    while not os.path.exists(path):
+        if time.monotonic() > end:
+            raise TimeoutError(path)
+        time.sleep(0.02)
+    return value
+
+
+if "PROJ_BROKER" in os.environ:
+    app = make_app(
+        os.environ["PROJ_BROKER"],
+        os.environ.get("PROJ_BACKEND", "fastres://"),
+        json.loads(os.environ.get("PROJ_CONF", "{}")),
+        current=True,
+    )

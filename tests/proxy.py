@@ -1,0 +1,116 @@
+"""A TCP proxy on 127.0.0.1 that cuts, stalls or refuses the connections through it."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import struct
+import threading
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+HOST = "127.0.0.1"
+#: On close the kernel sends a reset instead of what is still to be sent: the network is gone.
+RESET = struct.pack("ii", 1, 0)
+
+
+class Proxy:
+    """Forwards what comes to `port` to another port of this machine; a context manager.
+
+    Args:
+        cuts: after how many bytes from the server each connection is cut; those that come after it are not.
+    """
+
+    def __init__(self, target: int, cuts: tuple[int, ...] = ()) -> None:
+        self._target = target
+        self._cuts = list(cuts)
+        self._listener = socket.create_server((HOST, 0))
+        self.port: int = self._listener.getsockname()[1]
+        self.accepted = 0
+        self.cut_count = 0
+        self._flowing = threading.Event()
+        self._flowing.set()
+        self._open: set[socket.socket] = set()
+        self._threads: list[threading.Thread] = []
+        self._refusing = False
+
+    @property
+    def url(self) -> str:
+        return f"amqp://guest:guest@{HOST}:{self.port}//"
+
+    def __enter__(self) -> Self:
+        self._run(self._accept)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        self.resume()
+        self.cut()
+        for thread in self._threads:
+            thread.join(10)
+
+    def cut(self) -> None:
+        """Break every open connection."""
+        for end in list(self._open):
+            self._close(end)
+
+    def refuse(self, refusing: bool = True) -> None:
+        """Break every open connection, and each new one at once, until called with False."""
+        self._refusing = refusing
+        if refusing:
+            self.cut()
+
+    def stall(self) -> None:
+        """Forward nothing any more, and say nothing: connections hang."""
+        self._flowing.clear()
+
+    def resume(self) -> None:
+        self._flowing.set()
+
+    def _run(self, target: object, *args: object) -> None:
+        thread = threading.Thread(target=target, args=args, daemon=True)  # type: ignore[arg-type]
+        self._threads.append(thread)
+        thread.start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = self._listener.accept()
+                self.accepted += 1
+                if self._refusing:
+                    self._close(client)
+                    continue
+                try:
+                    server = socket.create_connection((HOST, self._target))
+                except OSError:
+                    self._close(client)
+                    continue
+                limit = self._cuts.pop(0) if self._cuts else None
+                self._open |= {client, server}
+                self._run(self._forward, client, server, None)
+                self._run(self._forward, server, client, limit)
+
+    def _forward(self, source: socket.socket, sink: socket.socket, limit: int | None) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(1 << 16 if limit is None else min(limit, 1 << 16)):
+                self._flowing.wait()
+                sink.sendall(data)
+                if limit is not None:
+                    limit -= len(data)
+                    if limit <= 0:
+                        self.cut_count += 1
+                        break
+        self._close(source)
+        self._close(sink)
+
+    def _close(self, end: socket.socket) -> None:
+        self._open.discard(end)
+        with contextlib.suppress(OSError):
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+            # Wakes the thread that reads it, which close() alone does not.
+            end.shutdown(socket.SHUT_RDWR)
+        end.close()

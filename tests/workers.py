@@ -1,0 +1,138 @@
+"""Real workers (``celery -A proj worker``) in processes of their own, and clients of them in other processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Callable
+from uuid import uuid4
+
+import proj
+from celery import Celery, _state
+from rabbitmq_node import Leashed
+
+import fastres
+
+TESTS = Path(__file__).parent
+
+
+class Worker(Leashed):
+    """A worker that is ready when started, and gone with all its processes when stopped; a context manager.
+
+    Args:
+        pool: ``prefork``, ``threads``, ``solo``, ``gevent`` or ``eventlet``.
+        arguments: more of the command line.
+        conf: Celery's settings, as JSON can hold them.
+    """
+
+    name = "worker"
+    hint = "The log above says why."
+
+    def __init__(
+        self,
+        broker: str,
+        backend: str = "fastres://",
+        pool: str = "prefork",
+        concurrency: int = 2,
+        arguments: str = "",
+        **conf: Any,
+    ) -> None:
+        # A queue of its own: what other tests left behind is not for this worker.
+        conf.setdefault("task_default_queue", f"proj-{uuid4()}")
+        self.broker, self.backend, self.conf = broker, backend, conf
+        self._line = (
+            f"exec {sys.executable} -m celery -A proj worker -P {pool} -c {concurrency} -l INFO "
+            f"-n {uuid4()}@%h --without-gossip --without-mingle {arguments}"
+        )
+        super().__init__(envvars=environment(broker, backend, **conf))
+
+    def shell_line(self, folder: Path) -> str:
+        # The word that is waited for must be of this start, not of the last one.
+        (folder / "output.log").write_text("")
+        return self._line
+
+    def pre_start_check(self) -> bool:
+        return False
+
+    def after_start_check(self) -> bool:
+        return " ready." in self.log()
+
+    def log(self) -> str:
+        """All that the worker has logged since its start."""
+        return (self.folder / "output.log").read_text("utf-8", "replace") if self.folder else ""
+
+    @contextmanager
+    def client(self, **conf: Any) -> Iterator[Celery]:
+        """An application of this process with the worker's settings; `conf` overrides."""
+        with client(self.broker, self.backend, **{**self.conf, **conf}) as app:
+            yield app
+
+
+def environment(broker: str, backend: str = "fastres://", **conf: Any) -> dict[str, str]:
+    """What a process needs to import ``proj`` with these settings."""
+    return {
+        "PROJ_BROKER": broker,
+        "PROJ_BACKEND": backend,
+        "PROJ_CONF": json.dumps(conf),
+        "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent), str(TESTS.parent / "ci")]),
+        "C_FORCE_ROOT": "1",
+    }
+
+
+@contextmanager
+def client(broker: str, backend: str = "fastres://", **conf: Any) -> Iterator[Celery]:
+    """The current application of this process, as that of a program that sends tasks to workers."""
+    before = _state.default_app, _state._tls.current_app
+    app = proj.make_app(broker, backend, conf, current=True)
+    try:
+        yield app
+    finally:
+        _state.default_app, _state._tls.current_app = before
+        if isinstance(app._backend, fastres.AMQPBackend):
+            app.backend.close()
+        app.close()
+
+
+def python(code: str, app: Celery, timeout: float = 60, before: str = "") -> str:
+    """What a new process prints that has imported all of ``proj``, with the settings of a client of this process.
+
+    Raises AssertionError, with its standard error, when it fails.
+    """
+    process = start_python(code, app, before)
+    try:
+        out, err = process.communicate(timeout=timeout)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == 0, err
+    assert "Exception ignored" not in err, err
+    return out.strip()
+
+
+def start_python(code: str, app: Celery, before: str = "") -> subprocess.Popen[str]:
+    """As python(), without waiting for its end; `before` runs before anything is imported."""
+    broker, backend, conf = app.made_with
+    return subprocess.Popen(
+        [sys.executable, "-c", before + "\nfrom proj import *\n" + textwrap.dedent(code)],
+        env={**os.environ, **environment(broker, backend, **conf)},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def until(condition: Callable[[], Any], timeout: float = 20, pause: float = 0.02) -> Any:
+    """Wait until something is true, and return it; AssertionError when it is not in time."""
+    end = time.monotonic() + timeout
+    while not (value := condition()):
+        assert time.monotonic() < end, f"not so after {timeout} seconds"
+        time.sleep(pause)
+    return value
