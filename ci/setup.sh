@@ -31,7 +31,7 @@ pip_install() (
     build=$(mktemp -d) || exit
     trap 'rm -rf "$build"' EXIT
     sources | (cd "$root" && xargs -0 cp --parents -t "$build") || exit
-    "$venv/bin/python" -m pip install -qq "$build[$1]" </dev/null
+    "$venv/bin/python" -m pip install -qq "${build}[$1]" </dev/null
 )
 
 # The files that the build reads, relative to the root.

@@ -30,7 +30,7 @@ from fastres._protocols import KEEP, Arrival, Meta
 from fastres.addresses import Address, Addresses
 from fastres.connections import Connector
 from fastres.errors import BacklogLimitExceeded, MalformedResult
-from fastres.groups import GroupTable, leaves, member_of, pack, unpack
+from fastres.groups import GroupTable, leaves, member_of, own_groups, pack, unpack
 from fastres.join import Join, Reader
 from fastres.link import Link
 from fastres.logs import Reports
@@ -206,13 +206,22 @@ class AMQPBackend(Backend):  # type: ignore[misc]
         if self.options.member_queues:
             return None
         group_id = self._groups.group_of(task_id)
-        if group_id is None:
-            held = self._waiting.get(task_id)
-            group: Any = None if held is None else member_of(held)
-            if group is not None and group.id:
-                self._know(group)
-                group_id = self._groups.group_of(task_id)
+        if group_id is None and not self._groups.is_alone(task_id):
+            held = [member_of(result) for result in self._held(task_id)]
+            groups = {group.id: group for group in held if group is not None and group.id}
+            for group_id, group in groups.items():
+                if len(groups) == 1:
+                    self._know(group)
+                # Celery gives the parent of a nested chord another id than the one its parts are sent with.
+                elif task_id in self._peek.group(group_id, with_states=False).metas:
+                    self._groups.add(group_id, (task_id,))
+                    break
         return group_id
+
+    def _held(self, task_id: str) -> list[Any]:
+        """The result objects of a task that are alive."""
+        first: Any = self._waiting.get(task_id)
+        return [*([] if first is None else [first]), *self._also_waiting.get(task_id, ())]
 
     def _know(self, group: GroupResult) -> None:
         """Remember the members of a group, and of the groups in it."""
@@ -720,12 +729,15 @@ class AMQPBackend(Backend):  # type: ignore[misc]
 
     def remove_pending_result(self, result: Any) -> Any:
         """Called when a result is ready, forgotten, or no longer referred to: it is held by a weak reference."""
+        others = self._also_waiting.get(result.id)
+        if others is not None and not any(other is not result for other in others):
+            self._also_waiting.pop(result.id, None)
         return result
 
     def _fulfil(self, task_id: str, meta: Meta) -> None:
         """Give a result to all its result objects, which call what was added with ``then``."""
-        for result in (self._waiting.get(task_id), *self._also_waiting.pop(task_id, ())):
-            if result is not None and result._cache is None:
+        for result in self._held(task_id):
+            if result._cache is None:
                 result._maybe_set_cache(meta)
 
     def on_result_fulfilled(self, result: Any) -> None:
@@ -755,7 +767,12 @@ class AMQPBackend(Backend):  # type: ignore[misc]
             self._fulfil(result.id, meta)
         return result.maybe_throw(callback=callback, propagate=propagate)
 
-    # -- the errors of chords
+    # -- chords
+
+    def apply_chord(self, header_result_args: Any, body: Any, **kwargs: Any) -> Any:
+        """Start a chord; ``celery.chord_unlock`` joins it."""
+        own_groups(body, header_result_args[0])
+        return super().apply_chord(header_result_args, body, **kwargs)
 
     def chord_error_from_stack(self, callback: Any, exc: BaseException | None = None) -> Any:
         """As in Celery; the failure goes to the body's address, which only its signature knows."""

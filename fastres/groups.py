@@ -6,6 +6,7 @@ import threading
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from celery.canvas import _chain, chord, group
 from celery.result import GroupResult, ResultBase
 from kombu.utils.functional import LRUCache
 from kombu.utils.uuid import uuid
@@ -14,7 +15,7 @@ from vine import barrier
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
-__all__ = ("GroupTable", "leaves", "member_of", "pack", "unpack")
+__all__ = ("GroupTable", "leaves", "member_of", "own_groups", "pack", "unpack")
 
 #: Members that are remembered, over all groups; the newest group is kept whole however large it is.
 REMEMBERED = 1_000_000
@@ -111,6 +112,23 @@ def member_of(result: Any) -> GroupResult | None:
                 if isinstance(owner, GroupResult):
                     return owner
     return None
+
+
+def own_groups(body: Any, header_id: str) -> None:
+    """Give the members of groups in a chord's body the id of their own group.
+
+    Celery freezes a body with the group id of its header, which its members then carry in their messages.
+    """
+    if isinstance(body, group):
+        for task in body.tasks:
+            if task.options.get("group_id") == header_id:
+                task.options["group_id"] = body.options["task_id"]
+            own_groups(task, header_id)
+    elif isinstance(body, chord):
+        own_groups(body.body, header_id)
+    elif isinstance(body, _chain):
+        for task in body.tasks:
+            own_groups(task, header_id)
 
 
 def _listeners(promise: Any) -> Sequence[Any]:

@@ -217,7 +217,9 @@ class Reader:
                     inbox.detach(join)
                 elif isinstance(inbox, Feed) and inbox.detach(join):
                     self._release(inbox)
-                    self.link.unsubscribe(inbox, inbox.close)
+                    # A wait that has ended at its timeout does not begin another one.
+                    deadline = join.deadline if join.left() <= 0 else None
+                    self.link.unsubscribe(inbox, inbox.close, deadline)
 
         self.link.soon(leave)
 

@@ -138,11 +138,13 @@ class Link:
             self._subscribers.append(subscriber)
             self.attempt(subscriber.open, deadline)
 
-    def unsubscribe(self, subscriber: Subscriber, farewell: Callable[[Dialect], None]) -> None:
+    def unsubscribe(
+        self, subscriber: Subscriber, farewell: Callable[[Dialect], None], deadline: float | None = None
+    ) -> None:
         """Close a subscriber with a last word to the broker, if it is there to hear it."""
         with self.exclusively():
             self._subscribers.remove(subscriber)
-            self.attempt(farewell)
+            self.attempt(farewell, deadline)
 
     def read(self, timeout: float, done: Callable[[], bool], deadline: float | None) -> None:
         """Read what comes within ``timeout`` seconds, or let another thread do it until ``done()``.

@@ -205,16 +205,19 @@ class Native:
             channel.basic_cancel(tag)
         channel.basic_qos(0, 0, False)
 
-    def leave(self, channel: Any, tags: Sequence[str], unacknowledged: Sequence[int]) -> None:
+    def leave(self, channel: Any, tags: Sequence[str], unacknowledged: Sequence[Any]) -> None:
         """Stop consuming; what was not acknowledged goes back to where it was in its queue.
 
-        The channel closes when the broker's answer is read: whoever ends a wait does not wait for that.
+        Only if there is such is the broker's answer waited for: whoever ends a wait has no need of it.
         """
-        if channel.is_open:
-            for tag in tags:
-                self._receivers.pop((channel.channel_id, tag), None)
-            self._frames.disown(channel.channel_id)
-            channel.send_method(spec.Channel.Close, "BsBB", (0, "", 0, 0))
+        if not channel.is_open:
+            return
+        for tag in tags:
+            self._receivers.pop((channel.channel_id, tag), None)
+        self._frames.disown(channel.channel_id)
+        channel.send_method(spec.Channel.Close, "BsBB", (0, "", 0, 0))
+        if unacknowledged:
+            channel.wait(spec.Channel.CloseOk)
 
     def _give_back(self, channel: Any) -> None:
         channel.send_method(spec.Basic.Nack, "Lbb", (0, True, True))
@@ -275,9 +278,8 @@ class Native:
             with contextlib.suppress(socket.timeout):
                 while len(found) < count:
                     self.drain(STALLED)
-            channel.basic_cancel("fastres-scan")
         finally:
-            self.leave(channel, ["fastres-scan"], ())
+            self.leave(channel, ["fastres-scan"], found)
         return found[:count]
 
     def delete(self, channel: Any, name: str) -> None:
@@ -406,6 +408,8 @@ class Generic:
             channel.close()
 
     def delete(self, channel: Any, name: str) -> None:
+        # Virtual channels delete what is bound; the default exchange binds nothing.
+        channel.queue_purge(name)
         channel.queue_delete(name)
 
 

@@ -50,9 +50,7 @@ CONTENT_TYPES = {
 @pytest.mark.usefixtures("both")
 @pytest.mark.parametrize("serializer", CONTENT_TYPES)
 def test_result_serializer(make_app: MakeApp, broker: Broker, serializer: str) -> None:
-    writer, reader = (
-        make_app(result_serializer=serializer, result_accept_content=[serializer]) for _ in range(2)
-    )
+    writer, reader = (make_app(result_serializer=serializer, result_accept_content=[serializer]) for _ in range(2))
     value = {"n": 1, "f": 1.5, "list": [None, True, "é"], "deep": {"a": {"b": []}}}
     task_id = uuid()
     store(writer, task_id, value)
@@ -63,9 +61,7 @@ def test_result_serializer(make_app: MakeApp, broker: Broker, serializer: str) -
 
 @pytest.mark.parametrize("serializer", CONTENT_TYPES)
 def test_result_serializer_of_a_failure(make_app: MakeApp, serializer: str) -> None:
-    writer, reader = (
-        make_app(result_serializer=serializer, result_accept_content=[serializer]) for _ in range(2)
-    )
+    writer, reader = (make_app(result_serializer=serializer, result_accept_content=[serializer]) for _ in range(2))
     task_id = uuid()
     request = request_of(task_id)
     writer.backend.mark_as_failure(task_id, Refused(4, "no"), traceback="the traceback", request=request)

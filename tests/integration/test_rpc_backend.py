@@ -427,9 +427,7 @@ def test_reads_what_celerys_workers_write(make_app: MakeApp, serializer: str) ->
 @pytest.mark.parametrize("serializer", ["json", "pickle", "msgpack", "yaml"])
 def test_celerys_clients_read_what_is_written(make_app: MakeApp, celery_rpc: Celery, serializer: str) -> None:
     celery_rpc.conf.update(result_serializer=serializer, result_accept_content=[serializer])
-    worker = make_app(
-        backend="fastres-rpc://", result_serializer=serializer, result_accept_content=[serializer]
-    )
+    worker = make_app(backend="fastres-rpc://", result_serializer=serializer, result_accept_content=[serializer])
     polled, good, bad = (send(celery_rpc) for _ in range(3))
     reply(worker, celery_rpc, polled.id, {"percent": 5}, "PROGRESS")
     assert (polled.state, polled.info) == ("PROGRESS", {"percent": 5})

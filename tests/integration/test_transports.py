@@ -91,7 +91,9 @@ def test_a_timeout(app: Celery, timeout: float) -> None:
     start = time.monotonic()
     with pytest.raises(TimeoutError):
         app.AsyncResult(str(uuid4())).get(timeout=timeout)
-    assert timeout - 0.01 <= time.monotonic() - start <= timeout + 0.2
+    # kombu's Redis channel closes when its blocking pop of one second is over.
+    late = 1.3 if app.conf.broker_url.startswith("redis") else 0.2
+    assert timeout - 0.01 <= time.monotonic() - start <= timeout + late
 
 
 def test_a_group(app: Celery) -> None:

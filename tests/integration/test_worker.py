@@ -383,7 +383,7 @@ def test_a_failing_header_fails_every_task_of_a_group_body(app: Celery) -> None:
     result = chord([add.s(1, 1), fail.s("apples", 4)])(group(tsum.s(), collect.s()))
     for member in result:
         # Celery 5.7 tells the cause itself, 5.6 revokes them.
-        with pytest.raises((ChordError, OutOfStockError, TaskRevokedError), match="apples|revoked"):
+        with pytest.raises((ChordError, OutOfStockError, TaskRevokedError), match=r"apples|revoked"):
             member.get(timeout=SECONDS, follow_parents=False)
 
 
