@@ -12,6 +12,7 @@ import secrets
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import tempfile
 from contextlib import suppress
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 HOST = "127.0.0.1"
-OUTPUT = "output.log"  # in a program's folder: what it has printed since its last start
 START_TIMEOUT = 120  # seconds: a node takes 4 on two idle cores, and has taken 24 on a busy machine
 
 # At exit mirakuru kills whatever was started by a process whose pid begins with ours: possibly somebody else's.
@@ -76,9 +76,9 @@ class Leashed(Executor):
                 start_new_session=True,
             )
         try:
-            prepare = f"cd {shlex.quote(str(self.folder))} && echo $$ >group && exec >>{OUTPUT} 2>&1 || exit\n"
+            prepare = f"cd {shlex.quote(str(self.folder))} && echo $$ >group && exec >>output.log 2>&1 || exit\n"
             self.command_parts = ["sh", "-c", prepare + self.shell_line(self.folder)]
-            (self.folder / OUTPUT).write_text("")
+            (self.folder / "output.log").write_text("")  # what it prints from now on
             super().start()
         except ExecutorError as error:
             message = f"{self.name} did not start: {error}\n{self.reason()}\n{self.hint}".rstrip()
@@ -129,6 +129,9 @@ class Node(Leashed, TCPExecutor):
 
     `config` is lines of rabbitmq.conf, such as {"consumer_timeout": "5000"}. `tls` adds a listener at `tls_port`
     whose certificate for localhost and 127.0.0.1 is signed by `ca_file` (needs trustme).
+
+    After kill() a durable queue may be missing that was declared less than two seconds before, with its messages:
+    Mnesia, RabbitMQ 3's database, puts the last transaction on disk at once, but that it was committed only later.
     """
 
     name = "RabbitMQ"
@@ -195,10 +198,7 @@ class Node(Leashed, TCPExecutor):
         return f"epmd -address {HOST} -port {self._epmd_port} & exec {shlex.quote(str(server))}"
 
     def after_start_check(self) -> bool:
-        # Its port is open a little earlier, but a queue declared then may be lost when the node is killed.
-        return self.folder is not None and " completed with " in (self.folder / OUTPUT).read_text(
-            "utf-8", "replace"
-        )
+        return super().after_start_check() and (not self._tls or _accepts(self.tls_port))
 
     def reason(self) -> str:
         # RabbitMQ gives the reason around these words, then buries it under crash reports.
@@ -268,6 +268,12 @@ def free_ports(count: int) -> set[int]:
     while len(ports) < count:
         ports.add(port_for.select_random(exclude_ports=ports))
     return ports
+
+
+def _accepts(port: int) -> bool:
+    with suppress(OSError), socket.create_connection((HOST, port), timeout=1):
+        return True
+    return False
 
 
 def _server() -> Path:

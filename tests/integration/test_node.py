@@ -38,6 +38,7 @@ def test_a_persistent_message_outlives_the_node(own: Node, end: str) -> None:
     if end == "restart":
         own.restart()
     else:
+        time.sleep(2.5)  # until the declaration is safe: see Node
         own.kill()
         with pytest.raises(OSError, match=r"refused|reset"):
             _connect(own.port)
