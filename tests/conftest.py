@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import importlib.util
 import logging
+import os
 from collections.abc import Iterator
 from typing import Any, Callable
 
@@ -26,6 +27,12 @@ def pytest_configure(config: pytest.Config) -> None:
     # Without the compiled modules half of the tests would not run, and nobody would notice.
     if importlib.util.find_spec("fastres_ext") is None:
         raise pytest.UsageError("the tests run on both implementations: fastres_ext is not installed")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Python looks for modules where it is started: a test's child must find the installed fastres, not a source."""
+    os.chdir(tmp_path_factory.mktemp("elsewhere"))
 
 
 @pytest.fixture(params=IMPLEMENTATIONS)
