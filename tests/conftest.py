@@ -31,7 +31,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Python looks for modules where it is started: a test's child must find the installed fastres, not a source."""
+    """Python looks for modules where it is started: a child must find the installed fastres, not the source."""
     os.chdir(tmp_path_factory.mktemp("elsewhere"))
 
 

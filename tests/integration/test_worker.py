@@ -519,7 +519,7 @@ SCRIPT = """
     from celery.exceptions import TimeoutError
     r = add.delay(1, 2)
     print(r.get(timeout=20), r.state, r.status, r.ready(), r.successful(), r.failed(), r.result, r.traceback)
-    print(r.get(timeout=20), type(r.date_done).__name__, r.children)
+    print(r.get(timeout=20), r.children)
     r = fail.delay("apples", 3)
     print(repr(r.get(timeout=20, propagate=False)), r.state, r.failed(), r.traceback.splitlines()[-1])
     try:
