@@ -81,7 +81,7 @@ def environment(broker: str, backend: str = "fastres://", **conf: Any) -> dict[s
         "PROJ_BROKER": broker,
         "PROJ_BACKEND": backend,
         "PROJ_CONF": json.dumps(conf),
-        "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent), str(TESTS.parent / "ci")]),
+        "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent / "ci")]),
         "C_FORCE_ROOT": "1",
     }
 
