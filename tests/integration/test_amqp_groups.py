@@ -49,7 +49,7 @@ def queue_of(group_id: str) -> str:
 def task_of(app: Celery) -> Any:
     """A task that no worker is there to run."""
 
-    @app.task(name="nobody.runs.this")
+    @app.task(name="nobody.runs.this", shared=False)
     def task() -> None: ...
 
     return task

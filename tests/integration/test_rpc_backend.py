@@ -56,7 +56,7 @@ def send(client: Celery, task_id: str | None = None) -> AsyncResult:
 
 
 def send_group(client: Celery, count: int) -> GroupResult:
-    @client.task(name="nobody.runs.this")
+    @client.task(name="nobody.runs.this", shared=False)
     def task() -> None: ...
 
     return group([task.s() for _ in range(count)], app=client).apply_async(queue="nobody")
