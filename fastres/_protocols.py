@@ -13,6 +13,9 @@ Meta = dict[str, Any]
 #: A result that arrived: its mark (whatever the caller wants back), the task's id, the result.
 Arrival = tuple[Any, str, Meta]
 
+#: Arrivals in four sorts, as :meth:`Aggregate.feed` tells them apart: ready, states, repeated, foreign.
+Sorted = tuple[list[Arrival], list[Arrival], list[Arrival], list[Arrival]]
+
 #: Header of a compressed message, as kombu sets it.
 COMPRESSION = "compression"
 #: Header of a result that stays in its queue when it is read: a chord's part, wanted by the join and by users.
@@ -37,8 +40,6 @@ class Delivery(Protocol):
     correlation_id: str | None
     compression: str | None
     keep: bool
-    #: Whatever its receiver wants to find here.
-    source: Any
 
     def __init__(
         self,
@@ -116,9 +117,7 @@ class Aggregate(Protocol):
     def missing(self) -> list[str]:
         """The ids still to come, in the order they were given."""
 
-    def feed(
-        self, arrivals: Sequence[Arrival]
-    ) -> tuple[list[Arrival], list[Arrival], list[Arrival], list[Arrival]]:
+    def feed(self, arrivals: Sequence[Arrival]) -> Sorted:
         """Sort arrivals into ``(ready, states, repeated, foreign)``, each in order of arrival.
 
         ``ready`` are final results that were still to come, and are not any more; ``states`` are not final;

@@ -26,7 +26,7 @@ from kombu.utils.functional import LRUCache
 from kombu.utils.url import maybe_sanitize_url
 
 from fastres._impl import Decoder
-from fastres._protocols import KEEP, Arrival, Meta
+from fastres._protocols import KEEP, Meta
 from fastres.addresses import Address, Addresses
 from fastres.connections import Connector
 from fastres.errors import BacklogLimitExceeded, MalformedResult
@@ -518,25 +518,26 @@ class AMQPBackend(Backend):  # type: ignore[misc]
         """Final results of tasks as they come, each handed over when the next one is asked for."""
         if not task_ids:
             return
+        few = len(task_ids) <= CACHED
         join = Join(task_ids, ready_states, timeout, now)
         try:
             pump = self._open_inboxes(join, task_ids, no_ack and rounds is None, on_message is not None)
             for batch in self._reader.wait(join, on_interval=on_interval, pump=pump, rounds=rounds):
-                handed: list[Arrival] = []
+                handed = 0
                 try:
-                    for arrival, final in batch:
-                        meta = arrival[2]
+                    for _, task_id, meta in batch.arrivals:
                         if on_message is not None:
                             on_message(meta)
-                        if not final:
-                            continue
-                        self._to_python(meta)
-                        if len(task_ids) <= CACHED or meta["status"] in states.PROPAGATE_STATES:
-                            self._cache[arrival[1]] = meta
-                        handed.append(arrival)
-                        yield arrival[1], meta
+                        if batch.final:
+                            failed = meta["status"] in self.EXCEPTION_STATES
+                            if failed:
+                                self._to_python(meta)
+                            if failed or few:
+                                self._cache[task_id] = meta
+                            handed += 1
+                            yield task_id, meta
                 finally:
-                    self._reader.handed_over(handed, no_ack)
+                    self._reader.handed_over(join, handed, no_ack)
         except OperationalError as exc:
             if join.left() > 0:
                 raise

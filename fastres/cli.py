@@ -16,6 +16,7 @@ from celery.exceptions import ImproperlyConfigured
 from kombu.utils.uuid import uuid
 
 import fastres as package
+from fastres.connections import establish
 from fastres.transport import Native, dialect
 
 if TYPE_CHECKING:
@@ -107,7 +108,7 @@ def examine(app: Any, check: Checkup) -> None:
     with check.step(
         "broker", f"is a broker running at {connection.as_uri()}, and are user, password and virtual host right?"
     ) as say:
-        connection.ensure_connection(max_retries=1, interval_start=0, interval_step=0, interval_max=0)
+        establish(connection)
         speak = dialect(connection)
         for fact in _broker(connection, speak):
             say(fact)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import os
+import ssl
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit, urlunsplit
+
+from kombu.exceptions import OperationalError
 
 if TYPE_CHECKING:
     from fastres.options import Options
 
-__all__ = ("Connector", "abandon")
+__all__ = ("Connector", "abandon", "establish")
 
 #: URL schemes of the backend that mean RabbitMQ; the value is whether it is over TLS.
 SCHEMES = {"fastres": False, "fastres-rpc": False, "fastress": True, "fastress-rpc": True, "amqp": False}
@@ -50,10 +53,29 @@ class Connector:
             return self._app.connection_for_write()
         if not self._tls:
             return self._app.connection_for_write(self._url)
-        ssl = dict(self._options.ssl or self._app.conf.broker_use_ssl or {})
+        tls = dict(self._options.ssl or self._app.conf.broker_use_ssl or {})
         url = self._url or self._app.conf.broker_write_url
-        ssl.setdefault("server_hostname", urlsplit(url).hostname or "localhost")
-        return self._app.connection_for_write(url, ssl=ssl)
+        tls.setdefault("server_hostname", urlsplit(url).hostname or "localhost")
+        return self._app.connection_for_write(url, ssl=tls)
+
+
+def establish(connection: Any) -> None:
+    """Connect to the broker: each of its URLs is tried once, and once more if there is but one.
+
+    Raises:
+        kombu.exceptions.OperationalError: its certificate is not trusted, which no other attempt will change.
+        Exception: one of ``connection.recoverable_connection_errors``.
+    """
+    try:
+        connection.ensure_connection(
+            max_retries=max(1, len(connection.alt) - 1), interval_start=0, interval_step=0, interval_max=0,
+            reraise_as_library_errors=False,
+        )  # fmt: skip
+    except ssl.SSLCertVerificationError as exc:
+        raise OperationalError(
+            f"the certificate of {connection.as_uri()} is not trusted: {exc.verify_message}; "
+            "ca_certs of broker_use_ssl, or of ssl in result_backend_transport_options, names who is"
+        ) from exc
 
 
 def abandon(connection: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 from celery import states
@@ -14,9 +15,9 @@ from fastres.transport import Busy
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from fastres._protocols import Arrival, Delivery, Meta
+    from fastres._protocols import Arrival, Delivery, Meta, Sorted
     from fastres.addresses import Address
-    from fastres.join import Join, Reader
+    from fastres.join import Batch, Join, Reader
     from fastres.transport import Dialect
 
 __all__ = ("Feed", "Inbox", "Mailbox")
@@ -25,6 +26,8 @@ __all__ = ("Feed", "Inbox", "Mailbox")
 TURN = 0.1
 #: Results that were handed over and are kept for joins that come late, in each feed.
 REMEMBERED = 1000
+#: Whether a delivery is to stay in its queue.
+KEPT = attrgetter("keep")
 #: Final results that came to the mailbox and nobody has asked for yet.
 UNCLAIMED = 8192
 
@@ -36,33 +39,34 @@ class Opening:
         self.inbox = inbox
         self.speak = speak
         self.channel = channel
+        #: By consumer tag.
         self.addresses: dict[str, Address] = {}
-        #: Delivery tags, in order.
-        self.unacknowledged: dict[Any, None] = {}
+        #: Consumer tags by delivery tag, in order.
+        self.unacknowledged: dict[Any, str] = {}
         self.cancelled = False
 
     def receive(self, deliveries: list[Delivery]) -> None:
-        waiting = self.unacknowledged
-        for delivery in deliveries:
-            delivery.source = self
-            waiting[delivery.delivery_tag] = None
+        """Called with deliveries of one consumer."""
+        tags = [delivery.delivery_tag for delivery in deliveries]
+        self.unacknowledged.update(dict.fromkeys(tags, deliveries[0].consumer_tag))
         if self is self.inbox.opening:
-            self.inbox.received += deliveries
+            self.inbox.received.append(deliveries)
 
     def on_cancel(self, tag: str) -> None:
         """The queue was deleted under its consumer."""
         self.cancelled = True
 
-    def acknowledge(self, deliveries: Iterable[Delivery]) -> None:
-        """Acknowledge in as few frames as possible."""
+    def address_of(self, delivery: Delivery) -> Address:
+        return self.addresses[delivery.consumer_tag]
+
+    def settle(self, deliveries: Iterable[Delivery]) -> list[Any]:
+        """The delivery tags that were not acknowledged before, and are about to be."""
         waiting = self.unacknowledged
-        tags = [delivery.delivery_tag for delivery in deliveries if delivery.source is self]
-        tags = [tag for tag in tags if tag in waiting]
-        if not tags:
-            return
-        for tag in tags:
-            del waiting[tag]
-        lowest = next(iter(waiting), None)
+        return [delivery.delivery_tag for delivery in deliveries if waiting.pop(delivery.delivery_tag, None)]
+
+    def acknowledge(self, tags: list[Any]) -> None:
+        """Acknowledge in as few frames as possible."""
+        lowest = next(iter(self.unacknowledged), None)
         if lowest is None:
             all_up_to: Any = max(tags)
         else:
@@ -78,7 +82,8 @@ class Inbox:
         self.addresses = addresses
         self.joins: list[Join] = []
         self.opening: Opening | None = None
-        self.received: list[Delivery] = []
+        #: Deliveries that came since the last flush, those of one consumer in a list.
+        self.received: list[list[Delivery]] = []
         #: When to try again to be the one reader, on the monotonic clock.
         self.retry_at: float | None = None
         self._exclusive = exclusive
@@ -101,11 +106,20 @@ class Inbox:
 
     def flush(self) -> None:
         """Hand on what was received."""
-        if self.received:
-            deliveries, self.received = self.received, []
-            self._deliver(deliveries)
+        received, self.received = self.received, []
+        for deliveries in received:
+            if self.opening is not None:
+                self._deliver(self.opening, deliveries)
         if self.opening is not None and self.opening.cancelled:
             self.reader.link.attempt(self._reopen)
+
+    def awaited(self) -> int:
+        """How many results the joins at this inbox wait for."""
+        return sum(len(join.aggregate) for join in self.joins)
+
+    def handed_over(self, batch: Batch, count: int, take: bool) -> None:
+        """The first ``count`` results of a batch are the user's now."""
+        raise NotImplementedError
 
     def _consume(self, opening: Opening, address: Address) -> None:
         state = opening.speak.declare(self.reader.addresses.queue(address))
@@ -126,50 +140,47 @@ class Inbox:
         if opening is not None:
             opening.speak.leave(opening.channel, list(opening.addresses), list(opening.unacknowledged))
 
-    def _deliver(self, deliveries: list[Delivery]) -> None:
+    def _deliver(self, opening: Opening, deliveries: list[Delivery]) -> None:
         raise NotImplementedError
 
-    def _decode(self, deliveries: list[Delivery]) -> list[Arrival]:
+    def _acknowledge(self, opening: Opening, deliveries: Iterable[Delivery]) -> int:
+        """Acknowledge deliveries: how many there were that had not been."""
+        tags = opening.settle(deliveries)
+        if tags and opening is self.opening:
+            self.reader.link.attempt(lambda speak: opening.acknowledge(tags), reads=False)
+        return len(tags)
+
+    def _decode(self, opening: Opening, deliveries: list[Delivery]) -> tuple[list[Arrival], int]:
+        """The results in deliveries, and how many deliveries held none."""
         arrivals, refused = self.reader.decoder.decode_all(deliveries)
         for delivery, exc in refused:
-            self.reader.report_unreadable(delivery, self._name_of(delivery), exc)
+            self.reader.report_unreadable(delivery, opening.address_of(delivery).name, exc)
             task_id = delivery.correlation_id
             for join in self.joins:
                 if task_id in join.aggregate:
                     join.unreadable[str(task_id)] = exc
-        return arrivals
+        return arrivals, len(refused)
 
-    def _name_of(self, delivery: Delivery) -> str:
-        return self._address_of(delivery).name
-
-    @staticmethod
-    def _address_of(delivery: Delivery) -> Address:
-        address: Address = delivery.source.addresses[delivery.consumer_tag]
-        return address
-
-    def _offer(self, arrivals: list[Arrival]) -> tuple[list[Arrival], list[Arrival]]:
-        """Offer arrivals to every join: the answer is what came before, and what no join has asked for."""
+    def _offer(self, opening: Opening, arrivals: list[Arrival]) -> Sorted:
+        """Offer arrivals to every join: the answer is that of the one who could use them most."""
         if len(self.joins) == 1:
-            _, _, repeated, foreign = self.joins[0].offer(arrivals)
-            return repeated, foreign
-        claimed: set[int] = set()
-        before: set[int] = set()
+            return self.joins[0].offer(arrivals, self, opening)
+        # By their place, which tells arrivals apart that are equal.
+        came: list[set[int]] = [set(), set(), set()]
         for join in self.joins:
-            ready, states_, repeated, _ = join.offer(arrivals)
-            claimed.update(id(arrival) for arrival in ready)
-            claimed.update(id(arrival) for arrival in states_)
-            before.update(id(arrival) for arrival in repeated)
-        left = [arrival for arrival in arrivals if id(arrival) not in claimed]
-        return (
-            [arrival for arrival in left if id(arrival) in before],
-            [arrival for arrival in left if id(arrival) not in before],
-        )
+            for places, sort in zip(came, join.offer(arrivals, self, opening)):
+                places.update(map(id, sort))
+        sorts: Sorted = ([], [], [], [])
+        for arrival in arrivals:
+            best = next((number for number, places in enumerate(came) if id(arrival) in places), 3)
+            sorts[best].append(arrival)
+        return sorts
 
-    def _report_repeated(self, delivery: Delivery, task_id: str) -> None:
+    def _report_repeated(self, opening: Opening, delivery: Delivery, task_id: str) -> None:
         # The broker redelivers what was not acknowledged in time: nothing to tell anybody.
         if not delivery.redelivered:
             self.reader.reports.add(
-                "repeated", self._name_of(delivery), task_id, delivery.delivery_tag,
+                "repeated", opening.address_of(delivery).name, task_id, delivery.delivery_tag,
                 "this task's result came before; the first one counts", 0, recount=True,
             )  # fmt: skip
 
@@ -185,7 +196,7 @@ class Feed(Inbox):
         take: acknowledge what is handed over; otherwise everything goes back in the end.
         exclusive: one reader at a time: others wait for their turn.
         prefetch: messages that the broker sends ahead, 0: all it has.
-        alone: each queue is that of one task; otherwise they are those of one group.
+        alone: each queue is that of one task; otherwise they are those of one group, its results the last.
         leftovers: queues to delete with the others.
     """
 
@@ -207,53 +218,65 @@ class Feed(Inbox):
         self._emptied = True
         #: Queues of lone tasks whose result was handed over.
         self._finished: list[Address] = []
-        #: For joins that come late: arrivals not handed over yet, by delivery tag, and the last that were.
-        self._held: dict[Any, Arrival] = {}
+        #: For joins that come late: the last results that were handed over, and what ended joins have left.
         self._last: deque[Arrival] = deque(maxlen=REMEMBERED)
+        self._left_over: list[Batch] = []
+        #: Deliveries that no join will ever be handed.
+        self._stuck = 0
+        #: The latest state of each task that has one and no result.
         self._latest_state: dict[str, Delivery] = {}
 
     def open(self, speak: Dialect) -> None:
         if self.opening is None or self.opening.speak is not speak:
-            self._held.clear()
+            self._left_over.clear()
             self._latest_state.clear()
+            self._stuck = 0
         super().open(speak)
 
     def attach(self, join: Join) -> None:
+        waiting = self._waiting()
         self.joins.append(join)
-        join.offer([(None, task_id, meta) for _, task_id, meta in self._last])
-        join.offer(list(self._held.values()))
+        join.offer([(None, task_id, meta) for _, task_id, meta in self._last], None, None)
+        for batch in waiting:
+            join.offer(batch.arrivals, self, batch.opening)
 
     def detach(self, join: Join) -> bool:
         """Whether that was the last join."""
         self.joins.remove(join)
+        self._left_over += join.batches_of(self)
         if join.aggregate:
             self._emptied = False
         return not self.joins
 
     def peek(self, task_id: str) -> Meta | None:
         """What has come for a task and was not handed over yet."""
-        for _, held_id, meta in self._held.values():
-            if held_id == task_id:
-                return meta
+        for batch in self._waiting():
+            for _, waiting_id, meta in batch.arrivals:
+                if waiting_id == task_id:
+                    return meta
         return None
 
     def held(self, address: Address) -> int:
-        """How many results have come from an address and were not handed over yet."""
-        deliveries = [delivery for delivery, _, _ in self._held.values()] + self.received
-        return sum(self._address_of(delivery) == address for delivery in deliveries)
+        """How many messages have come from an address and were not acknowledged yet."""
+        opening = self.opening
+        if opening is None:
+            return 0
+        tags = {tag for tag, consumed in opening.addresses.items() if consumed == address}
+        return sum(tag in tags for tag in opening.unacknowledged.values())
 
-    def handed_over(self, arrivals: list[Arrival]) -> None:
-        taken = self.reader.taken
+    def handed_over(self, batch: Batch, count: int, take: bool) -> None:
+        arrivals = batch.arrivals[:count]
+        opening: Opening | None = batch.opening
+        if not arrivals or opening is None:
+            return
         self._last.extend(arrivals)
-        for delivery, _, _ in arrivals:
-            self._held.pop(delivery.delivery_tag, None)
-            if self.take:
-                address = self._address_of(delivery)
-                taken[address.name] = taken.get(address.name, 0) + 1
-                if self._alone:
-                    self._finished.append(address)
-        if self.take:
-            self._acknowledge([delivery for delivery, _, _ in arrivals])
+        if not self.take:
+            return
+        if self._alone:
+            self._finished += [opening.address_of(delivery) for delivery, _, _ in arrivals]
+        taken = self._acknowledge(opening, [delivery for delivery, _, _ in arrivals])
+        if not self._alone:
+            self.reader.count_taken(self.addresses[-1], taken)
 
     def close(self, speak: Dialect) -> None:
         if self.opening is None:
@@ -268,44 +291,41 @@ class Feed(Inbox):
             speak.delete(self.opening.channel, address.name)
         self._leave()
 
-    def _deliver(self, deliveries: list[Delivery]) -> None:
-        arrivals = self._decode(deliveries)
-        if self.take and any(delivery.keep for delivery in deliveries):
+    def _waiting(self) -> list[Batch]:
+        """What has come and was not handed over yet."""
+        return [*self._left_over, *(batch for join in self.joins for batch in join.batches_of(self))]
+
+    def _deliver(self, opening: Opening, deliveries: list[Delivery]) -> None:
+        arrivals, refused = self._decode(opening, deliveries)
+        if self.take and any(map(KEPT, deliveries)):
             self.take = False
-        for arrival in arrivals:
-            self._held[arrival[0].delivery_tag] = arrival
-        self._supersede(arrivals)
-        repeated, foreign = self._offer(arrivals)
+        ready, states_, repeated, foreign = self._offer(opening, arrivals)
+        if states_ or self._latest_state:
+            self._supersede(opening, ready, states_)
         for delivery, task_id, meta in repeated:
-            self._held.pop(delivery.delivery_tag, None)
             if meta["status"] in states.READY_STATES:
-                self._report_repeated(delivery, task_id)
+                self._report_repeated(opening, delivery, task_id)
         if self.take and repeated:
-            self._acknowledge([delivery for delivery, _, _ in repeated])
+            self._acknowledge(opening, [delivery for delivery, _, _ in repeated])
         for delivery, task_id, meta in foreign:
-            self._held.pop(delivery.delivery_tag, None)
             self._emptied = False
             if self._alone:
                 self.reader.reports.add(
-                    "unknown", self._name_of(delivery), task_id, delivery.delivery_tag,
+                    "unknown", opening.address_of(delivery).name, task_id, delivery.delivery_tag,
                     f"nobody waits for this task ({meta['status']}); the message is left in its queue", 0,
                 )  # fmt: skip
-        if self._prefetch and self.opening is not None:
-            stuck = len(self.opening.unacknowledged) - len(self._held)
-            if not self.take or stuck > self._prefetch / 2:
-                self.reader.link.attempt(self._unlimit)
+        self._stuck += refused + len(foreign)
+        if self._prefetch and (not self.take or self._stuck > self._prefetch / 2):
+            self.reader.link.attempt(self._unlimit)
 
-    def _supersede(self, arrivals: list[Arrival]) -> None:
-        """Of a task's states that are not final, only the latest is held."""
-        for delivery, task_id, meta in arrivals:
-            if not self._latest_state and meta["status"] in states.READY_STATES:
-                continue
-            before = self._latest_state.pop(task_id, None)
-            if before is not None and self.take:
-                self._held.pop(before.delivery_tag, None)
-                self._acknowledge([before])
-            if meta["status"] not in states.READY_STATES:
-                self._latest_state[task_id] = delivery
+    def _supersede(self, opening: Opening, ready: list[Arrival], states_: list[Arrival]) -> None:
+        """Of a task's states that are not final, only the latest is kept."""
+        over = [self._latest_state.pop(task_id, None) for _, task_id, _ in ready]
+        for delivery, task_id, _ in states_:
+            over.append(self._latest_state.get(task_id))
+            self._latest_state[task_id] = delivery
+        if self.take:
+            self._acknowledge(opening, [delivery for delivery in over if delivery is not None])
 
     def _unlimit(self, speak: Dialect) -> None:
         """Messages that stay unacknowledged must not keep others from coming."""
@@ -314,11 +334,6 @@ class Feed(Inbox):
             speak.unlimit(self.opening.channel, list(self.opening.addresses))
             for address in self.addresses:
                 self._consume(self.opening, address)
-
-    def _acknowledge(self, deliveries: list[Delivery]) -> None:
-        opening = self.opening
-        if opening is not None:
-            self.reader.link.attempt(lambda speak: opening.acknowledge(deliveries))
 
 
 class Mailbox(Inbox):
@@ -383,7 +398,7 @@ class Mailbox(Inbox):
     def attach(self, join: Join) -> None:
         self.joins.append(join)
         there = ((task_id, self.peek(task_id)) for task_id in join.aggregate.missing())
-        join.offer([(None, task_id, meta) for task_id, meta in there if meta is not None])
+        join.offer([(None, task_id, meta) for task_id, meta in there if meta is not None], self, None)
 
     def detach(self, join: Join) -> None:
         self.joins.remove(join)
@@ -400,21 +415,25 @@ class Mailbox(Inbox):
         """How many final results of a group have come."""
         return int(self._per_group.get(group_id, 0))
 
-    def taken(self, task_id: str) -> None:
-        self._expected.discard(task_id)
-        self._arrived.pop(task_id, None)
-        self._unclaimed.pop(task_id, None)
-        self._handed_over[task_id] = True
+    def handed_over(self, batch: Batch, count: int, take: bool) -> None:
+        if not take:
+            return
+        ids = [task_id for _, task_id, _ in batch.arrivals[:count]]
+        self._expected.difference_update(ids)
+        for place in (self._arrived, self._unclaimed):
+            for task_id in ids:
+                place.pop(task_id, None)
+        self._handed_over.update(dict.fromkeys(ids, True))
 
-    def _deliver(self, deliveries: list[Delivery]) -> None:
-        arrivals = self._decode(deliveries)
+    def _deliver(self, opening: Opening, deliveries: list[Delivery]) -> None:
+        arrivals, _ = self._decode(opening, deliveries)
         news = []
         for arrival in arrivals:
             delivery, task_id, meta = arrival
             if meta["status"] not in states.READY_STATES:
                 self._states[task_id] = meta
             elif task_id in self._arrived or task_id in self._unclaimed or task_id in self._handed_over:
-                self._report_repeated(delivery, task_id)
+                self._report_repeated(opening, delivery, task_id)
                 continue
             else:
                 (self._arrived if task_id in self._expected else self._unclaimed)[task_id] = meta
@@ -426,7 +445,5 @@ class Mailbox(Inbox):
                     self._per_group[group_id] = self._per_group.get(group_id, 0) + 1
             news.append(arrival)
         if self.joins:
-            self._offer(news)
-        if self.opening is not None:
-            opening = self.opening
-            self.reader.link.attempt(lambda speak: opening.acknowledge(deliveries))
+            self._offer(opening, news)
+        self._acknowledge(opening, deliveries)

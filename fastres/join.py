@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from typing import TYPE_CHECKING, Any, Callable
+from typing import TYPE_CHECKING, Any, Callable, NamedTuple
 
 from celery import states
 from celery.exceptions import TimeoutError
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from fastres._protocols import Aggregate as AggregateProtocol
-    from fastres._protocols import Arrival, Decoder, Delivery
+    from fastres._protocols import Arrival, Decoder, Delivery, Sorted
     from fastres.addresses import Address, Addresses
-    from fastres.inboxes import Inbox
+    from fastres.inboxes import Inbox, Opening
     from fastres.link import Link
     from fastres.logs import Reports
 
@@ -36,6 +36,17 @@ GRACE = 0.1
 REMEMBERED = 1000
 #: A wait of no seconds still lets the broker answer once.
 LEAST_TIMEOUT = 0.05
+
+
+class Batch(NamedTuple):
+    """Results that came together for a join."""
+
+    #: Where they came from, to be told what was handed over; None: they were looked at, or come a second time.
+    inbox: Inbox | None
+    opening: Opening | None
+    arrivals: list[Arrival]
+    #: Whether these are results, not states on the way there.
+    final: bool
 
 
 class Join:
@@ -61,27 +72,46 @@ class Join:
         self.inboxes: list[Inbox] = []
         self.aggregate: AggregateProtocol = Aggregate(task_ids, ready_states)
         self.alone = len(self.aggregate) == 1
-        #: (arrival, whether it is final), in order.
-        self.news: deque[tuple[Arrival, bool]] = deque()
+        #: Whether everything has come.
+        self.complete = False
+        #: What came and was not taken yet, and what is being handed over.
+        self.news: deque[Batch] = deque()
+        self.in_hand: Batch | None = None
         #: Ids of which a message came that cannot be read, and why.
         self.unreadable: dict[str, Exception] = {}
         #: Whether a readable one was given the time to come after it.
         self.looked_again = False
 
-    def offer(self, arrivals: list[Arrival]) -> tuple[list[Arrival], list[Arrival], list[Arrival], list[Arrival]]:
+    def offer(self, arrivals: list[Arrival], inbox: Inbox | None, opening: Opening | None) -> Sorted:
         """Take what this join waits for; the answer is that of ``Aggregate.feed``."""
-        sorted_out = self.aggregate.feed(arrivals)
-        ready, states_, _, _ = sorted_out
-        # A state is told before the final result of the same batch: it came first.
+        sorts = self.aggregate.feed(arrivals)
+        ready, states_, _, _ = sorts
         if self.unreadable:
             for _, task_id, _ in ready:
                 self.unreadable.pop(task_id, None)
-        self.news.extend((arrival, False) for arrival in states_)
-        self.news.extend((arrival, True) for arrival in ready)
-        return sorted_out
+        # A state is told before the final result of the same batch: it came first.
+        if states_:
+            self.news.append(Batch(inbox, opening, states_, False))
+        if ready:
+            self.news.append(Batch(inbox, opening, ready, True))
+        # Last: who sees it set finds all of them in the news.
+        self.complete = not self.aggregate
+        return sorts
 
     def has_news(self) -> bool:
         return bool(self.news)
+
+    def next_batch(self) -> Batch | None:
+        if not self.news:
+            return None
+        # At no moment it is in neither place: another thread's join may look for it.
+        self.in_hand = self.news[0]
+        return self.news.popleft()
+
+    def batches_of(self, inbox: Inbox) -> list[Batch]:
+        """What came from an inbox and was not handed over yet."""
+        batches = [*([self.in_hand] if self.in_hand is not None else []), *self.news.copy()]
+        return [batch for batch in batches if batch.inbox is inbox]
 
     def left(self) -> float:
         """Seconds until the timeout."""
@@ -127,8 +157,8 @@ class Reader:
         self.addresses = addresses
         self.reports = reports
         self.auto_delete = auto_delete
-        #: How many results were taken, by queue.
-        self.taken = LRUCache(limit=REMEMBERED)
+        #: How many results were taken, by queue of a group.
+        self._taken = LRUCache(limit=REMEMBERED)
         self.mailbox = Mailbox(self)
         self.decoder = decoder
         self._prefetch = prefetch
@@ -160,10 +190,13 @@ class Reader:
         """The feed that reads an address at present."""
         return self._feeds.get(address.name)
 
+    def count_taken(self, address: Address, count: int) -> None:
+        self._taken[address.name] = self._taken.get(address.name, 0) + count
+
     def progress(self, address: Address) -> int:
         """How many results of an address this process has taken, or is about to."""
         feed = self._feeds.get(address.name)
-        return int(self.taken.get(address.name, 0)) + (feed.held(address) if feed is not None else 0)
+        return int(self._taken.get(address.name, 0)) + (feed.held(address) if feed is not None else 0)
 
     def tasks(self, join: Join, addresses: list[Address], take: bool) -> None:
         """Let a join have the results of lone tasks."""
@@ -227,23 +260,16 @@ class Reader:
         for address in feed.addresses:
             self._feeds.pop(address.name, None)
 
-    def handed_over(self, arrivals: list[Arrival], take: bool) -> None:
-        """These results are the user's now."""
-        by_feed: dict[Feed, list[Arrival]] = {}
-        for arrival in arrivals:
-            delivery = arrival[0]
-            # What was looked at has none, nor what the mailbox had already.
-            if delivery is not None and isinstance(delivery.source.inbox, Feed):
-                by_feed.setdefault(delivery.source.inbox, []).append(arrival)
-            elif take:
-                self.mailbox.taken(arrival[1])
-
-        def tell() -> None:
-            for feed, own in by_feed.items():
-                feed.handed_over(own)
-
-        if by_feed:
-            self.link.soon(tell)
+    def handed_over(self, join: Join, count: int, take: bool) -> None:
+        """The first ``count`` results of the batch in hand are the user's now."""
+        batch, join.in_hand = join.in_hand, None
+        if batch is None:
+            return
+        if count < len(batch.arrivals):
+            join.in_hand = batch._replace(arrivals=batch.arrivals[count:])
+        if count and batch.inbox is not None:
+            tell = batch.inbox.handed_over
+            self.link.soon(lambda: tell(batch, count, take))
 
     def wait(
         self,
@@ -252,8 +278,8 @@ class Reader:
         on_interval: Callable[[], Any] | None = None,
         pump: Callable[[Join], float] | None = None,
         rounds: int | None = None,
-    ) -> Iterator[list[tuple[Arrival, bool]]]:
-        """What comes for a join, batch by batch, until all of it is there.
+    ) -> Iterator[Batch]:
+        """What comes for a join, batch by batch, until all of it is there; each is then the one in hand.
 
         Args:
             on_interval: called about once a second, and after each batch.
@@ -266,12 +292,11 @@ class Reader:
                 read.
         """
         while True:
-            pause = pump(join) if pump is not None and join.aggregate else INTERVAL
-            if join.news:
-                # Another thread may be adding to it.
-                yield [join.news.popleft() for _ in range(len(join.news))]
-                continue
-            if not join.aggregate:
+            pause = pump(join) if pump is not None and not join.complete else INTERVAL
+            complete = join.complete
+            while (batch := join.next_batch()) is not None:
+                yield batch
+            if complete:
                 return
             left = join.left()
             if left <= 0:

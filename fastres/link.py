@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Callable, Protocol, TypeVar
 from kombu.exceptions import OperationalError
 from kombu.utils.compat import detect_environment
 
-from fastres.connections import abandon
+from fastres.connections import abandon, establish
 from fastres.logs import logger
 from fastres.transport import Native, dialect
 
@@ -37,6 +37,11 @@ T = TypeVar("T")
 SLICE = 0.05
 #: Messages that kombu reads in one go before they are handed on.
 BATCH = 1000
+#: While many results are awaited, bytes that a read waits for, and for how many seconds: at most, and for each of
+#: those results, so that the last ones are not kept waiting. Fewer results than ``FEW`` are read as they come.
+PLENTY = 1 << 16
+FEW = 50
+LONGEST_GATHER, GATHER_FOR_EACH = 0.05, 5e-5
 #: Seconds that the rest of a TLS record may take to come.
 RECORD_TIMEOUT = 1.0
 #: Seconds after which a broker that does not answer is taken to be gone, and how far over a deadline that may go.
@@ -54,6 +59,9 @@ class Subscriber(Protocol):
 
     def flush(self) -> None:
         """Hand on what was read."""
+
+    def awaited(self) -> int:
+        """How many results somebody waits for here."""
 
 
 class Link:
@@ -96,12 +104,13 @@ class Link:
         broken = 0
         while True:
             with self.exclusively(deadline):
-                if self._connection is not None or self._try_to_connect(deadline):
-                    speak, connection = self._speak, self._connection
+                speak = self._speak or self._try_to_connect(deadline)
+                if speak is not None:
+                    connection = self._connection
                     try:
-                        with self._patiently(deadline):
-                            speak.hand_back()  # type: ignore[union-attr]
-                            return operation(speak)  # type: ignore[arg-type]
+                        with self._patiently(speak, deadline):
+                            speak.hand_back()
+                            return operation(speak)
                     except connection.connection_errors as exc:
                         self._lost(exc)
                         broken += 1
@@ -109,16 +118,23 @@ class Link:
                             raise OperationalError(f"the connection broke {broken} times: {exc!r}") from exc
             self._pause(math.inf, deadline)
 
-    def attempt(self, operation: Callable[[Dialect], object], deadline: float | None = None) -> None:
-        """Do something that only has a meaning on the present connection, if that is still there."""
+    def attempt(
+        self, operation: Callable[[Dialect], object], deadline: float | None = None, reads: bool = True
+    ) -> None:
+        """Do something that only has a meaning on the present connection, if that is still there.
+
+        Args:
+            reads: whether the operation reads an answer of the broker.
+        """
         with self.exclusively():
-            connection = self._connection
-            if connection is None:
+            connection, speak = self._connection, self._speak
+            if speak is None:
                 return
             try:
-                with self._patiently(deadline):
-                    self._speak.hand_back()  # type: ignore[union-attr]
-                    operation(self._speak)  # type: ignore[arg-type]
+                with self._patiently(speak, deadline):
+                    if reads:
+                        speak.hand_back()
+                    operation(speak)
             except connection.channel_errors as exc:
                 logger.warning("The broker closed a channel: %s", exc)
             except connection.connection_errors as exc:
@@ -161,10 +177,11 @@ class Link:
                 # Between the last look and now another thread may have read it.
                 if done():
                     return
-                if self._connection is not None or self._try_to_connect(deadline):
+                speak = self._speak or self._try_to_connect(deadline)
+                if speak is not None:
                     connection = self._connection
                     try:
-                        self._drain(timeout)
+                        self._drain(speak, timeout)
                     except connection.connection_errors as exc:
                         self._lost(exc)
                     return
@@ -225,36 +242,34 @@ class Link:
 
     # -- the connection
 
-    def _try_to_connect(self, deadline: float | None) -> bool:
-        """Whether there is a connection now, after one attempt if it is time for one.
+    def _try_to_connect(self, deadline: float | None) -> Dialect | None:
+        """Connect if it is time for an attempt: how to speak over the connection, None without one.
 
         Raises:
             kombu.exceptions.OperationalError: that was the last attempt.
         """
         if time.monotonic() < self._retry_at:
-            return False
+            return None
         if self._seeking is None:
             self._seeking = self._connect()
         connection = self._seeking
         timeout = connection.connect_timeout
         connection.connect_timeout = _left(deadline, timeout or PATIENCE)
         try:
-            connection.ensure_connection(
-                max_retries=max(0, len(connection.alt) - 1), interval_start=0, interval_step=0, interval_max=0,
-                reraise_as_library_errors=False,
-            )  # fmt: skip
-            self._connection, self._speak, self._seeking = connection, dialect(connection), None
-            with self._patiently(deadline):
+            establish(connection)
+            speak = dialect(connection)
+            self._connection, self._speak, self._seeking = connection, speak, None
+            with self._patiently(speak, deadline):
                 for subscriber in list(self._subscribers):
-                    subscriber.open(self._speak)
+                    subscriber.open(speak)
         except connection.recoverable_connection_errors as exc:
             self._failed(connection, exc, deadline)
-            return False
+            return None
         finally:
             connection.connect_timeout = timeout
         self._established = True
         self._failures = 0
-        return True
+        return speak
 
     def _failed(self, connection: Any, exc: BaseException, deadline: float | None) -> None:
         policy = self._retry_policy
@@ -286,13 +301,14 @@ class Link:
         if _passed(deadline):
             raise OperationalError("the broker cannot be reached")
 
+    @staticmethod
     @contextlib.contextmanager
-    def _patiently(self, deadline: float | None) -> Iterator[None]:
+    def _patiently(speak: Dialect, deadline: float | None) -> Iterator[None]:
         """Let an operation wait for answers of the broker no longer than makes sense."""
-        sock = self._speak.socket if isinstance(self._speak, Native) else None
-        if sock is None:
+        if not isinstance(speak, Native):
             yield
             return
+        sock = speak.socket
         before = sock.gettimeout()
         sock.settimeout(_left(deadline, PATIENCE) + LENIENCE)
         try:
@@ -304,18 +320,18 @@ class Link:
 
     # -- reading
 
-    def _drain(self, timeout: float) -> None:
+    def _drain(self, speak: Dialect, timeout: float) -> None:
         try:
             with contextlib.suppress(socket.timeout):
-                if not isinstance(self._speak, Native):
+                if not isinstance(speak, Native):
                     self._connection.drain_events(timeout=min(timeout, SLICE))
                     for _ in range(BATCH):
                         self._connection.drain_events(timeout=0.0001)
                 elif detect_environment() != "default":
-                    self._speak.drain(min(timeout, SLICE))
-                elif self._readable(self._speak, timeout):
+                    speak.drain(min(timeout, SLICE))
+                elif self._readable(speak, timeout):
                     # A TLS record that has begun to come is waited for, but not without an end.
-                    self._speak.drain(RECORD_TIMEOUT)
+                    speak.drain(RECORD_TIMEOUT)
         finally:
             for subscriber in list(self._subscribers):
                 subscriber.flush()
@@ -324,22 +340,38 @@ class Link:
         """Whether the broker has sent something, within ``timeout`` seconds or until the bell rings."""
         if speak.buffered:
             return True
+        bell, sock = self._bell_to_hear(), speak.socket
+        poller = select.poll()
+        poller.register(sock, select.POLLIN)
+        poller.register(bell, select.POLLIN)
+
+        def poll(seconds: float) -> set[int]:
+            return {fileno for fileno, _ in poller.poll(max(seconds, 0.0) * 1000)}
+
+        # Who rang for the reader that went before is still waiting, and will not ring again.
+        ready = poll(0 if self._wanted else timeout)
+        gather = min(
+            sum(subscriber.awaited() for subscriber in self._subscribers) * GATHER_FOR_EACH, LONGEST_GATHER
+        )
+        if ready == {sock.fileno()} and gather > GATHER_FOR_EACH * FEW:
+            # A system call costs more than the messages that it brings, if they are few.
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, PLENTY)
+            ready = poll(min(gather, timeout)) | ready
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
+        if bell.fileno() in ready:
+            with contextlib.suppress(BlockingIOError):
+                bell.recv(4096)
+        return sock.fileno() in ready
+
+    def _bell_to_hear(self) -> socket.socket:
+        """The end of the bell that the reader listens at."""
         if self._bell is None:
             self._bell = socket.socketpair()
             for end in self._bell:
                 end.setblocking(False)
                 # A backend need not be closed; an open socket that is dropped would be complained about.
                 weakref.finalize(self, end.close)
-        bell, sock = self._bell[0], speak.socket
-        poller = select.poll()
-        poller.register(sock, select.POLLIN)
-        poller.register(bell, select.POLLIN)
-        # Who rang for the reader that went before is still waiting, and will not ring again.
-        events = dict(poller.poll(0 if self._wanted else max(timeout, 0.0) * 1000))
-        if bell.fileno() in events:
-            with contextlib.suppress(BlockingIOError):
-                bell.recv(4096)
-        return sock.fileno() in events
+        return self._bell[0]
 
 
 class Occupied(OperationalError):  # type: ignore[misc]

@@ -167,7 +167,7 @@ class Peek:
         with self._link.exclusively(join.deadline):
             for task_id in task_ids:
                 if task_id in metas and task_id in join.aggregate:
-                    join.offer([(None, task_id, metas[task_id])])
+                    join.offer([(None, task_id, metas[task_id])], None, None)
 
     def group(self, group_id: str, with_states: bool, deadline: float | None = None) -> Snapshot:
         """What the queue of a group holds, read again if it has changed.

@@ -12,7 +12,7 @@ from amqp.exceptions import PreconditionFailed
 from kombu.exceptions import OperationalError
 from kombu.utils.functional import LRUCache, retry_over_time
 
-from fastres.connections import abandon
+from fastres.connections import abandon, establish
 from fastres.errors import ResultTooLarge
 from fastres.logs import logger
 from fastres.transport import dialect
@@ -142,10 +142,7 @@ class Writer:
 
     def connect(self) -> Dialect:
         if self._speak is None:
-            self.connection.ensure_connection(
-                max_retries=max(1, len(self.connection.alt) - 1), interval_start=0, interval_step=0,
-                interval_max=0, reraise_as_library_errors=False,
-            )  # fmt: skip
+            establish(self.connection)
             self._speak = dialect(self.connection)
         return self._speak
 

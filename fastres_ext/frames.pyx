@@ -24,7 +24,6 @@ cdef enum:
 cdef class Delivery:
     """See :class:`fastres._protocols.Delivery`."""
 
-    cdef public object source
     cdef public object channel_id
     cdef public object consumer_tag
     cdef public object delivery_tag

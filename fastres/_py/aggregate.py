@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from fastres._protocols import Arrival
+    from fastres._protocols import Arrival, Sorted
 
 __all__ = ("Aggregate",)
 
@@ -30,9 +30,7 @@ class Aggregate:
     def missing(self) -> list[str]:
         return [task_id for task_id, came in self._came.items() if not came]
 
-    def feed(
-        self, arrivals: Sequence[Arrival]
-    ) -> tuple[list[Arrival], list[Arrival], list[Arrival], list[Arrival]]:
+    def feed(self, arrivals: Sequence[Arrival]) -> Sorted:
         came = self._came
         ready: list[Arrival] = []
         states: list[Arrival] = []

@@ -50,7 +50,7 @@ class Delivery:
 
     __slots__ = (
         "body", "channel_id", "compression", "consumer_tag", "content_encoding", "content_type",
-        "correlation_id", "delivery_tag", "keep", "redelivered", "source",
+        "correlation_id", "delivery_tag", "keep", "redelivered",
     )  # fmt: skip
 
     def __init__(
@@ -76,7 +76,6 @@ class Delivery:
         self.correlation_id = correlation_id
         self.compression = compression
         self.keep = keep
-        self.source: Any = None
 
 
 class Partial:
