@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from fastres._impl import impl as __impl__
-from fastres.backend import AMQPBackend, RPCBackend
+from fastres.backend import AMQPBackend
 from fastres.errors import BacklogLimitExceeded, MalformedResult, OversizedResult, ResultTooLarge
+from fastres.rpc import RPCBackend
 
 __all__ = (
     "AMQPBackend",

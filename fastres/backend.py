@@ -1,4 +1,4 @@
-"""``AMQPBackend`` and ``RPCBackend``: the public API, that of Celery 3.1's class and of Celery 5's backends."""
+"""``AMQPBackend``: the public API, that of Celery 3.1's class and of Celery 5's backends."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ import time
 from collections.abc import Iterable, Iterator
 from operator import itemgetter
 from typing import Any, Callable, ClassVar
-from weakref import WeakSet, WeakValueDictionary
+from weakref import WeakSet
 
 import kombu
 from celery import current_app, states
-from celery._state import get_current_task, task_join_will_block
 from celery.backends.base import Backend
 from celery.exceptions import ImproperlyConfigured, TimeoutError
 from celery.result import AsyncResult, GroupResult, result_from_tuple
@@ -29,26 +28,23 @@ from fastres._impl import Decoder
 from fastres._protocols import KEEP, Meta
 from fastres.addresses import Address, Addresses
 from fastres.connections import Connector
-from fastres.errors import BacklogLimitExceeded, MalformedResult
-from fastres.groups import GroupTable, leaves, member_of, own_groups, pack, unpack
+from fastres.errors import BacklogLimitExceeded
+from fastres.groups import Groups, leaves, own_groups
 from fastres.join import Join, Reader
 from fastres.link import Link
 from fastres.logs import Reports
 from fastres.options import Options
 from fastres.peek import Peek
+from fastres.pending import Pending, fulfil
+from fastres.saved import SavedGroups
 from fastres.store import Store
 
-__all__ = ("AMQPBackend", "RPCBackend")
+__all__ = ("AMQPBackend",)
 
 #: Results that this process has read and can be asked for again: Celery 3.1's default for result_cache_max.
 CACHED = 100
 #: Seconds between two looks at the results of single members of a group: the first, and the longest pause.
 FIRST_PAUSE, LONGEST_PAUSE = 0.01, 0.25
-
-E_NO_RPC_CHORDS = """\
-fastres-rpc:// has no chords: the results of a chord's header go to the client that sent it, and the worker that \
-joins them cannot read them there. Use fastres://, where any process reads a group's results.\
-"""
 
 _backends: WeakSet[AMQPBackend] = WeakSet()
 
@@ -166,10 +162,9 @@ class AMQPBackend(Backend):  # type: ignore[misc]
             auto_delete,
         )
         self._peek = Peek(self._reader)
-        self._groups = GroupTable()
-        #: The result objects of tasks that may be waited for: the first of each id, and those beyond it.
-        self._waiting: WeakValueDictionary[str, Any] = WeakValueDictionary()
-        self._also_waiting: dict[str, WeakSet[Any]] = {}
+        self._pending = Pending()
+        self._groups = Groups(self._pending, self._has_result, self.options.member_queues)
+        self._saved = SavedGroups(self._store, self._send, self._reader, self._peek)
         before_task_publish.connect(self._on_publish, weak=True, dispatch_uid=f"fastres-{id(self)}")
         _backends.add(self)
 
@@ -182,7 +177,7 @@ class AMQPBackend(Backend):  # type: ignore[misc]
     def destination_for(self, task_id: str, request: Any) -> tuple[str, str]:
         """Routing key and correlation id of a task's result."""
         correlation_id = getattr(request, "correlation_id", None) or task_id
-        return self._address_of(task_id, self._group_in(request)).name, correlation_id
+        return self._address_of(task_id, self._groups.in_request(request)).name, correlation_id
 
     def on_reply_declare(self, task_id: str) -> list[Any]:
         """The queues that are declared before a task's result is sent."""
@@ -192,49 +187,8 @@ class AMQPBackend(Backend):  # type: ignore[misc]
         """Called when a task is sent: there is nothing to prepare, the worker declares what it sends to."""
         return {}
 
-    def _group_in(self, request: Any) -> str | None:
-        """The group that the task of a request is a member of.
-
-        The body of a chord carries the group id of its header, but is no member of it: it has no index there.
-        """
-        if self.options.member_queues or getattr(request, "group_index", None) is None:
-            return None
-        return getattr(request, "group", None)
-
-    def _group_of(self, task_id: str) -> str | None:
-        """The group of a task id, as far as this process knows."""
-        if self.options.member_queues:
-            return None
-        group_id = self._groups.group_of(task_id)
-        if group_id is None and not self._groups.is_alone(task_id):
-            held = [member_of(result) for result in self._held(task_id)]
-            groups = {group.id: group for group in held if group is not None and group.id}
-            for group_id, group in groups.items():
-                if len(groups) == 1:
-                    self._know(group)
-                # Celery gives the parent of a nested chord another id than the one its parts are sent with.
-                elif task_id in self._peek.group(group_id, with_states=False).metas:
-                    self._groups.add(group_id, (task_id,))
-                    break
-        return group_id
-
-    def _held(self, task_id: str) -> list[Any]:
-        """The result objects of a task that are alive."""
-        first: Any = self._waiting.get(task_id)
-        return [*([] if first is None else [first]), *self._also_waiting.get(task_id, ())]
-
-    def _know(self, group: GroupResult) -> None:
-        """Remember the members of a group, and of the groups in it."""
-        own = []
-        for result in group.results:
-            if isinstance(result, GroupResult):
-                self._know(result)
-            elif self._groups.group_of(result.id) is None and not self._groups.is_alone(result.id):
-                own.append(result.id)
-        self._groups.add(group.id, own)
-
     def _address_of(self, task_id: str, group_id: str | None = None) -> Address:
-        group_id = group_id or self._group_of(task_id)
+        group_id = group_id or self._groups.find(task_id)
         return self.addresses.group(group_id) if group_id else self.addresses.task(task_id)
 
     def _on_publish(self, sender: Any = None, headers: Any = None, **kwargs: Any) -> None:
@@ -268,15 +222,40 @@ class AMQPBackend(Backend):  # type: ignore[misc]
             kombu.exceptions.EncodeError: the result cannot be serialized.
             kombu.exceptions.OperationalError: the broker could not be reached within ``retry_policy``.
         """
-        address, declare = self._outbox(task_id, state, request)
+        address = self._outbox(task_id, state, request)
         if address is None:
             return result
         meta = self._get_result_meta(
             result=self.encode_result(result, state), state=state, traceback=traceback, request=request
         )
         meta["task_id"] = task_id
-        content_type, content_encoding, body = dumps(meta, serializer=self.serializer)
         keep = self.options.keep_chord_results and getattr(request, "chord", None)
+        correlation_id = getattr(request, "correlation_id", None) or task_id
+        self._send(address, meta, correlation_id, {KEEP: True} if keep else {}, self._declares)
+        return result
+
+    #: Whether the queues that results are sent to are this process's to declare.
+    _declares = True
+
+    def _outbox(self, task_id: str, state: str, request: Any) -> Address | None:
+        """Where a state is sent, None: nobody wants it."""
+        group_id = self._groups.in_request(request) or self._groups.find(task_id)
+        if not group_id:
+            return self.addresses.task(task_id)
+        if state in states.READY_STATES:
+            return self.addresses.group(group_id)
+        # Apart from the results, so that the number of messages is the number of results.
+        return self.addresses.states(group_id)
+
+    def _send(
+        self,
+        address: Address,
+        meta: Meta,
+        correlation_id: str,
+        headers: dict[str, Any] | None = None,
+        declare: bool = True,
+    ) -> None:
+        content_type, content_encoding, body = dumps(meta, serializer=self.serializer)
         self._store.publish(
             address,
             body,
@@ -284,21 +263,10 @@ class AMQPBackend(Backend):  # type: ignore[misc]
             content_type=content_type,
             content_encoding=content_encoding,
             compression=self._compression,
-            correlation_id=self.destination_for(task_id, request)[1],
+            correlation_id=correlation_id,
             delivery_mode=self.delivery_mode,
-            headers={KEEP: True} if keep else {},
+            headers=headers or {},
         )
-        return result
-
-    def _outbox(self, task_id: str, state: str, request: Any) -> tuple[Address | None, bool]:
-        """Where a state is sent, and whether the queue is this process's to declare."""
-        group_id = self._group_in(request) or self._group_of(task_id)
-        if not group_id:
-            return self.addresses.task(task_id), True
-        if state in states.READY_STATES:
-            return self.addresses.group(group_id), True
-        # Apart from the results, so that the number of messages is the number of results.
-        return self.addresses.states(group_id), True
 
     def _prepare_compression(self, compression: str | None) -> str | None:
         if not compression:
@@ -482,22 +450,24 @@ class AMQPBackend(Backend):  # type: ignore[misc]
         """
         self._ensure_not_eager()
         if isinstance(result, GroupResult) and result.id:
-            self._know(result)
+            self._groups.know(result)
         nested = [child for child in result.results if isinstance(child, GroupResult)]
         direct = {child.id for child in result.results if not isinstance(child, GroupResult)}
-        waiting: dict[str, list[AsyncResult]] = {}
+        waiting: dict[str, AsyncResult] = {}
+        # A result may be in the group more than once.
+        again: dict[str, list[AsyncResult]] = {}
         for child in leaves(result.results):
             if child._cache is not None:
                 if child.id in direct:
                     yield child.id, child._cache
-            else:
-                waiting.setdefault(child.id, []).append(child)
+            elif waiting.setdefault(child.id, child) is not child:
+                again.setdefault(child.id, []).append(child)
         for task_id, meta in self._results(
             list(waiting), timeout, no_ack, on_message=on_message, on_interval=on_interval
         ):
-            for child in waiting.pop(task_id):
-                if child._cache is None:
-                    child._maybe_set_cache(meta)
+            fulfil(waiting.pop(task_id), meta)
+            for child in again.get(task_id, ()):
+                fulfil(child, meta)
             if task_id in direct:
                 yield task_id, meta
         for child in nested:
@@ -549,21 +519,15 @@ class AMQPBackend(Backend):  # type: ignore[misc]
         self, join: Join, task_ids: list[str], take: bool, with_states: bool
     ) -> Callable[[Join], float] | None:
         """Subscribe to wherever the results come; what the answer does is look at those that are not consumed."""
-        lone: list[Address] = []
-        groups: dict[str, set[str]] = {}
-        for task_id in task_ids:
-            group_id = self._group_of(task_id)
-            if group_id is None:
-                lone.append(self.addresses.task(task_id))
-            else:
-                groups.setdefault(group_id, set()).add(task_id)
-        if lone:
-            self._reader.tasks(join, lone, take)
+        alone, groups = self._groups.split(task_ids)
+        if alone:
+            self._reader.tasks(join, [self.addresses.task(task_id) for task_id in alone], take)
         watched = []
         for group_id, wanted in groups.items():
             members = self._groups.members(group_id) or {}
             # Taking some members of a group would hide the others from whoever wants them.
-            if not wanted.issuperset(member for member in members if member not in self._cache):
+            others = members.keys() - wanted if len(wanted) < len(members) else ()
+            if any(member not in self._cache for member in others):
                 watched.append(group_id)
                 continue
             results, states_ = self.addresses.group(group_id), self.addresses.states(group_id)
@@ -620,7 +584,7 @@ class AMQPBackend(Backend):  # type: ignore[misc]
         return self.get_task_meta(task_id, cache=False)
 
     def _look(self, task_id: str, backlog_limit: int) -> Meta | None:
-        group_id = self._group_of(task_id)
+        group_id = self._groups.find(task_id)
         if group_id is not None:
             if self._groups.is_forgotten(group_id, task_id):
                 return None
@@ -639,76 +603,38 @@ class AMQPBackend(Backend):  # type: ignore[misc]
         """How many results of a group have come: one passive declare."""
         return self._peek.progress(group_id)
 
+    def _has_result(self, group_id: str, task_id: str) -> bool:
+        return task_id in self._peek.group(group_id, with_states=False).metas
+
     # -- groups
 
     def _save_group(self, group_id: str, result: GroupResult) -> GroupResult:
-        address = self.addresses.saved(group_id)
-        self._know(result)
-
-        def replace(writer: Any) -> None:
-            writer.declare(address, afresh=True)
-            writer.purge(address)
-
-        self._store.run(replace)
+        self._groups.know(result)
         alone = [leaf.id for leaf in leaves(result.results) if self._groups.is_alone(leaf.id)]
-        for message in pack(group_id, result, alone):
-            content_type, content_encoding, body = dumps(message, serializer=self.serializer)
-            self._store.publish(
-                address,
-                body,
-                declare=True,
-                content_type=content_type,
-                content_encoding=content_encoding,
-                compression=self._compression,
-                correlation_id=group_id,
-                delivery_mode=self.delivery_mode,
-            )
+        self._saved.save(group_id, result, alone)
         return result
 
     def _restore_group(self, group_id: str) -> dict[str, Any] | None:
-        address = self.addresses.saved(group_id)
-
-        def read(speak: Any) -> list[Any]:
-            state = speak.inspect(address.name)
-            return self._peek.read_all(speak, address, state.messages) or [] if state is not None else []
-
-        arrivals, refused = self._reader.decoder.decode_all(self._link.call(read))
-        for delivery, _, meta in arrivals:
-            if "save_id" not in meta:
-                refused.append((delivery, MalformedResult("a result where a saved group should be")))
-        for delivery, exc in refused:
-            self._reader.report_unreadable(delivery, address.name, exc)
-        saved = unpack(meta for _, _, meta in arrivals if "save_id" in meta)
+        saved = self._saved.restore(group_id)
         if saved is None:
-            if refused:
-                raise refused[0][1]
             return None
         group = result_from_tuple((saved.identity, saved.children), self.app)
         for task_id in saved.alone:
             self._groups.add_alone(task_id)
-        self._know(group)
+        self._groups.know(group)
         return {"result": group}
 
     def _delete_group(self, group_id: str) -> None:
-        self._delete([self.addresses.saved(group_id)])
-
-    def _delete(self, addresses: list[Address]) -> None:
-        def delete(speak: Any) -> None:
-            channel = speak.channel()
-            for address in addresses:
-                speak.delete(channel, address.name)
-            channel.close()
-
-        self._link.call(delete)
+        self._reader.delete([self.addresses.saved(group_id)])
 
     def _forget(self, task_id: str) -> None:
         self._peek.forget(task_id)
-        group_id = self._group_of(task_id)
+        group_id = self._groups.find(task_id)
         if group_id is None:
-            self._delete([self.addresses.task(task_id)])
+            self._reader.delete([self.addresses.task(task_id)])
         elif self._groups.forget(group_id, task_id):
             self._groups.discard(group_id)
-            self._delete([self.addresses.group(group_id), self.addresses.states(group_id)])
+            self._reader.delete([self.addresses.group(group_id), self.addresses.states(group_id)])
 
     # -- Celery's own way to wait
 
@@ -718,9 +644,7 @@ class AMQPBackend(Backend):  # type: ignore[misc]
 
     def add_pending_result(self, result: Any, weak: bool = False, start_drainer: bool = True) -> Any:
         """Called when somebody may wait for a result: a callback added with ``then`` fires when it is read."""
-        first = self._waiting.setdefault(result.id, result)
-        if first is not result:
-            self._also_waiting.setdefault(result.id, WeakSet()).add(result)
+        self._pending.add(result)
         if result._cache is not None and not result.on_ready.ready:
             result.on_ready(result)
         return result
@@ -730,16 +654,8 @@ class AMQPBackend(Backend):  # type: ignore[misc]
 
     def remove_pending_result(self, result: Any) -> Any:
         """Called when a result is ready, forgotten, or no longer referred to: it is held by a weak reference."""
-        others = self._also_waiting.get(result.id)
-        if others is not None and not any(other is not result for other in others):
-            self._also_waiting.pop(result.id, None)
+        self._pending.remove(result)
         return result
-
-    def _fulfil(self, task_id: str, meta: Meta) -> None:
-        """Give a result to all its result objects, which call what was added with ``then``."""
-        for result in self._held(task_id):
-            if result._cache is None:
-                result._maybe_set_cache(meta)
 
     def on_result_fulfilled(self, result: Any) -> None:
         """Called by Celery when nobody waits for a result any more."""
@@ -765,7 +681,7 @@ class AMQPBackend(Backend):  # type: ignore[misc]
                     result.id, timeout, no_ack, on_interval, on_message, states.READY_STATES
                 )
             result._maybe_set_cache(meta)
-            self._fulfil(result.id, meta)
+            self._pending.fulfil(result.id, meta)
         return result.maybe_throw(callback=callback, propagate=propagate)
 
     # -- chords
@@ -784,7 +700,7 @@ class AMQPBackend(Backend):  # type: ignore[misc]
         if tasks is not None:
             frozen = callback.freeze()
             if isinstance(frozen, GroupResult):
-                self._know(frozen)
+                self._groups.know(frozen)
         return super().chord_error_from_stack(callback, exc)
 
     # -- the rest
@@ -815,8 +731,7 @@ class AMQPBackend(Backend):  # type: ignore[misc]
         self._peek = Peek(self._reader)
         self._groups.clear()
         self._cache.clear()
-        self._waiting.clear()
-        self._also_waiting.clear()
+        self._pending.clear()
 
     def __reduce__(self, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = dict(
@@ -842,97 +757,3 @@ def _unpickle(cls: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if own.__reduce__(args)[1][2] == kwargs:
             return own
     return cls(*args, app=app, **kwargs)
-
-
-class RPCBackend(AMQPBackend):
-    """Results in the reply queue of the client that sent the task: nobody else can read them.
-
-    Compatible with Celery's ``rpc`` backend: the one reads what the workers of the other write.
-    """
-
-    persistent = False
-
-    _scheme = "fastres-rpc"
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._reader.mailbox.on_final = self._on_final
-
-    def _on_final(self, task_id: str, meta: Meta) -> None:
-        self._fulfil(task_id, self._to_python(meta))
-
-    def _after_fork(self) -> None:
-        super()._after_fork()
-        self._reader.mailbox.on_final = self._on_final
-
-    @property
-    def oid(self) -> str:
-        """The name of this thread's reply queue."""
-        return str(self.app.thread_oid)
-
-    @property
-    def binding(self) -> Any:
-        """This thread's reply queue."""
-        return self.addresses.queue(self.addresses.mailbox(self.oid))
-
-    def ensure_chords_allowed(self) -> None:
-        raise NotImplementedError(E_NO_RPC_CHORDS)
-
-    def on_task_call(self, producer: Any, task_id: str) -> dict[str, Any]:
-        # A task that sends tasks does not wait for them.
-        if not task_join_will_block():
-            self._reader.mailbox.expect(task_id)
-            self._reader.mailbox.add(self.addresses.mailbox(self.oid))
-        return {}
-
-    def destination_for(self, task_id: str, request: Any) -> tuple[str, str]:
-        """Reply queue and correlation id of a task's result.
-
-        Raises:
-            RuntimeError: it is not known who sent the task.
-        """
-        request = request or getattr(get_current_task(), "request", None)
-        if request is None:
-            raise RuntimeError(
-                f"fastres-rpc: the request of task {task_id} says where its result goes; it is missing"
-            )
-        return request.reply_to, request.correlation_id or task_id
-
-    def on_reply_declare(self, task_id: str) -> list[Any]:
-        """Nothing: the client has declared its reply queue."""
-        return []
-
-    def _outbox(self, task_id: str, state: str, request: Any) -> tuple[Address | None, bool]:
-        reply_to, _ = self.destination_for(task_id, request)
-        return (self.addresses.mailbox(reply_to) if reply_to else None), False
-
-    def _group_of(self, task_id: str) -> str | None:
-        return None
-
-    def _open_inboxes(
-        self, join: Join, task_ids: list[str], take: bool, with_states: bool
-    ) -> Callable[[Join], float] | None:
-        self._reader.mailbox.add(self.addresses.mailbox(self.oid), join.deadline)
-        self._reader.mail(join)
-        return None
-
-    def _look(self, task_id: str, backlog_limit: int) -> Meta | None:
-        mailbox = self._reader.mailbox
-        mailbox.add(self.addresses.mailbox(self.oid))
-        # One question to the broker: when it has answered, what came before has been read too.
-        self._link.call(lambda speak: speak.inspect(self.oid))
-        self._link.read(0, lambda: False, None)
-        return mailbox.peek(task_id)
-
-    def group_progress(self, group_id: str) -> int:
-        """How many results of a group have come to this client."""
-        self._look("", 0)
-        return self._reader.mailbox.in_group(group_id)
-
-    def _forget(self, task_id: str) -> None:
-        self._peek.forget(task_id)
-        self._reader.mailbox.drop(task_id)
-
-    def remove_pending_result(self, result: Any) -> Any:
-        self._reader.mailbox.forget(result.id)
-        return super().remove_pending_result(result)

@@ -1,30 +1,28 @@
-"""Groups: which task is a member of which, and what ``GroupResult.save`` keeps."""
+"""Groups: which task is a member of which."""
 
 from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Callable
 
 from celery.canvas import _chain, chord, group
 from celery.result import GroupResult, ResultBase
 from kombu.utils.functional import LRUCache
-from kombu.utils.uuid import uuid
 from vine import barrier
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
-__all__ = ("GroupTable", "leaves", "member_of", "own_groups", "pack", "unpack")
+    from fastres.pending import Pending
+
+__all__ = ("GroupTable", "Groups", "leaves", "member_of", "own_groups")
 
 #: Members that are remembered, over all groups; the newest group is kept whole however large it is.
 REMEMBERED = 1_000_000
 
 #: Tasks that are known to be in no group.
 REMEMBERED_ALONE = 10_000
-
-#: Results in one message of a saved group: some 2.6 MB, under every broker's limit.
-SAVED_PER_MESSAGE = 50_000
 
 
 class GroupTable:
@@ -43,9 +41,9 @@ class GroupTable:
             if members is None:
                 self._make_room()
                 members = self._members[group_id] = {}
-            for task_id in task_ids:
-                members[task_id] = None
-                self._group_of[task_id] = group_id
+            added = dict.fromkeys(task_ids)
+            members.update(added)
+            self._group_of.update(dict.fromkeys(added, group_id))
 
     def add_alone(self, task_id: str) -> None:
         """A task that is no member of a group, whatever ``GroupResult`` its result is put into."""
@@ -76,7 +74,7 @@ class GroupTable:
             self._forget(group_id)
 
     def clear(self) -> None:
-        self.__init__()  # type: ignore[misc]
+        GroupTable.__init__(self)
 
     def _make_room(self) -> None:
         while self._members and len(self._group_of) >= REMEMBERED:
@@ -87,6 +85,73 @@ class GroupTable:
         for task_id in self._members.pop(group_id, ()):
             if self._group_of.get(task_id) == group_id:
                 del self._group_of[task_id]
+
+
+class Groups(GroupTable):
+    """Finds the group of a task: from what this process has sent, restored or holds.
+
+    Args:
+        pending: the result objects of this process.
+        has_result: whether the queue of a group holds a result of a task.
+        member_queues: whether each member has a queue of its own, as if there were no groups.
+    """
+
+    def __init__(self, pending: Pending, has_result: Callable[[str, str], bool], member_queues: bool) -> None:
+        super().__init__()
+        self._pending = pending
+        self._has_result = has_result
+        self._member_queues = member_queues
+
+    def in_request(self, request: Any) -> str | None:
+        """The group that the task of a request is a member of.
+
+        The body of a chord carries the group id of its header, but is no member of it: it has no index there.
+        """
+        if self._member_queues or getattr(request, "group_index", None) is None:
+            return None
+        return getattr(request, "group", None)
+
+    def find(self, task_id: str) -> str | None:
+        """The group of a task id, as far as this process knows."""
+        if self._member_queues:
+            return None
+        group_id = self.group_of(task_id)
+        if group_id is None and not self.is_alone(task_id):
+            held = [member_of(result) for result in self._pending.of(task_id)]
+            groups = {group.id: group for group in held if group is not None and group.id}
+            for group_id, group in groups.items():
+                if len(groups) == 1:
+                    self.know(group)
+                # Celery gives the parent of a nested chord another id than the one its parts are sent with.
+                elif self._has_result(group_id, task_id):
+                    self.add(group_id, (task_id,))
+                    break
+        return group_id
+
+    def split(self, task_ids: Iterable[str]) -> tuple[list[str], dict[str, list[str]]]:
+        """Task ids that are alone, and the others by their group."""
+        alone: list[str] = []
+        groups: dict[str, list[str]] = {}
+        known = {} if self._member_queues else self._group_of
+        for task_id in task_ids:
+            group_id = known.get(task_id) or self.find(task_id)
+            if group_id is None:
+                alone.append(task_id)
+            elif group_id in groups:
+                groups[group_id].append(task_id)
+            else:
+                groups[group_id] = [task_id]
+        return alone, groups
+
+    def know(self, group: GroupResult) -> None:
+        """Remember the members of a group, and of the groups in it."""
+        own = []
+        for result in group.results:
+            if isinstance(result, GroupResult):
+                self.know(result)
+            elif result.id not in self._group_of and not self.is_alone(result.id):
+                own.append(result.id)
+        self.add(group.id, own)
 
 
 def leaves(results: Iterable[ResultBase]) -> Iterator[Any]:
@@ -134,46 +199,3 @@ def own_groups(body: Any, header_id: str) -> None:
 def _listeners(promise: Any) -> Sequence[Any]:
     one, many = getattr(promise, "_svpending", None), getattr(promise, "_lvpending", None)
     return [one] if one is not None else list(many or ())
-
-
-class Saved(NamedTuple):
-    """A group that was saved: Celery's ``as_tuple`` in two parts."""
-
-    identity: Any
-    children: list[Any]
-    #: Task ids among the children that are no members of a group.
-    alone: list[str]
-
-
-def pack(group_id: str, result: GroupResult, alone: list[str]) -> list[dict[str, Any]]:
-    """A group as the messages that keep it, its members in portions."""
-    identity, children = result.as_tuple()
-    portions = [
-        children[start : start + SAVED_PER_MESSAGE] for start in range(0, len(children), SAVED_PER_MESSAGE)
-    ] or [[]]
-    save_id = uuid()
-    return [
-        {
-            "task_id": group_id,
-            "status": "SUCCESS",
-            "result": (identity, portion),
-            "alone": alone if number == 0 else [],
-            "save_id": save_id,
-            "portion": number,
-            "portions": len(portions),
-        }
-        for number, portion in enumerate(portions)
-    ]
-
-
-def unpack(messages: Iterable[dict[str, Any]]) -> Saved | None:
-    """What :func:`pack` made messages of: the newest save of which every portion is there; None without one."""
-    saves: dict[str, dict[int, dict[str, Any]]] = {}
-    for message in messages:
-        saves.setdefault(message["save_id"], {})[message["portion"]] = message
-    for portions in reversed(list(saves.values())):
-        first = next(iter(portions.values()))
-        if len(portions) == first["portions"]:
-            children = [child for number in sorted(portions) for child in portions[number]["result"][1]]
-            return Saved(first["result"][0], children, portions[0]["alone"])
-    return None

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from fastres.inboxes import Inbox, Opening
     from fastres.link import Link
     from fastres.logs import Reports
+    from fastres.transport import Dialect
 
 __all__ = ("Join", "Reader")
 
@@ -197,6 +198,17 @@ class Reader:
         """How many results of an address this process has taken, or is about to."""
         feed = self._feeds.get(address.name)
         return int(self._taken.get(address.name, 0)) + (feed.held(address) if feed is not None else 0)
+
+    def delete(self, addresses: list[Address]) -> None:
+        """Delete queues with what is in them."""
+
+        def delete(speak: Dialect) -> None:
+            channel = speak.channel()
+            for address in addresses:
+                speak.delete(channel, address.name)
+            channel.close()
+
+        self.link.call(delete)
 
     def tasks(self, join: Join, addresses: list[Address], take: bool) -> None:
         """Let a join have the results of lone tasks."""

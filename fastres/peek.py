@@ -84,12 +84,8 @@ class Peek:
             meta = self._link.call(lambda speak: self._look(speak, address, task_id, backlog_limit))
         if meta is None:
             return self._seen.get(task_id)  # type: ignore[no-any-return]
-        self.saw(task_id, meta)
-        return meta
-
-    def saw(self, task_id: str, meta: Meta) -> None:
-        """Remember a task's state."""
         self._seen[task_id] = meta
+        return meta
 
     def forget(self, task_id: str) -> None:
         self._seen.pop(task_id, None)
@@ -236,7 +232,8 @@ class Peek:
         state = self._link.call(lambda speak: speak.inspect(address.name))
         # What came over the connection before that answer is counted here.
         count = (state.messages if state is not None else 0) + self._reader.progress(address)
-        # While another process reads the queue its messages are out of it, but what has come does not go.
-        most: int = max(count, self._progress.get(group_id, 0))
+        # While somebody reads the queue its messages are out of it, but what has come does not go.
+        snapshot: Snapshot = self._snapshots.get(group_id) or Snapshot()
+        most: int = max(count, self._progress.get(group_id, 0), snapshot.finals)
         self._progress[group_id] = most
         return most

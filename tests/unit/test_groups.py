@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 from kombu.serialization import dumps, loads
 
 from fastres import groups
-from fastres.groups import GroupTable, leaves, member_of, pack, unpack
+from fastres import saved as saved_groups
+from fastres.groups import GroupTable, leaves, member_of
+from fastres.saved import pack, unpack
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +171,7 @@ def restored(messages: list[dict[str, Any]], app: Celery) -> GroupResult:
 
 @pytest.mark.parametrize(("members", "portions"), [(0, 1), (1, 1), (3, 1), (4, 2), (7, 3)])
 def test_a_group_in_portions(app: Celery, monkeypatch: pytest.MonkeyPatch, members: int, portions: int) -> None:
-    monkeypatch.setattr(groups, "SAVED_PER_MESSAGE", 3)
+    monkeypatch.setattr(saved_groups, "SAVED_PER_MESSAGE", 3)
     group = group_of(app, "g", *(f"t{n}" for n in range(members)))
     messages = through_json(pack("g", group, []))
     assert len(messages) == portions
@@ -189,7 +191,7 @@ def test_nested_groups_and_parents_survive(app: Celery) -> None:
 
 
 def test_who_is_alone_is_saved_too(app: Celery, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(groups, "SAVED_PER_MESSAGE", 2)
+    monkeypatch.setattr(saved_groups, "SAVED_PER_MESSAGE", 2)
     messages = through_json(pack("g", group_of(app, "g", "a", "b", "c"), ["a", "c"]))
     for order in (messages, messages[::-1]):
         saved = unpack(order)
@@ -204,7 +206,7 @@ def test_nothing_saved() -> None:
 def test_a_save_that_is_not_whole_gives_way_to_the_one_before(
     app: Celery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(groups, "SAVED_PER_MESSAGE", 2)
+    monkeypatch.setattr(saved_groups, "SAVED_PER_MESSAGE", 2)
     old, new = group_of(app, "g", "a", "b", "c"), group_of(app, "g", "d", "e", "f")
     before, after = pack("g", old, []), pack("g", new, [])
     assert restored([*before, after[0]], app) == old
@@ -214,7 +216,7 @@ def test_a_save_that_is_not_whole_gives_way_to_the_one_before(
 
 
 def test_a_portion_that_came_twice(app: Celery, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(groups, "SAVED_PER_MESSAGE", 2)
+    monkeypatch.setattr(saved_groups, "SAVED_PER_MESSAGE", 2)
     group = group_of(app, "g", "a", "b", "c")
     messages = pack("g", group, [])
     assert restored([messages[0], messages[0], messages[1]], app) == group

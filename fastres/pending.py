@@ -1,0 +1,64 @@
+"""The result objects of a process that somebody may wait with, and how they learn their result."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+from weakref import WeakSet, WeakValueDictionary
+
+from vine import barrier
+
+if TYPE_CHECKING:
+    from fastres._protocols import Meta
+
+__all__ = ("Pending", "fulfil")
+
+
+class Pending:
+    """Result objects by task id, for as long as anybody refers to them."""
+
+    def __init__(self) -> None:
+        #: The first of each id, and those beyond it.
+        self._first: WeakValueDictionary[str, Any] = WeakValueDictionary()
+        self._others: dict[str, WeakSet[Any]] = {}
+
+    def add(self, result: Any) -> None:
+        first = self._first.setdefault(result.id, result)
+        if first is not result:
+            self._others.setdefault(result.id, WeakSet()).add(result)
+
+    def remove(self, result: Any) -> None:
+        others = self._others.get(result.id)
+        if others is not None and not any(other is not result for other in others):
+            self._others.pop(result.id, None)
+
+    def of(self, task_id: str) -> list[Any]:
+        """The result objects of a task that are alive."""
+        first: Any = self._first.get(task_id)
+        return [*([] if first is None else [first]), *self._others.get(task_id, ())]
+
+    def fulfil(self, task_id: str, meta: Meta) -> None:
+        """Give a result to all its result objects, which call what was added with ``then``."""
+        for result in self.of(task_id):
+            fulfil(result, meta)
+
+    def clear(self) -> None:
+        self.__init__()  # type: ignore[misc]
+
+
+def fulfil(result: Any, meta: Meta) -> None:
+    """Give a result object the final meta of its task, as ``AsyncResult._maybe_set_cache`` does."""
+    if result._cache is not None:
+        return
+    if meta.get("children"):
+        result._set_cache(meta)
+    else:
+        result._cache = meta
+    ready = result.on_ready
+    listener = ready._svpending
+    # Most members of a group have one listener, the barrier of the group: it is told without the promise between
+    # them, which is kept for whoever comes later with ``then``.
+    if isinstance(listener, barrier) and not ready._lvpending:
+        ready._svpending = None
+        listener()
+    else:
+        ready(result)
