@@ -37,7 +37,7 @@ cdef class Aggregate:
             before = came.get(task_id)
             if before is None:
                 foreign.append(arrival)
-            elif before:
+            elif before is True:
                 repeated.append(arrival)
             elif meta["status"] in self._ready_states:
                 came[task_id] = True

@@ -4,6 +4,7 @@
 The wire layout is in fastres/_py/frames.py.
 """
 
+cimport cython
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from cpython.unicode cimport PyUnicode_DecodeUTF8
 from libc.string cimport memcmp
@@ -21,19 +22,11 @@ cdef enum:
     OVERHEAD = 8
 
 
+# Holds strings, bytes and numbers: nothing that could refer back to it.
+@cython.no_gc
+@cython.freelist(1024)
 cdef class Delivery:
     """See :class:`fastres._protocols.Delivery`."""
-
-    cdef public object channel_id
-    cdef public object consumer_tag
-    cdef public object delivery_tag
-    cdef public object redelivered
-    cdef public object body
-    cdef public object content_type
-    cdef public object content_encoding
-    cdef public object correlation_id
-    cdef public object compression
-    cdef public object keep
 
     def __init__(
         self, channel_id, consumer_tag, delivery_tag, redelivered, body, content_type=None,
@@ -155,7 +148,7 @@ cdef class Frames:
         self._partial.pop(channel_id, None)
 
     def feed(self, data):
-        cdef bytes buffer = self._rest + bytes(data)
+        cdef bytes buffer = data if type(data) is bytes and not self._rest else self._rest + bytes(data)
         self._rest = b""
         cdef list deliveries = []
         cdef list others = []
@@ -164,8 +157,10 @@ cdef class Frames:
         cdef const unsigned char* end = begin + PyBytes_GET_SIZE(buffer)
         cdef const unsigned char* stop
         cdef const unsigned char* payload
+        cdef const unsigned char* after
         cdef size_t size
         cdef int kind, channel_id
+        cdef Delivery delivery
         cdef Partial partial
         cdef Cursor cursor
         while end - start >= FRAME_HEADER:
@@ -195,11 +190,18 @@ cdef class Frames:
                 if partial is not None:
                     raise FrameSyntaxError(f"a delivery on channel {channel_id} inside of another")
                 cursor.p += 4
-                partial = Partial.__new__(Partial)
-                partial.delivery = self._deliver(&cursor, channel_id)
-                partial.frames = [cut(start, stop)]
-                partial.left = -1
-                self._partial[channel_id] = partial
+                delivery = self._deliver(&cursor, channel_id)
+                after = self._content(stop, end, delivery, channel_id)
+                if after != NULL:
+                    self.consumed += 2
+                    deliveries.append(delivery)
+                    stop = after
+                else:
+                    partial = Partial.__new__(Partial)
+                    partial.delivery = delivery
+                    partial.frames = [cut(start, stop)]
+                    partial.left = -1
+                    self._partial[channel_id] = partial
             elif kind == HEADER and partial is not None and partial.left < 0:
                 partial.left = self._header(&cursor, partial.delivery)
                 if partial.left:
@@ -241,6 +243,34 @@ cdef class Frames:
         self._partial.clear()
         frames.append(rest)
         return b"".join(frames)
+
+    cdef const unsigned char* _content(
+        self, const unsigned char* start, const unsigned char* end, Delivery delivery, int channel_id
+    ) except? NULL:
+        """Read a header and a body that follow whole, in one frame each: where they end.
+
+        NULL: they do not; what is not as it should be is left for the one who takes frame by frame to refuse.
+        """
+        cdef const unsigned char* header = start + FRAME_HEADER
+        cdef const unsigned char* body
+        cdef size_t header_size, body_size
+        cdef Cursor cursor
+        if not follows(start, end, HEADER, channel_id, self._frame_max):
+            return NULL
+        header_size = be32(start + 3)
+        start = header + header_size + 1
+        if not follows(start, end, BODY, channel_id, self._frame_max):
+            return NULL
+        body = start + FRAME_HEADER
+        body_size = be32(start + 3)
+        # The size of the body stands behind class and weight.
+        if header_size < 12 or be32(header + 4) != 0 or be32(header + 8) != body_size or body_size == 0:
+            return NULL
+        cursor.p = header
+        cursor.end = header + header_size
+        self._header(&cursor, delivery)
+        delivery.body = cut(body, body + body_size)
+        return body + body_size + 1
 
     cdef Delivery _deliver(self, Cursor* cursor, int channel_id):
         cdef Delivery delivery = Delivery.__new__(Delivery)
@@ -289,6 +319,23 @@ cdef class Frames:
         if flags & 0x0400:
             delivery.correlation_id = text(cursor, octet(cursor))
         return <long long>size
+
+
+cdef inline bint follows(
+    const unsigned char* start, const unsigned char* end, int kind, int channel_id, size_t frame_max
+) noexcept nogil:
+    """Whether a whole frame of this kind and channel starts here."""
+    cdef size_t size
+    if end - start < FRAME_HEADER:
+        return False
+    size = be32(start + 3)
+    return (
+        start[0] == kind
+        and ((<int>start[1] << 8) | start[2]) == channel_id
+        and size + OVERHEAD <= frame_max
+        and <size_t>(end - start) >= size + OVERHEAD
+        and start[FRAME_HEADER + size] == FRAME_END
+    )
 
 
 cdef int read_headers(Cursor* cursor, Delivery delivery) except -1:
