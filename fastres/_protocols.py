@@ -83,6 +83,30 @@ class Frames(Protocol):
         """What was fed and did not make a whole frame or delivery: whoever reads next begins with it."""
 
 
+class Publication(Protocol):
+    """A message as the frames of ``Basic.Publish``, its header and its body, in one piece."""
+
+    def __call__(
+        self,
+        channel_id: int,
+        frame_max: int,
+        exchange: str,
+        routing_key: str,
+        mandatory: bool,
+        body: bytes,
+        content_type: str,
+        content_encoding: str,
+        headers: bytes,
+        delivery_mode: int,
+        correlation_id: str,
+    ) -> bytes:
+        """``headers``: a field table as it goes over the wire, empty: none.
+
+        Raises:
+            amqp.exceptions.FrameSyntaxError: a name has more than 255 bytes.
+        """
+
+
 class Decoder(Protocol):
     """Message to result, refusing what is not accepted and what is no result."""
 

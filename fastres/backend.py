@@ -17,6 +17,7 @@ from celery.backends.base import Backend
 from celery.exceptions import ImproperlyConfigured, TimeoutError
 from celery.result import AsyncResult, GroupResult, result_from_tuple
 from celery.signals import before_task_publish
+from kombu.compression import compress
 from kombu.compression import encoders as compression_encoders
 from kombu.compression import get_encoder as get_compression_encoder
 from kombu.exceptions import OperationalError
@@ -25,7 +26,7 @@ from kombu.utils.functional import LRUCache
 from kombu.utils.url import maybe_sanitize_url
 
 from fastres._impl import Decoder
-from fastres._protocols import KEEP, Meta
+from fastres._protocols import COMPRESSION, KEEP, Meta
 from fastres.addresses import Address, Addresses
 from fastres.connections import Connector
 from fastres.errors import BacklogLimitExceeded
@@ -38,6 +39,7 @@ from fastres.peek import Peek
 from fastres.pending import Pending, fulfil
 from fastres.saved import SavedGroups
 from fastres.store import Store
+from fastres.transport import Message
 
 __all__ = ("AMQPBackend",)
 
@@ -147,7 +149,6 @@ class AMQPBackend(Backend):  # type: ignore[misc]
         self._store = Store(
             self.connector.open,
             self.addresses,
-            self.Producer,
             self.retry_policy,
             self.options.confirm,
             conf.broker_pool_limit or 10,
@@ -256,17 +257,13 @@ class AMQPBackend(Backend):  # type: ignore[misc]
         declare: bool = True,
     ) -> None:
         content_type, content_encoding, body = dumps(meta, serializer=self.serializer)
-        self._store.publish(
-            address,
-            body,
-            declare=declare,
-            content_type=content_type,
-            content_encoding=content_encoding,
-            compression=self._compression,
-            correlation_id=correlation_id,
-            delivery_mode=self.delivery_mode,
-            headers=headers or {},
-        )
+        if isinstance(body, str):
+            body = body.encode(content_encoding)
+        if self._compression:
+            body, compression = compress(body, self._compression)
+            headers = {**(headers or {}), COMPRESSION: compression}
+        message = Message(body, content_type, content_encoding, correlation_id, self.delivery_mode, headers or {})
+        self._store.publish(address, message, declare=declare)
 
     def _prepare_compression(self, compression: str | None) -> str | None:
         if not compression:

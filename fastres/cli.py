@@ -17,7 +17,8 @@ from kombu.utils.uuid import uuid
 
 import fastres as package
 from fastres.connections import establish
-from fastres.transport import Native, dialect
+from fastres.native import Native, dialect
+from fastres.transport import Message
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -137,7 +138,7 @@ def _broker(connection: Any, speak: Dialect) -> Iterator[str]:
 
 
 def _publish(backend: Any, address: Any) -> None:
-    backend._store.publish(address, b"{}", declare=True, content_type="application/json", content_encoding="utf-8")
+    backend._store.publish(address, Message(b"{}", "application/json", "utf-8", address.name, 1, {}), declare=True)
 
 
 def _consume(connection: Any, speak: Dialect, name: str) -> None:

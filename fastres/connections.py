@@ -60,7 +60,7 @@ class Connector:
 
 
 def establish(connection: Any) -> None:
-    """Connect to the broker: each of its URLs is tried once, and once more if there is but one.
+    """Connect to the broker: each of its URLs is tried once.
 
     Raises:
         kombu.exceptions.OperationalError: its certificate is not trusted, which no other attempt will change.
@@ -68,7 +68,7 @@ def establish(connection: Any) -> None:
     """
     try:
         connection.ensure_connection(
-            max_retries=max(1, len(connection.alt) - 1), interval_start=0, interval_step=0, interval_max=0,
+            max_retries=max(0, len(connection.alt) - 1), interval_start=0, interval_step=0, interval_max=0,
             reraise_as_library_errors=False,
         )  # fmt: skip
     except ssl.SSLCertVerificationError as exc:

@@ -22,7 +22,7 @@ from kombu.utils.compat import detect_environment
 
 from fastres.connections import abandon, establish
 from fastres.logs import logger
-from fastres.transport import Native, dialect
+from fastres.native import RECORD_TIMEOUT, Native, dialect
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -42,8 +42,6 @@ BATCH = 1000
 PLENTY = 1 << 16
 FEW = 50
 LONGEST_GATHER, GATHER_FOR_EACH = 0.05, 5e-5
-#: Seconds that the rest of a TLS record may take to come.
-RECORD_TIMEOUT = 1.0
 #: Seconds after which a broker that does not answer is taken to be gone, and how far over a deadline that may go.
 PATIENCE = 30.0
 LENIENCE = 0.2
@@ -254,7 +252,10 @@ class Link:
             self._seeking = self._connect()
         connection = self._seeking
         timeout = connection.connect_timeout
-        connection.connect_timeout = _left(deadline, timeout or PATIENCE)
+        # Where there are several URLs to try, the last one has its share of the time too.
+        connection.connect_timeout = min(
+            timeout or PATIENCE, _left(deadline, math.inf) / max(1, len(connection.alt))
+        )
         try:
             establish(connection)
             speak = dialect(connection)

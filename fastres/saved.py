@@ -55,12 +55,7 @@ class SavedGroups:
     def save(self, group_id: str, result: GroupResult, alone: list[str]) -> None:
         """Keep a group in the place of what was saved under its id before."""
         address = self._reader.addresses.saved(group_id)
-
-        def replace(writer: Any) -> None:
-            writer.declare(address, afresh=True)
-            writer.purge(address)
-
-        self._store.run(replace)
+        self._store.run(lambda writer: writer.clear(address))
         for message in pack(group_id, result, alone):
             self._send(address, message, group_id)
 

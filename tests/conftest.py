@@ -14,7 +14,7 @@ from celery import Celery
 from rabbitmq_node import Node
 
 import fastres
-from fastres import _impl, backend, join, transport
+from fastres import _impl, backend, join, native, transport
 
 IMPLEMENTATIONS = ("python", "c")
 
@@ -47,7 +47,8 @@ def both(impl: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "Decoder", impl["decode"].Decoder)
     monkeypatch.setattr(join, "Aggregate", impl["aggregate"].Aggregate)
     monkeypatch.setattr(transport, "Delivery", impl["frames"].Delivery)
-    monkeypatch.setattr(transport, "Frames", impl["frames"].Frames)
+    monkeypatch.setattr(native, "Frames", impl["frames"].Frames)
+    monkeypatch.setattr(native, "publication", impl["frames"].publication)
 
 
 @pytest.fixture(scope="session")

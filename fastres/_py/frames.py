@@ -8,6 +8,7 @@ Wire layout (AMQP 0-9-1 specification, sections 4.2.3 and 4.2.6; network byte or
     type 3, body    a part of the body
     Basic.Deliver   (class 60, method 60) consumer-tag shortstr | delivery-tag longlong | redelivered octet |
                     exchange shortstr | routing-key shortstr
+    Basic.Publish   (class 60, method 40) reserved short | exchange shortstr | routing-key shortstr | mandatory bit
     properties      flag bit 15 content-type shortstr | 14 content-encoding shortstr | 13 headers table |
                     12 delivery-mode octet | 11 priority octet | 10 correlation-id shortstr | ...
     table           size long | (name shortstr | type octet | value)*
@@ -25,15 +26,17 @@ from fastres._protocols import COMPRESSION, KEEP
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ("Delivery", "Frames")
+__all__ = ("Delivery", "Frames", "publication")
 
 FRAME = Struct(">BHI")
+CONTENT = Struct(">HHQH")
 METHOD, HEADER, BODY = 1, 2, 3
 FRAME_END = 0xCE
 #: Octets of a frame around its payload.
 OVERHEAD = 8
 LARGEST_BODY = 2**63 - 1
 BASIC_DELIVER = b"\x00\x3c\x00\x3c"
+BASIC_PUBLISH = b"\x00\x3c\x00\x28\x00\x00"
 
 #: Sizes of field values by their type (RabbitMQ's types); None: a long says how many octets follow.
 VALUE_SIZES: dict[int, int | None] = {
@@ -168,6 +171,47 @@ class Frames:
         partial = self._partial.pop(channel_id)
         partial.delivery.body = b"".join([*partial.parts, last]) if partial.parts else last
         return partial.delivery
+
+
+def publication(
+    channel_id: int,
+    frame_max: int,
+    exchange: str,
+    routing_key: str,
+    mandatory: bool,
+    body: bytes,
+    content_type: str,
+    content_encoding: str,
+    headers: bytes,
+    delivery_mode: int,
+    correlation_id: str,
+) -> bytes:
+    """See :class:`fastres._protocols.Publication`."""
+    method = BASIC_PUBLISH + short_string(exchange) + short_string(routing_key) + bytes([bool(mandatory)])
+    flags = 0x8000 | 0x4000 | (0x2000 if headers else 0) | 0x1000 | 0x0400
+    properties = (
+        short_string(content_type) + short_string(content_encoding) + headers + bytes([delivery_mode])
+        + short_string(correlation_id)
+    )  # fmt: skip
+    size = frame_max - OVERHEAD
+    return b"".join(
+        [
+            frame(METHOD, channel_id, method),
+            frame(HEADER, channel_id, CONTENT.pack(60, 0, len(body), flags) + properties),
+            *(frame(BODY, channel_id, body[start : start + size]) for start in range(0, len(body), size)),
+        ]
+    )
+
+
+def frame(kind: int, channel_id: int, payload: bytes) -> bytes:
+    return FRAME.pack(kind, channel_id, len(payload)) + payload + b"\xce"
+
+
+def short_string(text: str) -> bytes:
+    encoded = text.encode("utf-8", "surrogateescape")
+    if len(encoded) > 255:
+        raise FrameSyntaxError(f"a name of {len(encoded)} bytes, 255 are the most: {text[:40]}...")
+    return bytes([len(encoded)]) + encoded
 
 
 class Cursor:

@@ -1,0 +1,383 @@
+"""RabbitMQ through py-amqp: its connection and channels, and bulk reads and writes past them on its socket."""
+
+from __future__ import annotations
+
+import contextlib
+import select
+import socket
+import struct
+import time
+from collections import deque
+from typing import TYPE_CHECKING, Any, Callable
+
+from amqp import spec
+from amqp.exceptions import AccessRefused, MessageNacked, PreconditionFailed
+from amqp.serialization import dumps
+from kombu.utils.compat import detect_environment
+
+from fastres._impl import Frames, publication
+from fastres._protocols import COMPRESSION
+from fastres.logs import logger
+from fastres.transport import Busy, Dialect, is_open, make_delivery
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from fastres._protocols import Delivery, Frame
+    from fastres.transport import Message, QueueState, Receiver
+
+__all__ = ("Native", "dialect")
+
+#: Bytes to read in one system call.
+CHUNK = 1 << 18
+#: Seconds without a message after which a queue is taken to be read to its end.
+STALLED = 1.0
+
+#: Seconds that the rest of a TLS record may take to come.
+RECORD_TIMEOUT = 1.0
+#: The type of a method's frame, and the octets of a frame around its payload.
+METHOD, FRAME_OVERHEAD = 1, 8
+#: How the methods begin that answer a publication.
+DECLARE_OK, ACK, NACK = (
+    struct.pack(">HH", *method) for method in (spec.Queue.DeclareOk, spec.Basic.Ack, spec.Basic.Nack)
+)
+
+
+class Native(Dialect):
+    """RabbitMQ, through py-amqp."""
+
+    confirms = True
+
+    def __init__(self, connection: Any) -> None:
+        super().__init__(connection)
+        #: Queues that are there with other arguments than ours.
+        self._foreign: set[str] = set()
+        #: Channels to publish on, without and with confirms.
+        self._outlets: dict[bool, Any] = {}
+        self._returned = False
+        self._frames = Frames(connection.connection.frame_max)
+        self._receivers: dict[tuple[int, str], Receiver] = {}
+        self._poller: Any = None
+
+    @property
+    def buffered(self) -> bool:
+        """Whether there are bytes to read that the socket does not know of."""
+        transport = self._connection.connection.transport
+        return bool(transport._read_buffer) or (
+            hasattr(transport.sock, "pending") and transport.sock.pending() > 0
+        )
+
+    @property
+    def socket(self) -> Any:
+        sock = self._connection.connection.transport.sock
+        if sock is None:
+            raise ConnectionResetError("the connection was closed")
+        return sock
+
+    def drain(self, timeout: float) -> None:
+        """Read as much as has come, after waiting for it for ``timeout`` seconds, and give it to its receivers.
+
+        Raises: socket.timeout: nothing came.
+        """
+        connection = self._connection.connection
+        transport = connection.transport
+        # What py-amqp has read ahead comes first.
+        data, transport._read_buffer = transport._read_buffer, b""
+        if not data:
+            with transport.having_timeout(timeout):
+                data = self.socket.recv(CHUNK)
+            if not data:
+                raise ConnectionResetError("the broker closed the connection")
+        before = self._frames.consumed
+        deliveries, others = self._frames.feed(data)
+        connection.bytes_recv += self._frames.consumed - before
+        start = 0
+        for stop in range(1, len(deliveries) + 1):
+            first = deliveries[start]
+            if (
+                stop == len(deliveries)
+                or deliveries[stop].consumer_tag != first.consumer_tag
+                or deliveries[stop].channel_id != first.channel_id
+            ):
+                receiver = self._receivers.get((first.channel_id, first.consumer_tag))
+                # Without one it was cancelled: the messages go back when its channel is closed.
+                if receiver is not None:
+                    receiver(deliveries[start:stop])
+                start = stop
+        if others:
+            self._pass_on(others)
+
+    def _pass_on(self, frames: list[Frame]) -> None:
+        """Let py-amqp handle frames; what that sets off may read from the socket, or raise."""
+        self.hand_back()
+        connection = self._connection.connection
+        # A frame may close the connection, which then has none.
+        transport = connection.transport
+        left = deque(frames)
+        try:
+            while left:
+                connection.on_inbound_frame(left.popleft())
+        finally:
+            if left:
+                transport._read_buffer = b"".join(_frame(*frame) for frame in left) + transport._read_buffer
+
+    def hand_back(self) -> None:
+        """Let py-amqp read on from here."""
+        unused = self._frames.unused()
+        if unused:
+            transport = self._connection.connection.transport
+            transport._read_buffer = unused + transport._read_buffer
+
+    def channel(self) -> Any:
+        channel = self._connection.channel()
+        # A body that looks like text would come back as str, compressed ones included.
+        channel.auto_decode = False
+        return channel
+
+    def declare(self, queue: Any) -> QueueState:
+        """Declare a queue, or take the one that is there with other arguments."""
+        if queue.name not in self._foreign:
+            try:
+                return super().declare(queue)
+            except PreconditionFailed as exc:
+                logger.warning(
+                    "Queue %r is there with other arguments, and is used as it is: %s. "
+                    "Give result_expires and the options of fastres the same values in every process.",
+                    queue.name, exc.reply_text,
+                )  # fmt: skip
+                self._foreign.add(queue.name)
+        state = self.inspect(queue.name)
+        if state is None:
+            self._foreign.discard(queue.name)
+            return self.declare(queue)
+        return state
+
+    def publish(
+        self,
+        message: Message,
+        exchange: str,
+        routing_key: str,
+        queue: Any = None,
+        confirm: bool = False,
+        mandatory: bool = False,
+    ) -> bool:
+        """As in ``Dialect``, in one write with the declaration of the queue, and one round trip.
+
+        Raises:
+            amqp.exceptions.PreconditionFailed: the broker does not take a message of this size.
+            amqp.exceptions.MessageNacked: the broker refused the message.
+        """
+        connection = self._connection.connection
+        channel = self._outlet(confirm)
+        declaration = b""
+        if queue is not None:
+            if queue.exchange.name or queue.name in self._foreign:
+                self.declare(queue)
+            else:
+                arguments = (0, queue.name, False, True, False, False, False, queue.queue_arguments or None)
+                declaration = _method(channel, spec.Queue.Declare, "BsbbbbbF", arguments)
+        if not confirm:
+            self._heed()
+        headers = dumps("F", (message.headers,)) if message.headers else b""
+        frames = publication(
+            channel.channel_id, connection.frame_max, exchange, routing_key, mandatory, message.body,
+            message.content_type, message.content_encoding, headers, message.delivery_mode, message.correlation_id,
+        )  # fmt: skip
+        connection.transport.write(declaration + frames if declaration else frames)
+        connection.bytes_sent += 3 if declaration else 2
+        connection.bytes_sent += -(-len(message.body) // (connection.frame_max - FRAME_OVERHEAD))
+        self._returned = False
+        awaited = [*([DECLARE_OK] if declaration else []), *([ACK] if confirm else [])]
+        try:
+            self._await(channel, awaited)
+        except self._connection.channel_errors as exc:
+            # py-amqp opens a channel again that the broker has closed, but not for confirms.
+            self._outlets.pop(confirm).close()
+            if not isinstance(exc, PreconditionFailed) or DECLARE_OK not in awaited:
+                raise
+            # The queue is there with other arguments: the message went down with the channel.
+            self.declare(queue)
+            return self.publish(message, exchange, routing_key, None, confirm, mandatory)
+        return not self._returned
+
+    def _outlet(self, confirm: bool) -> Any:
+        channel = self._outlets.get(confirm)
+        if channel is None or not is_open(channel):
+            channel = self._outlets[confirm] = self.channel()
+            if confirm:
+                channel.confirm_select()
+                channel.events["basic_return"].add(self._on_return)
+        return channel
+
+    def _on_return(self, exc: BaseException, exchange: str, routing_key: str, message: Any) -> None:
+        self._returned = True
+
+    def _heed(self) -> None:
+        """Notice what the broker has said unasked: that a channel is closed, or that it is short of memory."""
+        if detect_environment() != "default":
+            with contextlib.suppress(socket.timeout):
+                self._connection.connection.drain_events(timeout=0)
+            return
+        if self._poller is None:
+            self._poller = select.poll()
+            self._poller.register(self.socket, select.POLLIN)
+        while self.buffered or self._poller.poll(0):
+            self.drain(RECORD_TIMEOUT)
+
+    def _await(self, channel: Any, awaited: list[bytes]) -> None:
+        """Read until the broker has answered with these methods, in this order; each is taken out of the list."""
+        connection = self._connection.connection
+        transport = connection.transport
+        while awaited:
+            data, transport._read_buffer = transport._read_buffer, b""
+            frames = self._frames.feed(data)[1] if data else []
+            if not frames:
+                data = self.socket.recv(CHUNK)
+                if not data:
+                    raise ConnectionResetError("the broker closed the connection")
+                frames = self._frames.feed(data)[1]
+            left: list[Frame] = []
+            for number, (kind, channel_id, payload) in enumerate(frames):
+                ours = kind == METHOD and channel_id == channel.channel_id
+                if ours and awaited and payload[:4] == awaited[0]:
+                    connection.bytes_recv += 1
+                    awaited.pop(0)
+                elif ours and payload[:4] == NACK:
+                    connection.bytes_recv += 1
+                    self._pass_on([*left, *frames[number + 1 :]])
+                    raise MessageNacked("the broker refused the message")
+                else:
+                    left.append(frames[number])
+            if left:
+                self._pass_on(left)
+
+    def consume(
+        self,
+        channel: Any,
+        name: str,
+        tag: str,
+        receiver: Receiver,
+        on_cancel: Callable[[str], None],
+        exclusive: bool = False,
+    ) -> None:
+        """Have a queue's messages sent to ``receiver``, by whoever reads them: this class or py-amqp.
+
+        Raises: Busy: the queue has a consumer, and this one or that one is exclusive.
+        """
+        self._frames.own(channel.channel_id)
+        self._receivers[channel.channel_id, tag] = receiver
+        try:
+            channel.basic_consume(
+                name, tag, exclusive=exclusive, on_cancel=on_cancel,
+                callback=lambda raw: receiver([_delivery(raw, tag)]),
+            )  # fmt: skip
+        except AccessRefused as exc:
+            raise Busy(exc.reply_text) from exc
+
+    def acknowledge(self, channel: Any, tags: Sequence[int], all_up_to: int | None) -> None:
+        """Acknowledge ``tags``, and everything up to and including ``all_up_to``."""
+        if all_up_to is not None:
+            channel.basic_ack(all_up_to, multiple=True)
+        for tag in tags:
+            if all_up_to is None or tag > all_up_to:
+                channel.basic_ack(tag)
+
+    def leave(self, channel: Any, tags: Sequence[str], unacknowledged: Sequence[Any]) -> None:
+        """Stop consuming; what was not acknowledged goes back to where it was in its queue.
+
+        Only if there is such is the broker's answer waited for: whoever ends a wait has no need of it.
+        """
+        if not channel.is_open:
+            return
+        for tag in tags:
+            self._receivers.pop((channel.channel_id, tag), None)
+        self._frames.disown(channel.channel_id)
+        channel.send_method(spec.Channel.Close, "BsBB", (0, "", 0, 0))
+        if unacknowledged:
+            channel.wait(spec.Channel.CloseOk)
+
+    def _give_back(self, channel: Any) -> None:
+        channel.send_method(spec.Basic.Nack, "Lbb", (0, True, True))
+
+    def peek(self, channel: Any, name: str) -> tuple[Any | None, int]:
+        """The first message of a queue and how many stand behind it, in one round trip.
+
+        The request to put it back is in the same write, so it is out of the queue only for the moment between two
+        frames in the broker.
+        """
+        get = _method(channel, spec.Basic.Get, "Bsb", (0, name, False))
+        channel.connection.transport.write(get + _method(channel, spec.Basic.Nack, "Lbb", (0, True, True)))
+        channel.connection.bytes_sent += 2
+        answer = channel.wait([spec.Basic.GetOk, spec.Basic.GetEmpty], returns_tuple=True)
+        if len(answer) < 2:
+            return None, 0
+        delivery_tag, redelivered, exchange, routing_key, behind, message = answer
+        message.delivery_info = {
+            "delivery_tag": delivery_tag,
+            "redelivered": redelivered,
+            "exchange": exchange,
+            "routing_key": routing_key,
+        }
+        return _delivery(message), behind
+
+    def glance(self, channel: Any, name: str, seconds: float) -> Any | None:
+        """The first message of a queue, waiting for it as a consumer: what another process has just taken out to
+        look at comes here when that puts it back. The channel's prefetch is 1.
+        """
+        found: list[Any] = []
+        tag = channel.basic_consume(name, callback=found.append, on_cancel=lambda tag: None)
+        end = time.monotonic() + seconds
+        with contextlib.suppress(socket.timeout):
+            while not found:
+                left = end - time.monotonic()
+                if left <= 0:
+                    break
+                self._connection.drain_events(timeout=left)
+        channel.basic_cancel(tag)
+        self._give_back(channel)
+        return _delivery(found[0]) if found else None
+
+    def history(self, channel: Any, name: str, count: int) -> list[Any]:
+        """The first ``count`` messages of a queue, which stay there."""
+        raw = [channel.basic_get(name) for _ in range(count)]
+        self._give_back(channel)
+        return [_delivery(message) for message in raw if message is not None]
+
+    def read_all(self, name: str, count: int) -> list[Any]:
+        """The first ``count`` messages of a queue, which go back where they were.
+
+        Raises: Busy: somebody else consumes from it.
+        """
+        found: list[Any] = []
+        channel = self.channel()
+        try:
+            self.consume(channel, name, "fastres-scan", found.extend, lambda tag: None, exclusive=True)
+            with contextlib.suppress(socket.timeout):
+                while len(found) < count:
+                    self.drain(STALLED)
+        finally:
+            self.leave(channel, ["fastres-scan"], found)
+        return found[:count]
+
+    def delete(self, channel: Any, name: str) -> None:
+        channel.queue_delete(name, nowait=True)
+
+
+def dialect(connection: Any) -> Dialect:
+    """How to speak to the broker of an established kombu connection."""
+    return Native(connection) if connection.transport.driver_name == "py-amqp" else Dialect(connection)
+
+
+def _method(channel: Any, signature: tuple[int, int], types: str, arguments: tuple[Any, ...]) -> bytes:
+    """The frame of a method."""
+    return _frame(METHOD, channel.channel_id, struct.pack(">HH", *signature) + dumps(types, arguments))
+
+
+def _frame(kind: int, channel_id: int, payload: bytes) -> bytes:
+    return struct.pack(">BHI", kind, channel_id, len(payload)) + payload + b"\xce"
+
+
+def _delivery(message: Any, consumer_tag: str = "") -> Delivery:
+    """A message of py-amqp as a delivery."""
+    headers = message.properties.get("application_headers") or {}
+    return make_delivery(message, message.properties, headers, headers.get(COMPRESSION), consumer_tag)

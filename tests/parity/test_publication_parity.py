@@ -1,0 +1,83 @@
+"""A message to publish makes the same frames in both implementations, and those are what py-amqp would read."""
+
+from __future__ import annotations
+
+import struct
+from typing import Any
+
+import pytest
+from amqp import Message
+from amqp.exceptions import FrameSyntaxError
+from amqp.serialization import dumps, loads
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastres import _impl
+
+BOTH = [_impl.load(name)["frames"].publication for name in ("python", "c")]
+
+names = st.text(max_size=60)
+headers = st.dictionaries(st.sampled_from(["compression", "fastres-keep"]), st.text(max_size=5) | st.booleans())
+
+
+def frames_in(stream: bytes) -> list[tuple[int, int, bytes]]:
+    found = []
+    while stream:
+        kind, channel, size = struct.unpack_from(">BHI", stream)
+        assert stream[7 + size] == 0xCE
+        found.append((kind, channel, stream[7 : 7 + size]))
+        stream = stream[8 + size :]
+    return found
+
+
+@given(
+    st.integers(1, 65535), names, names, st.booleans(), st.binary(max_size=300), names, names, headers,
+    st.sampled_from([1, 2]), names, st.integers(9, 128),
+)  # fmt: skip
+def test_frames(
+    channel: int, exchange: str, key: str, mandatory: bool, body: bytes, content_type: str, encoding: str,
+    table: dict[str, Any], mode: int, task_id: str, frame_max: int,
+) -> None:  # fmt: skip
+    encoded = dumps("F", (table,)) if table else b""
+    arguments = (
+        channel,
+        frame_max,
+        exchange,
+        key,
+        mandatory,
+        body,
+        content_type,
+        encoding,
+        encoded,
+        mode,
+        task_id,
+    )
+    python, c = (publication(*arguments) for publication in BOTH)
+    assert c == python
+    method, header, *bodies = frames_in(c)
+    assert method[:2] == (1, channel)
+    assert loads("BBBssb", method[2], 0)[0] == [60, 40, 0, exchange, key, mandatory]
+    assert header[:2] == (2, channel)
+    message = Message()
+    message.inbound_header(header[2])
+    assert message.body_size == len(body)
+    assert message.properties == {
+        "content_type": content_type,
+        "content_encoding": encoding,
+        "delivery_mode": mode,
+        "correlation_id": task_id,
+        **({"application_headers": table} if table else {}),
+    }
+    assert all(kind == 3 and number == channel and len(part) <= frame_max - 8 for kind, number, part in bodies)
+    assert b"".join(part for _, _, part in bodies) == body
+
+
+@pytest.mark.parametrize("publication", BOTH, ids=["python", "c"])
+def test_a_name_that_is_too_long(publication: Any) -> None:
+    for place in (2, 3, 6, 7, 10):
+        arguments: list[Any] = [1, 4096, "", "queue", True, b"x", "application/json", "utf-8", b"", 1, "an-id"]
+        arguments[place] = "é" * 128
+        with pytest.raises(FrameSyntaxError, match="a name of 256 bytes, 255 are the most"):
+            publication(*arguments)
+        arguments[place] = "x" * 255
+        assert publication(*arguments)
