@@ -17,6 +17,7 @@ import kombu
 from amqp.exceptions import NotFound
 from celery import Celery, group, uuid
 from celery.app.task import Context
+from celery.backends.rpc import RPCBackend
 from celery.result import AsyncResult, GroupResult
 
 from fastres import AMQPBackend
@@ -41,10 +42,13 @@ class Impatient(AMQPBackend):
 
 
 def close(app: Celery) -> None:
-    """Close an application and its connections: Celery leaves its pools' to the garbage collector."""
-    # Celery would make a backend to answer with.
-    if isinstance(app._backend, AMQPBackend):
-        app._backend.close()
+    """Close an application and its connections: Celery leaves its own to the garbage collector."""
+    # app.backend would make one where there is none.
+    backend = app._backend
+    if isinstance(backend, AMQPBackend):
+        backend.close()
+    elif isinstance(backend, RPCBackend) and backend.result_consumer._consumer is not None:
+        backend.result_consumer.stop()
     with contextlib.ExitStack() as acquired:
         # The pool stays: all applications on a broker share it.
         for _ in range(app.pool.limit):

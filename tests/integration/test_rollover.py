@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -83,12 +82,9 @@ def test_a_fleet_is_rolled_over(node: Node, writes: str, reads: str) -> None:
 
 
 @pytest.fixture
-def celery_rpc(make_app: MakeApp) -> Iterator[Celery]:
+def celery_rpc(make_app: MakeApp) -> Celery:
     """An application on Celery's own backend."""
-    app = make_app(backend="rpc://")
-    yield app
-    if app.backend.result_consumer._consumer is not None:
-        app.backend.result_consumer.stop()
+    return make_app(backend="rpc://")
 
 
 @pytest.mark.usefixtures("both")
