@@ -54,11 +54,11 @@ def both(impl: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Run a test on the backend with each of the implementations."""
     # A process chooses one when it imports fastres: here the names that hold its choice are given the other's.
     classes = {name: getattr(module, name) for module in impl.values() for name in vars(module) if name in CHOSEN}
-    users = [module for name, module in sys.modules.items() if name.startswith("fastres.") and "_py" not in name]
-    for module in users:
-        for name, chosen in CHOSEN.items():
-            if vars(module).get(name) is chosen:
-                monkeypatch.setattr(module, name, classes[name])
+    for path, module in list(sys.modules.items()):
+        if path.startswith("fastres.") and not path.startswith("fastres._py"):
+            for name, chosen in CHOSEN.items():
+                if vars(module).get(name) is chosen:
+                    monkeypatch.setattr(module, name, classes[name])
 
 
 @pytest.fixture(scope="session")

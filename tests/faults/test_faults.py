@@ -122,7 +122,7 @@ def test_a_result_is_stored_when_the_broker_is_back(
     result = group_of(reader, 3)
     lone = reader.AsyncResult(uuid())
     stores = [start(store_group, writer, result), start(store, writer, lone.id, "stored")]
-    time.sleep(1)
+    time.sleep(1)  # nothing tells that they are still trying
     assert not any(stored.done() for stored in stores)
     alive.start()
     for stored in stores:

@@ -41,7 +41,7 @@ def build(tree: Path, kind: str, **environment: str) -> Path:
         [sys.executable, "-m", "build", "--no-isolation", f"--{kind}", "--outdir", str(out), str(tree)],
         # What is compiled is compared by name: there is no need to wait for the optimizer.
         env={**os.environ, "CFLAGS": "-O0", **environment},
-        cwd=tree, capture_output=True, text=True,
+        capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     (built,) = out.iterdir()
