@@ -1,4 +1,4 @@
-"""What the tests of the backends share: writing results as a worker does, and looking at the broker itself."""
+"""What tests on a broker share: writing results as a worker does, looking at the broker itself, waiting."""
 
 from __future__ import annotations
 
@@ -7,20 +7,59 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, Callable, ClassVar
 
 import amqp
 import kombu
 from amqp.exceptions import NotFound
-from celery import Celery, uuid
+from celery import Celery, group, uuid
 from celery.app.task import Context
-from celery.result import GroupResult
+from celery.backends.rpc import RPCBackend
+from celery.result import AsyncResult, GroupResult
+
+from fastres import AMQPBackend
+
+MakeApp = Callable[..., Celery]
+Reports = Callable[[], list[str]]
 
 #: Seconds that anything may take that ends by itself, and what is only a matter of the broker's having time.
 ENOUGH = 20.0
 SOON = 5.0
+
+
+class Impatient(AMQPBackend):
+    """Gives a broker up soon that is away: ``backend_kit:Impatient+fastres://`` is its URL."""
+
+    retry_policy: ClassVar[dict[str, Any]] = {
+        "max_retries": 2,
+        "interval_start": 0,
+        "interval_step": 0.1,
+        "interval_max": 0.1,
+    }
+
+
+def close(app: Celery) -> None:
+    """Close an application and its connections: Celery leaves its own to the garbage collector."""
+    # app.backend would make one where there is none.
+    backend = app._backend
+    if isinstance(backend, AMQPBackend):
+        backend.close()
+    elif isinstance(backend, RPCBackend) and backend.result_consumer._consumer is not None:
+        backend.result_consumer.stop()
+    with contextlib.ExitStack() as acquired:
+        # The pool stays: all applications on a broker share it.
+        for _ in range(app.pool.limit):
+            acquired.enter_context(app.pool.acquire()).close()
+    app.close()
+
+
+def unlearn(backend: AMQPBackend, task_id: str) -> None:
+    """Make a backend forget what it has seen of a task, which stays in its queue: as a new process would start."""
+    backend._cache.pop(task_id, None)
+    backend._peek.forget(task_id)
 
 
 def request_of(task_id: str, **fields: Any) -> Context:
@@ -33,15 +72,95 @@ def store(app: Celery, task_id: str, result: Any = None, state: str = "SUCCESS",
     app.backend.store_result(task_id, result, state, request=request_of(task_id, **fields))
 
 
-def group_of(app: Celery, count: int = 3, group_id: str | None = None) -> GroupResult:
-    """A group of tasks that nobody has sent."""
-    return GroupResult(group_id or uuid(), [app.AsyncResult(uuid()) for _ in range(count)], app=app)
+def new_ids(count: int) -> list[str]:
+    return [uuid() for _ in range(count)]
 
 
-def store_group(app: Celery, group: GroupResult, results: Iterable[Any] | None = None) -> None:
-    """Store the results of a group's members, 0, 1, 2 ... unless given."""
-    for index, (member, result) in enumerate(zip(group.results, results or range(len(group)))):
-        store(app, member.id, result, group=group.id, group_index=index)
+def ids_of(held: GroupResult) -> list[str]:
+    return [member.id for member in held.results]
+
+
+def group_of(app: Celery, members: int | Iterable[str] = 3, group_id: str | None = None) -> GroupResult:
+    """A group of tasks that nobody has sent: so many, or those with these ids."""
+    ids = new_ids(members) if isinstance(members, int) else members
+    return GroupResult(group_id or uuid(), [app.AsyncResult(task_id) for task_id in ids], app=app)
+
+
+def held_by(app: Celery, held: GroupResult) -> GroupResult:
+    """The same group in another application."""
+    return group_of(app, ids_of(held), held.id)
+
+
+def store_member(app: Celery, held: GroupResult, index: int, result: Any = None, state: str = "SUCCESS") -> None:
+    """Store the result of a group's member as its worker does."""
+    store(app, held.results[index].id, result, state, group=held.id, group_index=index)
+
+
+def store_group(app: Celery, held: GroupResult, results: Iterable[Any] | None = None, start: int = 0) -> None:
+    """Store the results of a group's members from the one at ``start`` on: their numbers unless given."""
+    for index, result in enumerate(range(start, len(held)) if results is None else results, start):
+        store_member(app, held, index, result)
+
+
+def queue_of(group_id: str) -> str:
+    """The queue of a group's results."""
+    return f"fastres.group.{group_id}"
+
+
+def fill_group(app: Celery, broker: Broker, held: GroupResult, results: Iterable[Any] | None = None) -> None:
+    """As store_group(), for large ones: the first as a worker does, the others as fast as the broker can."""
+    pairs = zip(ids_of(held), range(len(held)) if results is None else results)
+    store_group(app, held, [next(pairs)[1]])
+    broker.fill(queue_of(held.id), (success(task_id, result) for task_id, result in pairs))
+
+
+def know(held: GroupResult) -> None:
+    """Have this process know a group as after sending it."""
+    held.app.backend._groups.know(held)
+
+
+def nobodys_task(app: Celery) -> Any:
+    """A task that no worker is there to run."""
+
+    # Not shared: every application made later would have it.
+    @app.task(name="nobody.runs.this", shared=False)
+    def task() -> None: ...
+
+    return task
+
+
+def send(app: Celery, task_id: str | None = None) -> AsyncResult:
+    """Send a task that no worker is there to run."""
+    return app.send_task("nobody.runs.this", task_id=task_id, queue="nobody")
+
+
+def send_group(app: Celery, count: int) -> GroupResult:
+    """Send a group of tasks that no worker is there to run."""
+    task = nobodys_task(app)
+    return group([task.s() for _ in range(count)], app=app).apply_async(queue="nobody")
+
+
+def reply(
+    worker: Celery, client: Celery | str, task_id: str, result: Any = None, state: str = "SUCCESS", **fields: Any
+) -> None:
+    """Store a result as the worker of the task does, for a client or the name of its mailbox."""
+    reply_to = client if isinstance(client, str) else client.thread_oid
+    store(worker, task_id, result, state, reply_to=reply_to, **fields)
+
+
+def in_thread(function: Callable[..., Any], *args: Any) -> threading.Thread:
+    thread = threading.Thread(target=function, args=args)
+    thread.start()
+    return thread
+
+
+def until(condition: Callable[[], Any], timeout: float = ENOUGH, pause: float = 0.02, so: object = None) -> Any:
+    """Wait until something is true, and return it; AssertionError, with ``so``, when it is not in time."""
+    end = time.monotonic() + timeout
+    while not (value := condition()):
+        assert time.monotonic() < end, f"not so after {timeout} seconds: {so or condition}"
+        time.sleep(pause)
+    return value
 
 
 class Broker:
@@ -68,15 +187,13 @@ class Broker:
         state = self.state(name)
         return None if state is None else int(state.message_count)
 
-    def wait_for_consumer(self, name: str) -> None:
-        end = time.monotonic() + ENOUGH
-        while (state := self.state(name)) is None or not state.consumer_count:
-            assert time.monotonic() < end, f"nobody consumes from {name}"
+    def wait_for_consumer(self, *names: str) -> None:
+        for name in names:
+            until(lambda name=name: (state := self.state(name)) and state.consumer_count, so=f"consumer of {name}")
 
     def wait_until_gone(self, *names: str) -> None:
-        end = time.monotonic() + SOON
-        while left := [name for name in names if self.state(name) is not None]:
-            assert time.monotonic() < end, f"queues are left: {left}"
+        for name in names:
+            until(lambda name=name: self.state(name) is None, SOON, so=f"{name} is gone")
 
     def look(self, name: str) -> Any:
         """The first message of a queue, which stays there."""
@@ -85,13 +202,17 @@ class Broker:
             assert message is not None, f"{name} is empty"
             return message
 
+    def declare(self, name: str, arguments: dict[str, Any] | None = None) -> None:
+        arguments = arguments or {"x-expires": 60_000}
+        self.channel().queue_declare(name, durable=True, auto_delete=False, arguments=arguments)
+
     def put(self, name: str, body: Any, arguments: dict[str, Any] | None = None, **properties: Any) -> None:
         """Publish to a queue by its name; a ``body`` that is no bytes is encoded as JSON."""
         if not isinstance(body, bytes):
             body = json.dumps(body).encode()
         properties = {"content_type": "application/json", "content_encoding": "utf-8", **properties}
         if arguments is not None:
-            self.channel().queue_declare(name, durable=True, auto_delete=False, arguments=arguments)
+            self.declare(name, arguments)
         kombu.Producer(self.channel(), auto_declare=False).publish(body, routing_key=name, **properties)
         # When this is answered the broker has what came before.
         self.channel().basic_qos(0, 0, False)
@@ -111,12 +232,12 @@ def success(task_id: str, result: Any = None) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def takes(seconds: float) -> Iterator[None]:
+def takes(seconds: float, late: float = 0.1) -> Iterator[None]:
     """The block takes so long, to a tenth of a second."""
     start = time.monotonic()
     yield
     took = time.monotonic() - start
-    assert seconds - 0.01 <= took <= seconds + 0.1, f"{took:.3f} s instead of {seconds}"
+    assert seconds - 0.01 <= took <= seconds + late, f"{took:.3f} s instead of {seconds}"
 
 
 def in_another_process(code: str, *args: str) -> Any:

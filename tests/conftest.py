@@ -6,17 +6,20 @@ import gc
 import importlib.util
 import logging
 import os
+import sys
 from collections.abc import Iterator
-from typing import Any, Callable
+from typing import Any
 
 import pytest
+from backend_kit import Broker, MakeApp, Reports, close
 from celery import Celery
 from rabbitmq_node import Node
 
 import fastres
-from fastres import _impl, backend, join, native, transport
+from fastres import _impl
 
 IMPLEMENTATIONS = ("python", "c")
+CHOSEN = {name: getattr(_impl, name) for name in ("Aggregate", "Decoder", "Delivery", "Frames", "publication")}
 
 
 def pytest_report_header() -> str:
@@ -27,6 +30,11 @@ def pytest_configure(config: pytest.Config) -> None:
     # Without the compiled modules half of the tests would not run, and nobody would notice.
     if importlib.util.find_spec("fastres_ext") is None:
         raise pytest.UsageError("the tests run on both implementations: fastres_ext is not installed")
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    if item.get_closest_marker("timing"):
+        item.add_marker(pytest.mark.flaky(reruns=2))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -44,11 +52,13 @@ def impl(request: pytest.FixtureRequest) -> dict[str, Any]:
 @pytest.fixture
 def both(impl: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Run a test on the backend with each of the implementations."""
-    monkeypatch.setattr(backend, "Decoder", impl["decode"].Decoder)
-    monkeypatch.setattr(join, "Aggregate", impl["aggregate"].Aggregate)
-    monkeypatch.setattr(transport, "Delivery", impl["frames"].Delivery)
-    monkeypatch.setattr(native, "Frames", impl["frames"].Frames)
-    monkeypatch.setattr(native, "publication", impl["frames"].publication)
+    # A process chooses one when it imports fastres: here the names that hold its choice are given the other's.
+    classes = {name: getattr(module, name) for module in impl.values() for name in vars(module) if name in CHOSEN}
+    for path, module in list(sys.modules.items()):
+        if path.startswith("fastres.") and not path.startswith("fastres._py"):
+            for name, chosen in CHOSEN.items():
+                if vars(module).get(name) is chosen:
+                    monkeypatch.setattr(module, name, classes[name])
 
 
 @pytest.fixture(scope="session")
@@ -58,7 +68,19 @@ def node() -> Iterator[Node]:
         yield node
 
 
-MakeApp = Callable[..., Celery]
+@pytest.fixture(scope="module")
+def own_node() -> Iterator[Node]:
+    """A broker for the tests of a module alone, which may end it."""
+    with Node() as node:
+        yield node
+
+
+@pytest.fixture(scope="module")
+def broker(node: Node) -> Iterator[Broker]:
+    """The same broker, without fastres."""
+    broker = Broker(node.url)
+    yield broker
+    broker.close()
 
 
 @pytest.fixture
@@ -74,14 +96,17 @@ def make_app(node: Node) -> Iterator[MakeApp]:
 
     yield make
     for app in apps:
-        made = app._backend
-        if isinstance(made, fastres.AMQPBackend):
-            made.close()
-        app.close()
+        close(app)
 
 
 @pytest.fixture
 def app(make_app: MakeApp) -> Celery:
+    return make_app()
+
+
+@pytest.fixture
+def other(make_app: MakeApp) -> Celery:
+    """An application that shares nothing with ``app`` but the broker: another process, as far as results go."""
     return make_app()
 
 
@@ -95,7 +120,7 @@ def nothing_ignored(capfd: pytest.CaptureFixture[str]) -> Iterator[None]:
 
 
 @pytest.fixture
-def reports(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
+def reports(caplog: pytest.LogCaptureFixture) -> Reports:
     """What fastres has logged as warnings."""
     caplog.set_level(logging.WARNING, logger="fastres")
     return lambda: [record.getMessage() for record in caplog.records if record.name.startswith("fastres")]

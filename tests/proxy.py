@@ -1,4 +1,4 @@
-"""A TCP proxy on 127.0.0.1 that cuts, stalls or refuses the connections through it."""
+"""A TCP proxy on 127.0.0.1 that cuts, stalls or refuses the connections through it, and keeps what it forwards."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import socket
 import struct
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Callable
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -30,6 +30,8 @@ class Proxy:
         self.port: int = self._listener.getsockname()[1]
         self.accepted = 0
         self.cut_count = 0
+        #: What clients have asked, and what the server has answered.
+        self.asked, self.answered = bytearray(), bytearray()
         self._flowing = threading.Event()
         self._flowing.set()
         self._open: set[socket.socket] = set()
@@ -71,8 +73,8 @@ class Proxy:
     def resume(self) -> None:
         self._flowing.set()
 
-    def _run(self, target: object, *args: object) -> None:
-        thread = threading.Thread(target=target, args=args, daemon=True)  # type: ignore[arg-type]
+    def _run(self, target: Callable[..., None], *args: object) -> None:
+        thread = threading.Thread(target=target, args=args, daemon=True)
         self._threads.append(thread)
         thread.start()
 
@@ -91,13 +93,14 @@ class Proxy:
                     continue
                 limit = self._cuts.pop(0) if self._cuts else None
                 self._open |= {client, server}
-                self._run(self._forward, client, server, None)
-                self._run(self._forward, server, client, limit)
+                self._run(self._forward, client, server, self.asked, None)
+                self._run(self._forward, server, client, self.answered, limit)
 
-    def _forward(self, source: socket.socket, sink: socket.socket, limit: int | None) -> None:
+    def _forward(self, source: socket.socket, sink: socket.socket, seen: bytearray, limit: int | None) -> None:
         with contextlib.suppress(OSError):
             while data := source.recv(1 << 16 if limit is None else min(limit, 1 << 16)):
                 self._flowing.wait()
+                seen += data
                 sink.sendall(data)
                 if limit is not None:
                     limit -= len(data)

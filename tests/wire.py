@@ -1,4 +1,4 @@
-"""AMQP 0-9-1 frames as a broker writes them, for the tests of their reader."""
+"""AMQP 0-9-1 frames: written as a broker does, for the tests of their reader, and read."""
 
 from __future__ import annotations
 
@@ -37,3 +37,14 @@ def delivery(
 
 
 HEARTBEAT = frame(8, 0, b"")
+
+
+def methods(stream: bytes) -> list[tuple[int, int]]:
+    """Class and method of each method frame in a stream of whole frames."""
+    found = []
+    while stream:
+        kind, _, size = struct.unpack_from(">BHI", stream)
+        if kind == 1:
+            found.append(struct.unpack_from(">HH", stream, 7))
+        stream = stream[size + 8 :]
+    return found

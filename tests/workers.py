@@ -7,18 +7,16 @@ import os
 import subprocess
 import sys
 import textwrap
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 from uuid import uuid4
 
 import proj
+from backend_kit import close
 from celery import Celery, _state
 from rabbitmq_node import Leashed
-
-import fastres
 
 TESTS = Path(__file__).parent
 
@@ -47,6 +45,7 @@ class Worker(Leashed):
         # A queue of its own: what other tests left behind is not for this worker.
         conf.setdefault("task_default_queue", f"proj-{uuid4()}")
         self.broker, self.backend, self.conf = broker, backend, conf
+        self.pool = pool
         self._line = (
             f"exec {sys.executable} -m celery -A proj worker -P {pool} -c {concurrency} -l INFO "
             f"-n {uuid4()}@%h --without-gossip --without-mingle {arguments}"
@@ -75,6 +74,15 @@ class Worker(Leashed):
             yield app
 
 
+def adds(count: int, start: int = 0) -> list[Any]:
+    """Tasks, and what they return."""
+    return [proj.add.s(number, number) for number in range(start, start + count)]
+
+
+def sums(count: int, start: int = 0) -> list[int]:
+    return [2 * number for number in range(start, start + count)]
+
+
 def environment(broker: str, backend: str = "fastres://", **conf: Any) -> dict[str, str]:
     """What a process needs to import ``proj`` with these settings."""
     return {
@@ -89,15 +97,14 @@ def environment(broker: str, backend: str = "fastres://", **conf: Any) -> dict[s
 @contextmanager
 def client(broker: str, backend: str = "fastres://", **conf: Any) -> Iterator[Celery]:
     """The current application of this process, as that of a program that sends tasks to workers."""
+    # Celery has no way back from being the current application.
     before = _state.default_app, _state._tls.current_app
     app = proj.make_app(broker, backend, conf, current=True)
     try:
         yield app
     finally:
         _state.default_app, _state._tls.current_app = before
-        if isinstance(app._backend, fastres.AMQPBackend):
-            app.backend.close()
-        app.close()
+        close(app)
 
 
 def python(code: str, app: Celery, timeout: float = 60, before: str = "") -> str:
@@ -127,12 +134,3 @@ def start_python(code: str, app: Celery, before: str = "") -> subprocess.Popen[s
         stderr=subprocess.PIPE,
         text=True,
     )
-
-
-def until(condition: Callable[[], Any], timeout: float = 20, pause: float = 0.02) -> Any:
-    """Wait until something is true, and return it; AssertionError when it is not in time."""
-    end = time.monotonic() + timeout
-    while not (value := condition()):
-        assert time.monotonic() < end, f"not so after {timeout} seconds"
-        time.sleep(pause)
-    return value

@@ -2,44 +2,38 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Callable
-from uuid import uuid4
 
-import amqp
 import pytest
-from celery import Celery
-from celery.app.task import Context
+from backend_kit import Broker, group_of, ids_of, queue_of, store, store_group, store_member, takes, until
+from celery import Celery, uuid
 from celery.exceptions import TimeoutError
 from celery.result import GroupResult
 from kombu.exceptions import OperationalError
 from proxy import Proxy
 from rabbitmq_node import Node
-from workers import client, start_python, until
-
-import fastres
+from workers import client, start_python
 
 SECONDS = 60
 
 Start = Callable[..., "Future[Any]"]
 
 
-@pytest.fixture(scope="module")
-def broker() -> Iterator[Node]:
-    """A broker to mistreat."""
-    with Node() as node:
-        yield node
+@pytest.fixture
+def alive(own_node: Node) -> Node:
+    """A broker to mistreat, running whatever the last test has done with it."""
+    return own_node.start()
 
 
 @pytest.fixture
-def alive(broker: Node) -> Node:
-    """The same, running, whatever the last test has done with it."""
-    if not broker.running():
-        broker.start()
-    return broker
+def broker(alive: Node) -> Iterator[Broker]:
+    with contextlib.closing(Broker(alive.url)) as broker:
+        yield broker
 
 
 @pytest.fixture
@@ -59,33 +53,6 @@ def start() -> Iterator[Start]:
     """Start a function in a thread."""
     with ThreadPoolExecutor(20) as pool:
         yield pool.submit
-
-
-def store(writer: Celery, task_id: str, value: Any, group_id: str | None = None) -> None:
-    """As a worker does; with a group id, as the result of one of its members."""
-    member = {"group": group_id, "group_index": 0} if group_id else {}
-    request = Context(id=task_id, correlation_id=task_id, children=[], **member)
-    writer.backend.store_result(task_id, value, "SUCCESS", request=request)
-
-
-def new_group(app: Celery, count: int) -> GroupResult:
-    return GroupResult(str(uuid4()), [app.AsyncResult(str(uuid4())) for _ in range(count)], app=app)
-
-
-def store_members(writer: Celery, result: GroupResult, start: int = 0, end: int | None = None) -> None:
-    for number, member in list(enumerate(result.results))[start:end]:
-        store(writer, member.id, number, result.id)
-
-
-def delete_queue(node: Node, name: str) -> bool:
-    """Delete a queue with all that is in it; False when it is not there."""
-    with amqp.Connection(f"127.0.0.1:{node.port}") as connection:
-        try:
-            connection.channel().queue_declare(name, passive=True)
-        except amqp.NotFound:
-            return False
-        connection.channel().queue_delete(name)
-        return True
 
 
 class Joined:
@@ -110,18 +77,15 @@ class Joined:
     def is_whole(self) -> None:
         """It ended with every result, each of them once."""
         self._thread.result(SECONDS)
-        wanted = {member.id: number for number, member in enumerate(self.result)}
+        wanted = {task_id: number for number, task_id in enumerate(ids_of(self.result))}
         assert self.values == wanted
         assert len(self.ids) == len(wanted), "each result once"
 
 
-def ends_in_time(wait: Callable[[], Any], timeout: float) -> str:
-    """The message of the exception that a wait ends with, at its timeout."""
-    begin = time.monotonic()
-    with pytest.raises((TimeoutError, OperationalError)) as caught:
-        wait()
-    assert timeout - 0.05 <= time.monotonic() - begin <= timeout + 0.5
-    return str(caught.value)
+def ends_in_time(wait: Callable[..., Any], timeout: float) -> None:
+    """A wait ends at its timeout, and says why."""
+    with takes(timeout, late=0.5), pytest.raises((TimeoutError, OperationalError), match=r"\w"):
+        wait(timeout=timeout)
 
 
 # -- the broker
@@ -131,10 +95,10 @@ def ends_in_time(wait: Callable[[], Any], timeout: float) -> str:
 def test_the_broker_goes_and_comes_while_a_join_waits(
     alive: Node, reader: Celery, writer: Celery, start: Start, end: str
 ) -> None:
-    result = new_group(reader, 200)
-    store_members(writer, result, 0, 100)
-    lone = reader.AsyncResult(str(uuid4()))
-    early = reader.AsyncResult(str(uuid4()))
+    result = group_of(reader, 200)
+    store_group(writer, result, range(100))
+    lone = reader.AsyncResult(uuid())
+    early = reader.AsyncResult(uuid())
     store(writer, early.id, "before")
     joined, waits = Joined(result, start), [start(lone.get, timeout=SECONDS) for _ in range(2)]
     joined.has(100)
@@ -143,7 +107,7 @@ def test_the_broker_goes_and_comes_while_a_join_waits(
     else:
         alive.kill()
         alive.start()
-    store_members(writer, result, 100)
+    store_group(writer, result, start=100)
     store(writer, lone.id, "after")
     joined.is_whole()
     assert [wait.result(SECONDS) for wait in waits] == ["after"] * 2
@@ -153,12 +117,12 @@ def test_the_broker_goes_and_comes_while_a_join_waits(
 def test_a_result_is_stored_when_the_broker_is_back(
     alive: Node, reader: Celery, writer: Celery, start: Start
 ) -> None:
-    store(writer, str(uuid4()), "connected")
+    store(writer, uuid(), "connected")
     alive.kill()
-    result = new_group(reader, 3)
-    lone = reader.AsyncResult(str(uuid4()))
-    stores = [start(store_members, writer, result), start(store, writer, lone.id, "stored")]
-    time.sleep(1)
+    result = group_of(reader, 3)
+    lone = reader.AsyncResult(uuid())
+    stores = [start(store_group, writer, result), start(store, writer, lone.id, "stored")]
+    time.sleep(1)  # nothing tells that they are still trying
     assert not any(stored.done() for stored in stores)
     alive.start()
     for stored in stores:
@@ -167,41 +131,41 @@ def test_a_result_is_stored_when_the_broker_is_back(
     assert lone.get(timeout=SECONDS) == "stored"
 
 
-def test_a_result_is_not_stored_for_ever(alive: Node, monkeypatch: pytest.MonkeyPatch, writer: Celery) -> None:
-    policy = {"max_retries": 2, "interval_start": 0, "interval_step": 0.1, "interval_max": 0.1}
-    monkeypatch.setattr(fastres.AMQPBackend, "retry_policy", policy)
+def test_a_result_is_not_stored_for_ever(alive: Node) -> None:
     alive.kill()
-    begin = time.monotonic()
-    with pytest.raises(OperationalError, match=r"cannot write to .*amqp://guest:\*\*@127.0.0.1"):
-        store(writer, str(uuid4()), "nowhere")
-    assert time.monotonic() - begin < 5
+    with client(alive.url, "backend_kit:Impatient+fastres://") as writer:
+        begin = time.monotonic()
+        with pytest.raises(OperationalError, match=r"cannot write to .*amqp://guest:\*\*@127.0.0.1"):
+            store(writer, uuid(), "nowhere")
+        assert time.monotonic() - begin < 5
 
 
+@pytest.mark.timing
 @pytest.mark.parametrize("connected", [True, False], ids=["connected before", "never connected"])
 def test_a_wait_ends_at_its_timeout_while_the_broker_is_away(alive: Node, reader: Celery, connected: bool) -> None:
     if connected:
-        assert reader.AsyncResult(str(uuid4())).state == "PENDING"
+        assert reader.AsyncResult(uuid()).state == "PENDING"
     alive.kill()
-    lone, result = reader.AsyncResult(str(uuid4())), new_group(reader, 3)
-    assert ends_in_time(lambda: lone.get(timeout=1), 1)
-    assert ends_in_time(lambda: result.get(timeout=1), 1)
-    assert ends_in_time(lambda: list(reader.backend.get_many([lone.id], timeout=1)), 1)
-    assert ends_in_time(lambda: reader.backend.wait_for(lone.id, timeout=1), 1)
+    lone, result = reader.AsyncResult(uuid()), group_of(reader, 3)
+    ends_in_time(lone.get, 1)
+    ends_in_time(result.get, 1)
+    ends_in_time(lambda timeout: list(reader.backend.get_many([lone.id], timeout=timeout)), 1)
+    ends_in_time(lambda timeout: reader.backend.wait_for(lone.id, timeout=timeout), 1)
 
 
+@pytest.mark.timing
 def test_timeouts_are_kept_while_another_thread_seeks_the_broker(
-    alive: Node, reader: Celery, start: Start
+    alive: Node, reader: Celery, broker: Broker, start: Start
 ) -> None:
     """Whoever waits for longer holds nobody up."""
-    patient = start(reader.AsyncResult(str(uuid4())).get, timeout=8)
-    wait = reader.AsyncResult(str(uuid4()))
-    until(lambda: reader.backend._link._subscribers)
-    started = start(ends_in_time, lambda: wait.get(timeout=2), 2)
-    time.sleep(0.5)
+    patient = start(reader.AsyncResult(uuid()).get, timeout=8)
+    early = reader.AsyncResult(uuid())
+    started = start(ends_in_time, early.get, 2)
+    broker.wait_for_consumer(reader.backend.rkey(early.id))
     alive.kill()
     try:
         # One began before the broker went away, two when it was gone.
-        late = [start(ends_in_time, lambda: reader.AsyncResult(str(uuid4())).get(timeout=1), 1) for _ in range(2)]
+        late = [start(ends_in_time, reader.AsyncResult(uuid()).get, 1) for _ in range(2)]
         for each in [started, *late]:
             each.result(SECONDS)
     finally:
@@ -214,8 +178,8 @@ def test_timeouts_are_kept_while_another_thread_seeks_the_broker(
 
 def test_connections_are_cut_in_the_middle_of_a_join(alive: Node, writer: Celery, start: Start) -> None:
     with Proxy(alive.port, cuts=(200_000, 5_000, 150_000, 300_000, 1)) as proxy, client(proxy.url) as reader:
-        result = new_group(reader, 3000)
-        store_members(writer, result)
+        result = group_of(reader, 3000)
+        store_group(writer, result)
         joined = Joined(result, start)
         joined.is_whole()
         assert proxy.cut_count == 5
@@ -224,8 +188,8 @@ def test_connections_are_cut_in_the_middle_of_a_join(alive: Node, writer: Celery
 
 def test_connections_are_cut_at_many_places(alive: Node, writer: Celery, start: Start) -> None:
     with Proxy(alive.port, cuts=tuple(range(600, 20_000, 1301))) as proxy, client(proxy.url) as reader:
-        result = new_group(reader, 500)
-        store_members(writer, result)
+        result = group_of(reader, 500)
+        store_group(writer, result)
         joined = Joined(result, start)
         joined.is_whole()
         assert proxy.cut_count == len(range(600, 20_000, 1301))
@@ -234,13 +198,13 @@ def test_connections_are_cut_at_many_places(alive: Node, writer: Celery, start: 
 def test_connections_are_cut_at_any_time(alive: Node, writer: Celery, start: Start) -> None:
     """While results come, while none come, and several waits are on the same connection."""
     with Proxy(alive.port) as proxy, client(proxy.url) as reader:
-        groups = [new_group(reader, 100) for _ in range(4)]
-        lone = [reader.AsyncResult(str(uuid4())) for _ in range(4)]
+        groups = [group_of(reader, 100) for _ in range(4)]
+        lone = [reader.AsyncResult(uuid()) for _ in range(4)]
         joins = [Joined(result, start) for result in groups]
         waits = [start(result.get, timeout=SECONDS) for result in lone]
         for number in range(0, 100, 10):
             for result in groups:
-                store_members(writer, result, number, number + 10)
+                store_group(writer, result, range(number, number + 10), number)
             proxy.cut()
         for result in lone:
             store(writer, result.id, result.id)
@@ -251,20 +215,20 @@ def test_connections_are_cut_at_any_time(alive: Node, writer: Celery, start: Sta
 
 def test_a_writer_whose_connection_is_cut_writes_again(alive: Node, reader: Celery) -> None:
     with Proxy(alive.port) as proxy, client(proxy.url) as writer:
-        result = new_group(reader, 60)
+        result = group_of(reader, 60)
         for number in range(0, 60, 10):
-            store_members(writer, result, number, number + 10)
+            store_group(writer, result, range(number, number + 10), number)
             proxy.cut()
         assert result.get(timeout=SECONDS) == list(range(60))
 
 
 def test_rabbitmqctl_closes_all_connections(alive: Node, reader: Celery, writer: Celery, start: Start) -> None:
-    result, lone = new_group(reader, 100), reader.AsyncResult(str(uuid4()))
+    result, lone = group_of(reader, 100), reader.AsyncResult(uuid())
     joined, wait = Joined(result, start), start(lone.get, timeout=SECONDS)
-    store_members(writer, result, 0, 50)
+    store_group(writer, result, range(50))
     joined.has(50)
     alive.ctl("close_all_connections", "because of a test")
-    store_members(writer, result, 50)
+    store_group(writer, result, start=50)
     store(writer, lone.id, "after")
     joined.is_whole()
     assert wait.result(SECONDS) == "after"
@@ -272,37 +236,39 @@ def test_rabbitmqctl_closes_all_connections(alive: Node, reader: Celery, writer:
 
 def test_polls_go_on_after_a_cut(alive: Node, writer: Celery) -> None:
     with Proxy(alive.port) as proxy, client(proxy.url) as reader:
-        lone, result = reader.AsyncResult(str(uuid4())), new_group(reader, 3)
+        lone, result = reader.AsyncResult(uuid()), group_of(reader, 3)
         assert (lone.state, result.completed_count()) == ("PENDING", 0)
         proxy.cut()
         assert (lone.state, result.completed_count()) == ("PENDING", 0)
         store(writer, lone.id, 1)
-        store_members(writer, result)
+        store_group(writer, result)
         proxy.cut()
         assert (lone.state, reader.backend.group_progress(result.id)) == ("SUCCESS", 3)
         assert result.completed_count() == 3
 
 
+@pytest.mark.timing
 @pytest.mark.parametrize("connected", [True, False], ids=["connected before", "never connected"])
 def test_a_wait_ends_at_its_timeout_while_the_network_says_nothing(alive: Node, connected: bool) -> None:
     with Proxy(alive.port) as proxy, client(proxy.url) as reader:
         try:
             if connected:
-                assert reader.AsyncResult(str(uuid4())).state == "PENDING"
+                assert reader.AsyncResult(uuid()).state == "PENDING"
             proxy.stall()
             threading.Timer(6, proxy.resume).start()  # a wait that hangs ends then, late
-            result = reader.AsyncResult(str(uuid4()))
-            assert ends_in_time(lambda: result.get(timeout=1), 1)
+            ends_in_time(reader.AsyncResult(uuid()).get, 1)
         finally:
             proxy.resume()
 
 
-def test_a_wait_that_subscribed_ends_at_its_timeout_when_the_network_stalls(alive: Node, start: Start) -> None:
+@pytest.mark.timing
+def test_a_wait_that_subscribed_ends_at_its_timeout_when_the_network_stalls(
+    alive: Node, broker: Broker, start: Start
+) -> None:
     with Proxy(alive.port) as proxy, client(proxy.url) as reader:
-        result = reader.AsyncResult(str(uuid4()))
-        wait = start(ends_in_time, lambda: result.get(timeout=2), 2)
-        until(lambda: reader.backend._link._subscribers)
-        time.sleep(0.3)
+        result = reader.AsyncResult(uuid())
+        wait = start(ends_in_time, result.get, 2)
+        broker.wait_for_consumer(reader.backend.rkey(result.id))
         proxy.stall()
         threading.Timer(6, proxy.resume).start()  # a wait that hangs ends then, late
         wait.result(SECONDS)
@@ -316,11 +282,11 @@ def test_reader_and_writer_disagree_on_arguments(
     alive: Node, writer: Celery, reports: Callable[[], list[str]], first: str
 ) -> None:
     with client(alive.url, result_expires=4321) as reader:
-        lone, result = reader.AsyncResult(str(uuid4())), new_group(reader, 20)
+        lone, result = reader.AsyncResult(uuid()), group_of(reader, 20)
         if first == "reader":
             assert (lone.state, result.completed_count()) == ("PENDING", 0)
         store(writer, lone.id, "read")
-        store_members(writer, result)
+        store_group(writer, result)
         assert lone.state == "SUCCESS"
         assert lone.get(timeout=SECONDS) == "read"
         assert result.get(timeout=SECONDS) == list(range(20))
@@ -329,41 +295,47 @@ def test_reader_and_writer_disagree_on_arguments(
     assert len([line for line in told if lone.id.replace("-", "") in line]) == 1, told
 
 
-def test_disagreement_does_not_end_other_waits(alive: Node, writer: Celery, start: Start) -> None:
+def test_disagreement_does_not_end_other_waits(alive: Node, writer: Celery, broker: Broker, start: Start) -> None:
     with client(alive.url, result_expires=4321) as reader:
-        waiting, foreign = reader.AsyncResult(str(uuid4())), reader.AsyncResult(str(uuid4()))
+        waiting, foreign = reader.AsyncResult(uuid()), reader.AsyncResult(uuid())
         store(writer, foreign.id, "foreign")
         wait = start(waiting.get, timeout=SECONDS)
-        until(lambda: reader.backend._link._subscribers)
+        broker.wait_for_consumer(reader.backend.rkey(waiting.id))
         assert foreign.get(timeout=SECONDS) == "foreign"
         store(writer, waiting.id, "waited")
         assert wait.result(SECONDS) == "waited"
 
 
-def test_a_queue_is_deleted_under_its_consumer(alive: Node, reader: Celery, writer: Celery, start: Start) -> None:
-    result, lone = new_group(reader, 40), reader.AsyncResult(str(uuid4()))
-    store_members(writer, result, 0, 20)
+def test_a_queue_is_deleted_under_its_consumer(
+    reader: Celery, writer: Celery, broker: Broker, start: Start
+) -> None:
+    result, lone = group_of(reader, 40), reader.AsyncResult(uuid())
+    store_group(writer, result, range(20))
     joined, wait = Joined(result, start), start(lone.get, timeout=SECONDS)
     joined.has(20)
-    for name in (f"fastres.group.{result.id}", reader.backend.rkey(lone.id)):
-        until(lambda name=name: delete_queue(alive, name))
-    store_members(writer, result, 20)
+    for name in (queue_of(result.id), reader.backend.rkey(lone.id)):
+        broker.wait_for_consumer(name)
+        broker.channel().queue_delete(name)
+    store_group(writer, result, start=20)
     store(writer, lone.id, "after")
     joined.is_whole()
     assert wait.result(SECONDS) == "after"
 
 
 @pytest.mark.parametrize("confirm", [True, False])
-def test_a_queue_is_deleted_between_two_results(alive: Node, reader: Celery, confirm: bool) -> None:
+def test_a_queue_is_deleted_between_two_results(
+    alive: Node, reader: Celery, broker: Broker, confirm: bool
+) -> None:
     with client(alive.url, result_backend_transport_options={"confirm": confirm}) as writer:
-        result = new_group(reader, 2)
-        store_members(writer, result, 0, 1)
-        until(lambda: delete_queue(alive, f"fastres.group.{result.id}"))
+        result = group_of(reader, 2)
+        store_group(writer, result, range(1))
+        until(lambda: broker.state(queue_of(result.id)), so="the first result's queue")
+        broker.channel().queue_delete(queue_of(result.id))
         if not confirm:
             # Without confirms the broker cannot give it back: only a reader's declaration brings the queue.
             assert reader.backend.group_progress(result.id) == 0
             assert result.completed_count() == 0
-        store_members(writer, result, 1, 2)
+        store_member(writer, result, 1, 1)
         assert result.results[1].get(timeout=SECONDS) == 1
 
 
@@ -374,8 +346,8 @@ def test_a_queue_is_deleted_between_two_results(alive: Node, reader: Celery, con
 def test_a_reader_is_killed_in_the_middle_of_a_group(
     reader: Celery, writer: Celery, start: Start, no_ack: bool
 ) -> None:
-    result = new_group(reader, 500)
-    store_members(writer, result)
+    result = group_of(reader, 500)
+    store_group(writer, result)
     result.save()
     code = f"""
         import time
@@ -394,7 +366,7 @@ def test_a_reader_is_killed_in_the_middle_of_a_group(
         process.kill()
         process.communicate()
     assert len(handed_over - {""}) == 101
-    there = {task_id: number for number, task_id in enumerate(member.id for member in result)}
+    there = {task_id: number for number, task_id in enumerate(ids_of(result))}
     if no_ack:
         # What it was not given to do something with is not lost.
         there = {task_id: number for task_id, number in there.items() if task_id not in handed_over}

@@ -6,18 +6,17 @@ import contextlib
 import datetime
 import json
 import pickle
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from amqp.exceptions import PreconditionFailed
-from backend_kit import ENOUGH, Broker, in_another_process, request_of, store, takes
-from celery import Celery, _state, states, uuid
+from backend_kit import ENOUGH, Broker, MakeApp, in_another_process, queue_of, request_of, store, takes, until
+from celery import Celery, states, uuid
 from celery.exceptions import ImproperlyConfigured, TimeoutError
 from celery.result import AsyncResult, result_from_tuple
-from conftest import MakeApp
 from kombu.exceptions import ContentDisallowed
 from rabbitmq_node import Node
+from workers import client
 
 import fastres
 
@@ -28,13 +27,6 @@ class Refused(Exception):
     def __init__(self, code: int, why: str) -> None:
         super().__init__(code, why)
         self.code = code
-
-
-@pytest.fixture(scope="module")
-def broker(node: Node) -> Iterator[Broker]:
-    broker = Broker(node.url)
-    yield broker
-    broker.close()
 
 
 # -- result_serializer, result_accept_content
@@ -172,12 +164,9 @@ def test_expired(make_app: MakeApp, node: Node) -> None:
     app, task_id, group_id = make_app(result_expires=datetime.timedelta(seconds=0.5)), uuid(), uuid()
     store(app, task_id, 1)
     store(app, uuid(), 1, group=group_id, group_index=0)
-    mine = {app.backend.rkey(task_id), f"fastres.group.{group_id}"}
-    for _ in range(10):
-        # Asking for a queue's state may count as its use, a list of queues does not.
-        if not mine & node.queues().keys():
-            break
-    assert not mine & node.queues().keys()
+    mine = {app.backend.rkey(task_id), queue_of(group_id)}
+    # Asking for a queue's state may count as its use, a list of queues does not.
+    until(lambda: not mine & node.queues().keys())
     assert app.backend.get_task_meta(task_id)["status"] == "PENDING"
     store(app, task_id, "again")
     assert app.backend.wait_for(task_id, timeout=ENOUGH) == "again"
@@ -191,7 +180,7 @@ def test_result_persistent(make_app: MakeApp, broker: Broker, persistent: bool |
     app, lone, group_id = make_app(result_persistent=persistent), uuid(), uuid()
     store(app, lone, 1)
     store(app, uuid(), 1, group=group_id, group_index=0)
-    for name in (app.backend.rkey(lone), f"fastres.group.{group_id}"):
+    for name in (app.backend.rkey(lone), queue_of(group_id)):
         assert broker.look(name).properties["delivery_mode"] == mode
         # Whatever the messages are, the queue outlives its connection.
         broker.channel().queue_declare(name, passive=True, durable=True)
@@ -206,7 +195,7 @@ def test_result_exchange(make_app: MakeApp, broker: Broker, kind: str) -> None:
     assert reader.backend.get_task_meta(lone)["status"] == "PENDING"
     store(writer, lone, "lone")
     store(writer, member, "member", group=group_id, group_index=0)
-    for name in (writer.backend.rkey(lone), f"fastres.group.{group_id}"):
+    for name in (writer.backend.rkey(lone), queue_of(group_id)):
         assert broker.look(name).delivery_info["exchange"] == f"results.{kind}"
     assert reader.backend.get_task_meta(lone)["result"] == "lone"
     assert reader.backend.wait_for(lone, timeout=ENOUGH, cache=False) == "lone"
@@ -283,6 +272,7 @@ def test_a_result_in_a_result(app: Celery, make_app: MakeApp) -> None:
     assert make_app().AsyncResult(task_id).get(timeout=ENOUGH) == [[inner.id, None], None]
 
 
+@pytest.mark.timing
 def test_custom_states(app: Celery, make_app: MakeApp) -> None:
     """What ``update_state`` sends is seen by a poll, and waits go on."""
     result = make_app().AsyncResult(uuid())
@@ -323,10 +313,10 @@ def test_exceptions_of_modules_that_are_not_loaded(app: Celery, broker: Broker) 
 # -- pickling
 
 
-def test_pickled_backend(app: Celery, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pickled_backend(node: Node) -> None:
     """Where the application has this backend, it is that one: results that were unpickled share its connection."""
-    monkeypatch.setattr(_state._tls, "current_app", app)
-    assert pickle.loads(pickle.dumps(app.backend)) is app.backend
+    with client(node.url) as app:
+        assert pickle.loads(pickle.dumps(app.backend)) is app.backend
 
 
 UNPICKLE_BACKEND = """

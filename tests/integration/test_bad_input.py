@@ -4,23 +4,33 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Iterator
-from typing import Any, Callable
+from typing import Any
 
 import pytest
-from backend_kit import ENOUGH, SOON, Broker, group_of, store, success
+from backend_kit import (
+    ENOUGH,
+    SOON,
+    Broker,
+    MakeApp,
+    Reports,
+    group_of,
+    ids_of,
+    new_ids,
+    queue_of,
+    send,
+    store,
+    store_group,
+    store_member,
+    success,
+)
 from celery import Celery, uuid
 from celery.exceptions import SecurityError, TimeoutError
 from celery.result import GroupResult
-from conftest import MakeApp
 from kombu.exceptions import ContentDisallowed, DecodeError
-from rabbitmq_node import Node
 
 from fastres import MalformedResult, OversizedResult
 
 pytestmark = pytest.mark.usefixtures("both")
-
-Reports = Callable[[], list[str]]
 
 GZIP = {"compression": "application/x-gzip"}
 #: body, properties, the kind that is counted, the exception of a lone wait
@@ -47,21 +57,9 @@ BAD: dict[str, tuple[bytes, dict[str, Any], str, type[Exception]]] = {
 each_bad = pytest.mark.parametrize("name", BAD)
 
 
-@pytest.fixture(scope="module")
-def broker(node: Node) -> Iterator[Broker]:
-    broker = Broker(node.url)
-    yield broker
-    broker.close()
-
-
 @pytest.fixture
 def app(make_app: MakeApp) -> Celery:
     return make_app(result_backend_transport_options={"max_unpacked_size": 100_000})
-
-
-@pytest.fixture
-def other(make_app: MakeApp) -> Celery:
-    return make_app()
 
 
 def put_bad(broker: Broker, queue: str, name: str, task_id: str) -> None:
@@ -105,12 +103,11 @@ def test_lone(app: Celery, broker: Broker, reports: Reports, name: str) -> None:
 @pytest.mark.parametrize("name", ["no JSON", "content type not accepted", "no result", "truncated"])
 def test_lone_among_others(app: Celery, other: Celery, broker: Broker, reports: Reports, name: str) -> None:
     """The others are handed over; the bad one stays where it was, and the end of the wait says why."""
-    ids = [uuid() for _ in range(5)]
+    ids = new_ids(5)
     queue = lone_queue(app, ids[2])
     put_bad(broker, queue, name, ids[2])
     for task_id in (*ids[:2], *ids[3:]):
         store(other, task_id, task_id)
-    got: list[Any] = []
     kind = BAD[name][3]
     got: list[Any] = []
     with pytest.raises(TimeoutError, match=f"1 results are missing.*{ids[2]}.*{kind.__name__}"):
@@ -191,12 +188,11 @@ def test_lone_failure_that_cannot_be_raised(app: Celery, broker: Broker, name: s
 def test_group(app: Celery, other: Celery, broker: Broker, reports: Reports, name: str) -> None:
     """The others of the group are joined, the bad one stays in the queue and with it what was not handed over."""
     held = group_of(app, 4)
-    ids = [one.id for one in held.results]
-    queue = f"fastres.group.{held.id}"
-    for index in (0, 2, 3):
-        store(other, ids[index], index, group=held.id, group_index=index)
-        if index == 0:
-            put_bad(broker, queue, name, ids[1])
+    ids = ids_of(held)
+    queue = queue_of(held.id)
+    store_member(other, held, 0, 0)
+    put_bad(broker, queue, name, ids[1])
+    store_group(other, held, start=2)
     got: dict[str, Any] = {}
     with pytest.raises(BAD[name][3]):
         got.update((task_id, meta["result"]) for task_id, meta in app.backend.iter_native(held))
@@ -206,15 +202,15 @@ def test_group(app: Celery, other: Celery, broker: Broker, reports: Reports, nam
     check_reports(reports, app.backend, name, queue, ids[1])
     assert broker.messages(queue) == 1
     # ... and when it comes again in good order, the group is complete.
-    store(other, ids[1], 1, group=held.id, group_index=1)
+    store_member(other, held, 1, 1)
     assert held.results[1].get(timeout=ENOUGH) == 1
 
 
 @pytest.mark.parametrize("name", ["no JSON", "no status"])
 def test_group_timeout_says_what_came(app: Celery, other: Celery, broker: Broker, name: str) -> None:
     held = group_of(app, 3)
-    store(other, held.results[0].id, 0, group=held.id, group_index=0)
-    put_bad(broker, f"fastres.group.{held.id}", name, held.results[1].id)
+    store_member(other, held, 0, 0)
+    put_bad(broker, queue_of(held.id), name, held.results[1].id)
     kind = BAD[name][3].__name__
     with pytest.raises(TimeoutError, match=f"2 results are missing.*cannot be read.*{held.results[1].id}: {kind}"):
         held.get(timeout=0.3)
@@ -223,20 +219,20 @@ def test_group_timeout_says_what_came(app: Celery, other: Celery, broker: Broker
 def test_group_bad_message_of_no_member(app: Celery, other: Celery, broker: Broker, reports: Reports) -> None:
     """It completes nobody's wait, and hinders nobody's."""
     held = group_of(app, 3)
-    for index, member in enumerate(held.results):
-        store(other, member.id, index, group=held.id, group_index=index)
-        put_bad(broker, f"fastres.group.{held.id}", "no JSON", uuid())
+    for index in range(3):
+        store_member(other, held, index, index)
+        put_bad(broker, queue_of(held.id), "no JSON", uuid())
     assert held.get(timeout=ENOUGH) == [0, 1, 2]
     assert len(reports()) == app.backend.reports.counts["undecodable"] >= 2
-    assert broker.messages(f"fastres.group.{held.id}") == 3
+    assert broker.messages(queue_of(held.id)) == 3
 
 
 def test_group_duplicates(app: Celery, other: Celery, broker: Broker, reports: Reports) -> None:
     held = group_of(app, 3)
-    queue = f"fastres.group.{held.id}"
-    for index, member in enumerate(held.results):
+    queue = queue_of(held.id)
+    for index in range(3):
         for value in (index, "again", "and again")[: 1 if index == 2 else 3]:
-            store(other, member.id, value, group=held.id, group_index=index)
+            store_member(other, held, index, value)
     assert held.get(timeout=ENOUGH) == [0, 1, 2]
     repeated = [report for report in reports() if report.startswith("repeated result")]
     assert len(repeated) == len(reports()) == 2
@@ -249,12 +245,10 @@ def test_group_result_for_an_unknown_id(app: Celery, other: Celery, broker: Brok
     """A member that this process has not heard of is not lost."""
     held, added = group_of(app, 2), uuid()
     store(other, added, "added while running", group=held.id, group_index=2)
-    for index, member in enumerate(held.results):
-        store(other, member.id, index, group=held.id, group_index=index)
+    store_group(other, held)
     assert held.get(timeout=ENOUGH) == [0, 1]
-    assert broker.messages(f"fastres.group.{held.id}") == 1
-    whole = GroupResult(held.id, [other.AsyncResult(added)], app=other)
-    assert whole.get(timeout=ENOUGH) == ["added while running"]
+    assert broker.messages(queue_of(held.id)) == 1
+    assert group_of(other, [added], held.id).get(timeout=ENOUGH) == ["added while running"]
 
 
 @pytest.mark.parametrize("name", FAILURES)
@@ -262,9 +256,9 @@ def test_group_failure_that_cannot_be_raised(app: Celery, other: Celery, broker:
     result, kind, _ = FAILURES[name]
     held = group_of(app, 3)
     for index in (0, 2):
-        store(other, held.results[index].id, index, group=held.id, group_index=index)
+        store_member(other, held, index, index)
     meta = {"task_id": held.results[1].id, "status": "FAILURE", "result": result, "traceback": None}
-    broker.put(f"fastres.group.{held.id}", meta, correlation_id=meta["task_id"])
+    broker.put(queue_of(held.id), meta, correlation_id=meta["task_id"])
     first, bad, last = held.get(timeout=ENOUGH, propagate=False)
     assert (first, type(bad), last) == (0, kind, 2)
 
@@ -272,8 +266,8 @@ def test_group_failure_that_cannot_be_raised(app: Celery, other: Celery, broker:
 @each_bad
 def test_group_poll(app: Celery, other: Celery, broker: Broker, reports: Reports, name: str) -> None:
     held = group_of(app, 2)
-    queue = f"fastres.group.{held.id}"
-    store(other, held.results[1].id, 1, group=held.id, group_index=1)
+    queue = queue_of(held.id)
+    store_member(other, held, 1, 1)
     put_bad(broker, queue, name, held.results[0].id)
     for _ in range(2):
         assert (held.results[1].state, held.results[0].state) == ("SUCCESS", "PENDING")
@@ -307,7 +301,7 @@ def client(make_app: MakeApp) -> Celery:
 @each_bad
 def test_mailbox(client: Celery, broker: Broker, reports: Reports, name: str) -> None:
     """Bad messages are taken out of the mailbox, where nobody else would; the others are read."""
-    good, bad = (client.send_task("nobody.runs.this", queue="nobody") for _ in range(2))
+    good, bad = send(client), send(client)
     mailbox = client.thread_oid
     put_bad(broker, mailbox, name, bad.id)
     broker.put(mailbox, success(good.id, 1), correlation_id=good.id)
@@ -322,7 +316,7 @@ def test_mailbox(client: Celery, broker: Broker, reports: Reports, name: str) ->
 
 def test_mailbox_while_somebody_waits_for_it(client: Celery, broker: Broker, reports: Reports) -> None:
     """The wait ends at once: nothing else will come."""
-    result = client.send_task("nobody.runs.this", queue="nobody")
+    result = send(client)
     put_bad(broker, client.thread_oid, "content type not accepted", result.id)
     with pytest.raises(ContentDisallowed):
         result.get(timeout=SOON)
@@ -332,7 +326,7 @@ def test_mailbox_while_somebody_waits_for_it(client: Celery, broker: Broker, rep
 @pytest.mark.parametrize("name", FAILURES)
 def test_mailbox_failure_that_cannot_be_raised(client: Celery, broker: Broker, name: str) -> None:
     result, kind, message = FAILURES[name]
-    sent = client.send_task("nobody.runs.this", queue="nobody")
+    sent = send(client)
     meta = {"task_id": sent.id, "status": "FAILURE", "result": result, "traceback": None}
     broker.put(client.thread_oid, json.dumps(meta).encode(), correlation_id=sent.id)
     with pytest.raises(kind, match=message):
@@ -341,7 +335,7 @@ def test_mailbox_failure_that_cannot_be_raised(client: Celery, broker: Broker, n
 
 def test_mailbox_result_for_an_unknown_id(client: Celery, broker: Broker) -> None:
     """It is kept for whoever asks: a result that was sent by id from elsewhere."""
-    sent, stranger = client.send_task("nobody.runs.this", queue="nobody"), uuid()
+    sent, stranger = send(client), uuid()
     broker.put(client.thread_oid, success(stranger, "kept"), correlation_id=stranger)
     broker.put(client.thread_oid, success(sent.id, 1), correlation_id=sent.id)
     assert sent.get(timeout=ENOUGH) == 1

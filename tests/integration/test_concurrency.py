@@ -11,25 +11,23 @@ import traceback
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Callable
-from uuid import uuid4
 
 import pytest
-from celery import Celery, group
-from celery.app.task import Context
+from backend_kit import Broker, group_of, held_by, ids_of, new_ids, store, store_group, store_member, until
+from celery import Celery, group, uuid
 from celery.exceptions import TimeoutError
-from celery.result import AsyncResult, GroupResult
+from celery.result import AsyncResult
 from proj import slow
 from rabbitmq_node import Node
-from workers import Worker, client, python, start_python, until
+from workers import Worker, client, python, start_python
 
 SECONDS = 20
 
 
 @pytest.fixture(scope="module")
-def node() -> Iterator[Node]:
+def node(own_node: Node) -> Node:
     """A broker on which nobody else's connections come and go."""
-    with Node() as node:
-        yield node
+    return own_node
 
 
 @pytest.fixture
@@ -45,21 +43,6 @@ def writer(make_app: Callable[..., Celery]) -> Celery:
     app = make_app(result_backend_transport_options={"confirm": False})
     assert app.backend, "Celery makes one for each of the threads that come at once"
     return app
-
-
-def store(writer: Celery, task_id: str, value: Any, group_id: str | None = None) -> None:
-    """As a worker does; with a group id, as the result of one of its members."""
-    member = {"group": group_id, "group_index": 0} if group_id else {}
-    request = Context(id=task_id, correlation_id=task_id, children=[], **member)
-    writer.backend.store_result(task_id, value, "SUCCESS", request=request)
-
-
-def new_ids(count: int) -> list[str]:
-    return [str(uuid4()) for _ in range(count)]
-
-
-def new_group(app: Celery, task_ids: list[str], group_id: str | None = None) -> GroupResult:
-    return GroupResult(group_id or str(uuid4()), [app.AsyncResult(task_id) for task_id in task_ids], app=app)
 
 
 def connections(node: Node) -> int:
@@ -86,11 +69,11 @@ class Crowd:
         return self._pool.submit(function, *args, **kwargs)
 
 
-def time_out(function: Callable[[], Any]) -> float:
-    """How many seconds a call takes until it raises TimeoutError."""
+def time_out(app: Celery, timeout: float, task_id: str | None = None) -> float:
+    """How many seconds a wait for what does not come takes."""
     start = time.monotonic()
     with pytest.raises(TimeoutError):
-        function()
+        app.AsyncResult(task_id or uuid()).get(timeout=timeout)
     return time.monotonic() - start
 
 
@@ -121,18 +104,19 @@ def test_threads_wait_for_different_results_on_one_connection(app: Celery, write
         assert connections(node) == before + 1
 
 
-def test_threads_wait_for_the_same_result(app: Celery, writer: Celery) -> None:
-    task_id = str(uuid4())
+def test_threads_wait_for_the_same_result(app: Celery, writer: Celery, broker: Broker) -> None:
+    task_id = uuid()
     with Crowd(20) as crowd:
         waits = [crowd.send(app.AsyncResult(task_id).get, timeout=SECONDS) for _ in range(20)]
-        time.sleep(0.3)
+        broker.wait_for_consumer(app.backend.rkey(task_id))
+        time.sleep(0.1)  # for the others to wait too; those that come late get it as well
         store(writer, task_id, "for all")
         assert [wait.result() for wait in waits] == ["for all"] * 20
 
 
 def test_threads_come_one_after_the_other_for_the_same_result(app: Celery, writer: Celery) -> None:
     """Some wait when it comes, some come while it is handed over, some later."""
-    task_id = str(uuid4())
+    task_id = uuid()
     with Crowd(20) as crowd:
         waits = []
         for number in range(20):
@@ -144,28 +128,26 @@ def test_threads_come_one_after_the_other_for_the_same_result(app: Celery, write
 
 
 def test_threads_join_the_same_group(app: Celery, writer: Celery) -> None:
-    group_id, task_ids = str(uuid4()), new_ids(300)
+    held = group_of(app, 300)
     with Crowd(5) as crowd:
-        joins = [crowd.send(new_group(app, task_ids, group_id).get, timeout=SECONDS) for _ in range(5)]
-        for number, task_id in enumerate(task_ids):
-            store(writer, task_id, number, group_id)
+        joins = [crowd.send(held_by(app, held).get, timeout=SECONDS) for _ in range(5)]
+        store_group(writer, held)
         for join in joins:
             assert join.result() == list(range(300))
 
 
 def test_threads_join_groups_of_their_own(app: Celery, writer: Celery) -> None:
-    groups = {str(uuid4()): new_ids(100) for _ in range(8)}
+    groups = [group_of(app, 100) for _ in range(8)]
     with Crowd(8) as crowd:
-        joins = [
-            crowd.send(new_group(app, ids, group_id).get, timeout=SECONDS) for group_id, ids in groups.items()
-        ]
+        joins = [crowd.send(held.get, timeout=SECONDS) for held in groups]
         for number in range(100):
-            for group_id, task_ids in groups.items():
-                store(writer, task_ids[number], number, group_id)
+            for held in groups:
+                store_member(writer, held, number, number)
         for join in joins:
             assert join.result() == list(range(100))
 
 
+@pytest.mark.timing
 def test_each_timeout_is_exact_while_others_wait(app: Celery, writer: Celery) -> None:
     timeouts = [0.5 + 0.15 * number for number in range(12)]
     stop = threading.Event()
@@ -176,7 +158,7 @@ def test_each_timeout_is_exact_while_others_wait(app: Celery, writer: Celery) ->
     with Crowd(20) as crowd:
         busy = new_ids(40)
         others = [crowd.send(traffic, busy[start::4]) for start in range(4)]
-        waits = [crowd.send(time_out, lambda t=t: app.AsyncResult(str(uuid4())).get(timeout=t)) for t in timeouts]
+        waits = [crowd.send(time_out, app, timeout) for timeout in timeouts]
         for task_id in busy:
             store(writer, task_id, task_id)
             stop.wait(0.04)
@@ -190,23 +172,23 @@ def test_each_timeout_is_exact_while_others_wait(app: Celery, writer: Celery) ->
     assert late[-1] <= 0.5 + slack.result(), late
 
 
+@pytest.mark.timing
 def test_a_timeout_is_exact_while_a_large_group_is_joined(app: Celery, writer: Celery) -> None:
-    group_id, task_ids = str(uuid4()), new_ids(3000)
-    for number, task_id in enumerate(task_ids):
-        store(writer, task_id, number, group_id)
+    held = group_of(app, 3000)
+    store_group(writer, held)
     with Crowd(2) as crowd:
-        wait = crowd.send(time_out, lambda: app.AsyncResult(str(uuid4())).get(timeout=0.5))
+        wait = crowd.send(time_out, app, 0.5)
         sleep = crowd.send(overslept, 0.5)
-        assert new_group(app, task_ids, group_id).get(timeout=SECONDS) == list(range(3000))
+        assert held.get(timeout=SECONDS) == list(range(3000))
         # The join leaves the processor to the wait only every now and then.
         assert 0.49 <= wait.result() <= 0.9 + sleep.result()
 
 
-def test_states_are_polled_while_a_thread_waits(app: Celery, writer: Celery) -> None:
+def test_states_are_polled_while_a_thread_waits(app: Celery, writer: Celery, broker: Broker) -> None:
     waited, polled = new_ids(2)
     with Crowd(1) as crowd:
         wait = crowd.send(app.AsyncResult(waited).get, timeout=SECONDS)
-        time.sleep(0.2)
+        broker.wait_for_consumer(app.backend.rkey(waited))
         start = time.monotonic()
         assert [app.AsyncResult(polled).state for _ in range(20)] == ["PENDING"] * 20
         assert time.monotonic() - start < 2
@@ -216,14 +198,15 @@ def test_states_are_polled_while_a_thread_waits(app: Celery, writer: Celery) -> 
         assert wait.result() == 2
 
 
-def test_a_result_is_told_to_its_waiter_at_once(app: Celery, writer: Celery) -> None:
+@pytest.mark.timing
+def test_a_result_is_told_to_its_waiter_at_once(app: Celery, writer: Celery, broker: Broker) -> None:
     """Also while another thread, which waits for something else, is the one that reads the socket."""
     first, second = new_ids(2)
     with Crowd(2) as crowd:
         long_wait = crowd.send(app.AsyncResult(first).get, timeout=SECONDS)
-        time.sleep(0.2)
+        broker.wait_for_consumer(app.backend.rkey(first))
         wait = crowd.send(app.AsyncResult(second).get, timeout=SECONDS)
-        time.sleep(0.2)
+        broker.wait_for_consumer(app.backend.rkey(second))
         start = time.monotonic()
         store(writer, second, "soon")
         assert wait.result() == "soon"
@@ -287,30 +270,29 @@ def test_a_forked_child_starts_clean(app: Celery, writer: Celery, node: Node) ->
 
 
 @FORKS
-def test_a_child_forked_in_the_middle_of_a_wait(app: Celery, writer: Celery) -> None:
+def test_a_child_forked_in_the_middle_of_a_wait(app: Celery, writer: Celery, broker: Broker) -> None:
     waited, other = new_ids(2)
     store(writer, other, "for the child")
     with Crowd(2) as crowd:
         waits = [crowd.send(app.AsyncResult(waited).get, timeout=SECONDS) for _ in range(2)]
-        time.sleep(0.3)
+        broker.wait_for_consumer(app.backend.rkey(waited))
         assert in_fork(lambda: app.AsyncResult(other).get(timeout=SECONDS)) == "for the child"
-        assert in_fork(lambda: time_out(lambda: app.AsyncResult(waited).get(timeout=0.3))) < 0.4 + 0.3
+        assert in_fork(lambda: time_out(app, 0.3, waited)) < 0.4 + 0.3
         store(writer, waited, "for the parent")
         assert [wait.result() for wait in waits] == ["for the parent"] * 2
 
 
 @FORKS
 def test_a_child_forked_in_the_middle_of_a_join(app: Celery, writer: Celery) -> None:
-    group_id, task_ids = str(uuid4()), new_ids(500)
-    for number, task_id in enumerate(task_ids):
-        store(writer, task_id, number, group_id)
-    pairs = new_group(app, task_ids, group_id).iter_native(timeout=SECONDS)
+    held = group_of(app, 500)
+    store_group(writer, held)
+    pairs = held.iter_native(timeout=SECONDS)
     got = [next(pairs)[0] for _ in range(100)]
-    other = str(uuid4())
+    other = uuid()
     store(writer, other, "for the child")
     assert in_fork(lambda: app.AsyncResult(other).get(timeout=SECONDS)) == "for the child"
     got += [task_id for task_id, _ in pairs]
-    assert sorted(got) == sorted(task_ids)
+    assert sorted(got) == sorted(ids_of(held))
 
 
 @FORKS
@@ -328,14 +310,14 @@ def read_and_tell(task_id: str, answers: Any) -> None:
 
 
 @FORKS
-def test_children_of_multiprocessing(app: Celery, writer: Celery) -> None:
+def test_children_of_multiprocessing(app: Celery, writer: Celery, broker: Broker) -> None:
     task_ids = new_ids(4)
-    waited = str(uuid4())
+    waited = uuid()
     context = multiprocessing.get_context("fork")
     answers = context.SimpleQueue()
     with Crowd(1) as crowd:
         wait = crowd.send(app.AsyncResult(waited).get, timeout=SECONDS)
-        time.sleep(0.2)
+        broker.wait_for_consumer(app.backend.rkey(waited))
         children = [context.Process(target=read_and_tell, args=(task_id, answers)) for task_id in task_ids]
         for child in children:
             child.start()
@@ -371,13 +353,14 @@ spawn(tick)
 JOIN = {"gevent": "get", "eventlet": "wait"}
 
 
+@pytest.mark.timing
 @pytest.mark.parametrize("hub", ["gevent", "eventlet"])
-def test_waits_do_not_block_the_hub(app: Celery, writer: Celery, hub: str) -> None:
-    task_ids = new_ids(50)
+def test_waits_do_not_block_the_hub(app: Celery, writer: Celery, broker: Broker, hub: str) -> None:
+    connected, *task_ids = new_ids(51)
     code = f"""
         ids = {task_ids!r}
         waits = [spawn(lambda i=i: app.AsyncResult(i).get(timeout=20)) for i in ids]
-        sleep(1.0)
+        app.AsyncResult({connected!r}).get(timeout=20)
         del gaps[:]
         print("waiting", flush=True)
         assert [wait.{JOIN[hub]}() for wait in waits] == ids
@@ -385,9 +368,11 @@ def test_waits_do_not_block_the_hub(app: Celery, writer: Celery, hub: str) -> No
     """
     process = start_python(code, app, PATCH[hub] + TICKER)
     try:
+        broker.wait_for_consumer(*map(app.backend.rkey, task_ids))
+        store(writer, connected, 1)
         assert process.stdout is not None
         assert process.stdout.readline().strip() == "waiting", process.stderr and process.stderr.read()
-        time.sleep(1)
+        time.sleep(1)  # for the ticker to tick
         for task_id in task_ids:
             store(writer, task_id, task_id)
         out, err = process.communicate(timeout=30)
@@ -400,12 +385,13 @@ def test_waits_do_not_block_the_hub(app: Celery, writer: Celery, hub: str) -> No
     assert float(longest) < 0.25, "the ticker stood still"
 
 
+@pytest.mark.timing
 @pytest.mark.parametrize("hub", ["gevent", "eventlet"])
 def test_greenlets_join_groups_and_time_out(app: Celery, writer: Celery, hub: str) -> None:
-    groups = {str(uuid4()): new_ids(50) for _ in range(5)}
-    for group_id, task_ids in groups.items():
-        for number, task_id in enumerate(task_ids):
-            store(writer, task_id, number, group_id)
+    groups = {}
+    for held in (group_of(app, 50) for _ in range(5)):
+        store_group(writer, held)
+        groups[held.id] = ids_of(held)
     code = f"""
         from celery.result import GroupResult
         from celery.exceptions import TimeoutError

@@ -8,43 +8,36 @@ import ssl
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import amqp
 import pytest
 import rabbitmq_node
+from backend_kit import until
 from rabbitmq_node import Node, Redis, StartError
 
 
-@pytest.fixture(scope="module")
-def own() -> Iterator[Node]:
-    """A node that these tests may end."""
-    with Node() as node:
-        yield node
-
-
-def test_it_starts_empty_and_knows_its_queues(own: Node) -> None:
-    assert own.queues() == {}
-    _publish(own, "a queue", 3)
-    _publish(own, "another", 1)
-    assert own.queues() == {"a queue": 3, "another": 1}
+def test_it_starts_empty_and_knows_its_queues(own_node: Node) -> None:
+    assert own_node.queues() == {}
+    _publish(own_node, "a queue", 3)
+    _publish(own_node, "another", 1)
+    assert own_node.queues() == {"a queue": 3, "another": 1}
 
 
 @pytest.mark.parametrize("end", ["restart", "kill"])
-def test_a_persistent_message_outlives_the_node(own: Node, end: str) -> None:
-    _publish(own, end, 1)
-    url = own.url
+def test_a_persistent_message_outlives_the_node(own_node: Node, end: str) -> None:
+    _publish(own_node, end, 1)
+    url = own_node.url
     if end == "restart":
-        own.restart()
+        own_node.restart()
     else:
         time.sleep(2.5)  # until the declaration is safe: see Node
-        own.kill()
+        own_node.kill()
         with pytest.raises(OSError, match=r"refused|reset"):
-            _connect(own.port)
-        own.start()
-    assert own.url == url
-    with _connect(own.port) as connection:
+            _connect(own_node.port)
+        own_node.start()
+    assert own_node.url == url
+    with _connect(own_node.port) as connection:
         assert connection.channel().basic_get(end, no_ack=True).body == f"{end} 0"
 
 
@@ -156,7 +149,4 @@ def _link(path: Path) -> str:
 
 
 def _wait_until_gone(folder: Path) -> None:
-    deadline = time.monotonic() + 10
-    while folder.exists() or _processes(folder):
-        assert time.monotonic() < deadline, f"{folder} {folder.exists()}, processes {_processes(folder)}"
-        time.sleep(0.05)
+    until(lambda: not folder.exists() and not _processes(folder), 10, so=f"{folder} is gone, with its processes")

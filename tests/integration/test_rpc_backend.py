@@ -1,33 +1,36 @@
-"""``RPCBackend`` member by member, beside Celery's own ``rpc://``: either reads what the other writes."""
+"""``RPCBackend`` member by member."""
 
 from __future__ import annotations
 
 import json
 import pickle
-import threading
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from backend_kit import ENOUGH, SOON, Broker, in_another_process, takes
-from celery import Celery, group, states, uuid
+from backend_kit import (
+    ENOUGH,
+    SOON,
+    Broker,
+    MakeApp,
+    in_another_process,
+    in_thread,
+    new_ids,
+    reply,
+    send,
+    send_group,
+    success,
+    takes,
+)
+from celery import Celery, states, uuid
 from celery.app.task import Context
 from celery.backends import rpc
 from celery.exceptions import TimeoutError
-from celery.result import AsyncResult, GroupResult
-from conftest import MakeApp
+from celery.result import GroupResult
 from kombu.exceptions import ContentDisallowed
 from rabbitmq_node import Node
 
 from fastres import RPCBackend
 from fastres.inboxes import UNCLAIMED
-
-
-@pytest.fixture(scope="module")
-def broker(node: Node) -> Iterator[Broker]:
-    broker = Broker(node.url)
-    yield broker
-    broker.close()
 
 
 @pytest.fixture
@@ -39,36 +42,6 @@ def client(make_app: MakeApp) -> Celery:
 def worker(make_app: MakeApp) -> Celery:
     """An application that shares nothing with the client but the broker."""
     return make_app(backend="fastres-rpc://")
-
-
-@pytest.fixture
-def celery_rpc(make_app: MakeApp) -> Iterator[Celery]:
-    """An application on Celery's own backend."""
-    app = make_app(backend="rpc://")
-    yield app
-    if app.backend.result_consumer._consumer is not None:
-        app.backend.result_consumer.stop()
-
-
-def send(client: Celery, task_id: str | None = None) -> AsyncResult:
-    """Send a task that no worker is there to run."""
-    return client.send_task("nobody.runs.this", task_id=task_id, queue="nobody")
-
-
-def send_group(client: Celery, count: int) -> GroupResult:
-    @client.task(name="nobody.runs.this", shared=False)
-    def task() -> None: ...
-
-    return group([task.s() for _ in range(count)], app=client).apply_async(queue="nobody")
-
-
-def reply(
-    worker: Celery, client: Celery | str, task_id: str, result: Any = None, state: str = "SUCCESS", **fields: Any
-) -> None:
-    """Store a result as the worker of the task does."""
-    reply_to = client if isinstance(client, str) else client.thread_oid
-    request = Context({"id": task_id, "correlation_id": task_id, "reply_to": reply_to, **fields})
-    worker.backend.store_result(task_id, result, state, request=request)
 
 
 # -- the class
@@ -120,7 +93,7 @@ def test_on_task_call_declares_the_mailbox_before_the_task_is_sent(client: Celer
 
 def test_store_result(client: Celery, worker: Celery, broker: Broker) -> None:
     task_id, mailbox = uuid(), uuid()
-    broker.channel().queue_declare(mailbox, durable=True, auto_delete=False, arguments={"x-expires": 60_000})
+    broker.declare(mailbox)
     reply(worker, mailbox, task_id, {"a": 1})
     message = broker.look(mailbox)
     assert message.properties["correlation_id"] == task_id
@@ -179,6 +152,7 @@ def test_failure(client: Celery, worker: Celery) -> None:
         result.get(timeout=ENOUGH)
 
 
+@pytest.mark.timing
 @pytest.mark.parametrize("timeout", [0.15, 0.5])
 def test_timeout(client: Celery, timeout: float) -> None:
     result = send(client)
@@ -334,8 +308,8 @@ def test_unclaimed_results_have_a_limit_and_expected_ones_none(
 ) -> None:
     expected = send(client)
     reply(worker, client, expected.id, "kept")
-    stray = [uuid() for _ in range(UNCLAIMED + 10)]
-    broker.fill(client.thread_oid, ({"task_id": one, "status": "SUCCESS", "result": 1} for one in stray))
+    stray = new_ids(UNCLAIMED + 10)
+    broker.fill(client.thread_oid, (success(one, 1) for one in stray))
     last = send(client)
     reply(worker, client, last.id, "last")
     assert last.get(timeout=ENOUGH) == "last"
@@ -388,9 +362,7 @@ def test_threads_have_mailboxes_of_their_own_and_one_connection(
             reply(worker, client, result.id, (name, number))
         got[client.thread_oid] = [result.get(timeout=ENOUGH) for result in results]
 
-    threads = [threading.Thread(target=work, args=(name,)) for name in "abcd"]
-    for thread in threads:
-        thread.start()
+    threads = [in_thread(work, name) for name in "abcd"]
     for thread in threads:
         thread.join()
     assert sorted(got.values()) == [[[name, number] for number in range(5)] for name in "abcd"]
@@ -401,71 +373,8 @@ def test_a_thread_reads_what_another_one_has_sent(client: Celery, worker: Celery
     result = send(client)
     reply(worker, client, result.id, 1)
     got: list[Any] = []
-    thread = threading.Thread(target=lambda: got.append(result.get(timeout=ENOUGH)))
-    thread.start()
-    thread.join()
+    in_thread(lambda: got.append(result.get(timeout=ENOUGH))).join()
     assert got == [1]
-
-
-# -- beside Celery's own
-
-
-@pytest.mark.usefixtures("both")
-@pytest.mark.parametrize("serializer", ["json", "pickle", "msgpack", "yaml"])
-def test_reads_what_celerys_workers_write(make_app: MakeApp, serializer: str) -> None:
-    conf = {"result_serializer": serializer, "result_accept_content": [serializer], "result_extended": True}
-    client, worker = make_app(backend="fastres-rpc://", **conf), make_app(backend="rpc://", **conf)
-    good, bad = send(client), send(client)
-    reply(worker, client, good.id, [1, {"a": None}], task="add", args=[1])
-    reply(worker, client, bad.id, ValueError("no"), states.FAILURE)
-    assert good.get(timeout=ENOUGH) == [1, {"a": None}]
-    assert (good.name, good.args) == ("add", [1])
-    with pytest.raises(ValueError, match="no"):
-        bad.get(timeout=ENOUGH)
-
-
-@pytest.mark.parametrize("serializer", ["json", "pickle", "msgpack", "yaml"])
-def test_celerys_clients_read_what_is_written(make_app: MakeApp, celery_rpc: Celery, serializer: str) -> None:
-    celery_rpc.conf.update(result_serializer=serializer, result_accept_content=[serializer])
-    worker = make_app(backend="fastres-rpc://", result_serializer=serializer, result_accept_content=[serializer])
-    polled, good, bad = (send(celery_rpc) for _ in range(3))
-    reply(worker, celery_rpc, polled.id, {"percent": 5}, "PROGRESS")
-    assert (polled.state, polled.info) == ("PROGRESS", {"percent": 5})
-    reply(worker, celery_rpc, polled.id, 1)
-    reply(worker, celery_rpc, good.id, [1, {"a": None}])
-    reply(worker, celery_rpc, bad.id, ValueError("no"), states.FAILURE)
-    assert polled.get(timeout=ENOUGH) == 1
-    assert good.get(timeout=ENOUGH) == [1, {"a": None}]
-    with pytest.raises(ValueError, match="no"):
-        bad.get(timeout=ENOUGH)
-
-
-@pytest.mark.parametrize("fields", [{}, {"group": "g", "group_index": 0}], ids=["lone", "member"])
-def test_the_wire_format_is_celerys_own(
-    worker: Celery, celery_rpc: Celery, broker: Broker, fields: dict[str, Any]
-) -> None:
-    """Same body, same properties."""
-    written: list[Any] = []
-    for app in (worker, celery_rpc):
-        mailbox, task_id = uuid(), "0f8fad5b-d9cb-469f-a165-70867728950e"
-        broker.channel().queue_declare(mailbox, durable=True, auto_delete=False, arguments={"x-expires": 60_000})
-        reply(app, mailbox, task_id, {"a": [1]}, **fields)
-        message = broker.look(mailbox)
-        meta = json.loads(message.body)
-        assert meta.pop("date_done")
-        properties = {name: value for name, value in message.properties.items() if value}
-        written.append((meta, properties, message.delivery_info["exchange"]))
-    assert written[0] == written[1]
-
-
-def test_a_client_that_is_rolled_over(make_app: MakeApp, celery_rpc: Celery, node: Node) -> None:
-    """Celery's reply queue is transient and auto-delete: the same process declares its own only once."""
-    result = send(celery_rpc)
-    client = make_app(backend="fastres-rpc://")
-    mine = send(client)
-    reply(client, celery_rpc, result.id, "to the old one")
-    reply(celery_rpc, client, mine.id, "to the new one")
-    assert (result.get(timeout=ENOUGH), mine.get(timeout=ENOUGH)) == ("to the old one", "to the new one")
 
 
 # -- the rest

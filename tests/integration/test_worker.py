@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import celery
 import pytest
+from backend_kit import queue_of, until
 from celery import Celery, chain, chord, group, states
 from celery.exceptions import ChordError, TaskRevokedError, TimeoutError
 from celery.result import AsyncResult, GroupResult
 from proj import (
     OutOfStockError,
     add,
-    big,
     collect,
     dies_once,
     echo,
@@ -38,9 +37,7 @@ from proj import (
     tsum,
 )
 from rabbitmq_node import Node
-from workers import Worker, client, python, until
-
-import fastres
+from workers import Worker, adds, python, sums
 
 SECONDS = 15
 
@@ -55,14 +52,6 @@ def worker(request: pytest.FixtureRequest, node: Node) -> Iterator[Worker]:
 def app(worker: Worker) -> Iterator[Celery]:
     with worker.client() as app:
         yield app
-
-
-def adds(count: int, start: int = 0) -> list[Any]:
-    return [add.s(number, number) for number in range(start, start + count)]
-
-
-def sums(count: int, start: int = 0) -> list[int]:
-    return [2 * number for number in range(start, start + count)]
 
 
 # -- lone tasks
@@ -155,14 +144,15 @@ def test_a_revoked_member_ends_the_join_of_its_group(app: Celery) -> None:
     assert isinstance(values[1], TaskRevokedError)
 
 
-def test_ignored_results_leave_nothing_at_the_broker(app: Celery, node: Node) -> None:
+def test_ignored_results_leave_nothing_at_the_broker(worker: Worker, app: Celery, node: Node) -> None:
     ignored = [silent.delay(1), add.apply_async((1, 2), ignore_result=True)]
     in_group = group(add.s(1, 1), add.s(2, 2)).apply_async(ignore_result=True)
     assert add.delay(1, 2).get(timeout=SECONDS) == 3
     assert [result.get(timeout=SECONDS) for result in ignored] == [None, None]
-    time.sleep(0.2)
+    ids = [result.id for result in (*ignored, *in_group)]
+    until(lambda: all(f"[{task_id}] succeeded" in worker.log() for task_id in ids), SECONDS)
     queues = node.queues()
-    for name in [app.backend.rkey(result.id) for result in ignored] + [f"fastres.group.{in_group.id}"]:
+    for name in [app.backend.rkey(result.id) for result in ignored] + [queue_of(in_group.id)]:
         assert name not in queues
 
 
@@ -181,7 +171,7 @@ def test_a_group_of_one(app: Celery) -> None:
 
 
 def test_a_group_of_2000(worker: Worker, app: Celery) -> None:
-    count = 2000 if "prefork" in worker._line else 200
+    count = 2000 if worker.pool == "prefork" else 200
     result = group(adds(count)).apply_async()
     assert result.get(timeout=60) == sums(count)
 
@@ -407,7 +397,7 @@ def test_children(app: Celery) -> None:
 
 
 def test_a_task_that_joins_its_own_group(worker: Worker, app: Celery) -> None:
-    if "solo" in worker._line:
+    if worker.pool == "solo":
         with pytest.raises(TimeoutError, match="2 results are missing"):
             launch_and_wait.delay(2, 0.5).get(timeout=SECONDS)
     else:
@@ -457,7 +447,7 @@ def test_a_task_executed_twice_counts_once(app: Celery) -> None:
 
 
 def test_late_acknowledged_tasks_of_a_killed_process(worker: Worker, app: Celery, tmp_path: Path) -> None:
-    if "prefork" not in worker._line:
+    if worker.pool != "prefork":
         # The other pools have no process to lose: the task runs again because it says so itself.
         for number in range(3):
             (tmp_path / f"ran-{number}").touch()
@@ -465,110 +455,3 @@ def test_late_acknowledged_tasks_of_a_killed_process(worker: Worker, app: Celery
     assert result.get(timeout=SECONDS) == [0, 1, 2]
     assert result.results[0].state == states.SUCCESS
     assert slow.delay(0, "alive").get(timeout=SECONDS) == "alive"
-
-
-# -- workers with other settings
-
-
-@pytest.fixture
-def tracking(node: Node) -> Iterator[Worker]:
-    with Worker(node.url, concurrency=8, task_track_started=True, result_extended=True) as worker:
-        yield worker
-
-
-def test_states_before_the_result_are_no_progress(tracking: Worker, tmp_path: Path) -> None:
-    """With task_track_started every member sends two messages; progress counts results only."""
-    gate = tmp_path / "gate"
-    with tracking.client() as app:
-        result = group([*adds(10), *(gated.s(str(gate), number) for number in range(3))]).apply_async()
-        until(lambda: [member.state for member in result] == ["SUCCESS"] * 10 + ["STARTED"] * 3, SECONDS)
-        assert (result.completed_count(), app.backend.group_progress(result.id)) == (10, 10)
-        gate.touch()
-        until(lambda: app.backend.group_progress(result.id) == 13)
-        assert result.get(timeout=SECONDS) == [*sums(10), 0, 1, 2]
-        assert app.backend.group_progress(result.id) == 13, "what has come does not go when it is taken"
-
-
-def test_the_states_of_a_lone_task(tracking: Worker) -> None:
-    with tracking.client():
-        lone = add.delay(1, 2)
-        seen: list[str] = []
-        assert lone.get(timeout=SECONDS, on_message=lambda meta: seen.append(meta["status"])) == 3
-        assert seen in (["STARTED", "SUCCESS"], ["SUCCESS"]), "the queue keeps the latest state"
-        assert (lone.name, lone.args, lone.queue) == ("proj.add", [1, 2], tracking.conf["task_default_queue"])
-
-
-def test_a_result_over_the_brokers_limit_fails_the_task() -> None:
-    limit = {"max_message_size": "200000"}
-    with Node(config=limit) as small, Worker(small.url) as worker, worker.client():
-        assert add.delay(1, 2).get(timeout=SECONDS) == 3
-        connections = small.ctl("list_connections", "--no-table-headers", "pid")
-        lone, (member, small_member) = big.delay(300_000), group(big.s(300_000), big.s(10)).apply_async()
-        for result in (lone, member):
-            with pytest.raises(fastres.ResultTooLarge, match=r"200000 bytes.*max_message_size"):
-                result.get(timeout=SECONDS)
-            assert result.state == "FAILURE"
-        assert small_member.get(timeout=SECONDS) == "x" * 10
-        assert add.delay(1, 2).get(timeout=SECONDS) == 3
-        after = small.ctl("list_connections", "--no-table-headers", "pid")
-        assert set(connections.split()) <= set(after.split()), "no connection was lost"
-
-
-SCRIPT = """
-    from celery import chain, group
-    from celery.exceptions import TimeoutError
-    r = add.delay(1, 2)
-    print(r.get(timeout=20), r.state, r.status, r.ready(), r.successful(), r.failed(), r.result, r.traceback)
-    print(r.get(timeout=20), r.children)
-    r = fail.delay("apples", 3)
-    print(repr(r.get(timeout=20, propagate=False)), r.state, r.failed(), r.traceback.splitlines()[-1])
-    try:
-        r.get(timeout=20)
-    except OutOfStockError as exc:
-        print("raised", exc.item, exc.left)
-    try:
-        add.apply_async((1, 2), countdown=30).get(timeout=0.2)
-    except TimeoutError:
-        print("timeout")
-    g = group(add.s(n, n) for n in range(50)).apply_async()
-    print(g.get(timeout=20), g.completed_count(), g.ready(), g.successful(), g.failed())
-    print(g.join(timeout=20), [m.state for m in g][-1])
-    g = group(add.s(n, n) for n in range(5)).apply_async()
-    print([m.get(timeout=20) for m in g], g.get(timeout=20))
-    g = group(add.s(1, 1), fail.s("pears"), add.s(2, 2)).apply_async()
-    print(g.get(timeout=20, propagate=False), g.failed())
-    c = chain(add.s(1, 2), add.s(10), group(add.s(1), add.s(2))).apply_async()
-    print(c.get(timeout=20), c.parent.get(timeout=20), c.parent.parent.get(timeout=20))
-    seen = []
-    p = progress.delay(3, 0.1)
-    print(p.get(timeout=20, on_message=lambda m: seen.append(m["status"])), seen)
-    got = []
-    r = add.delay(3, 4)
-    r.then(lambda result: got.append(result.result))
-    print(r.get(timeout=20), got)
-    print(retried.delay(2).get(timeout=20), silent.delay(1).get(timeout=20))
-    print(echo.delay({"a": [1, None, "ü"]}).get(timeout=20))
-    rs = app.ResultSet([add.delay(n, 1) for n in range(10)])
-    print(rs.get(timeout=20), rs.completed_count())
-    print(app.backend.supports_native_join, app.backend.supports_autoexpire, app.backend.persistent)
-"""
-
-
-@pytest.mark.parametrize(("old", "new"), [("rpc://", "fastres-rpc://"), ("amqp://", "fastres://")])
-def test_swapped_in_by_the_alias_alone(node: Node, old: str, new: str) -> None:
-    said = []
-    for backend in (old, new):
-        with Worker(node.url, backend) as worker, worker.client() as app:
-            said.append(python(SCRIPT, app).splitlines())
-    assert said[0] == said[1]
-    assert len(said[0]) == 16
-
-
-@pytest.mark.parametrize(("writes", "reads"), [("rpc://", "fastres-rpc://"), ("fastres-rpc://", "rpc://")])
-def test_a_fleet_is_rolled_over(node: Node, writes: str, reads: str) -> None:
-    """Results of workers that have the one backend are read by clients that have the other."""
-    with Worker(node.url, writes) as worker, client(node.url, reads, **worker.conf):
-        assert add.delay(1, 2).get(timeout=SECONDS) == 3
-        assert group(adds(20)).apply_async().get(timeout=SECONDS) == sums(20)
-        with pytest.raises(OutOfStockError):
-            fail.delay("apples", 1).get(timeout=SECONDS)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import gc
-import threading
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from backend_kit import in_thread
 from celery import Celery
 from celery.result import AsyncResult, GroupResult, result_from_tuple
 from hypothesis import given
@@ -88,6 +88,7 @@ def test_clear() -> None:
 
 
 def test_the_oldest_groups_make_room_and_the_newest_is_kept_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Not the million that it is: that many ids take seconds, and 200 MB.
     monkeypatch.setattr(groups, "REMEMBERED", 10)
     table = GroupTable()
     for name in "ghi":
@@ -102,11 +103,12 @@ def test_the_oldest_groups_make_room_and_the_newest_is_kept_whole(monkeypatch: p
 
 def test_many_threads_add() -> None:
     table = GroupTable()
-    threads = [
-        threading.Thread(target=lambda n=n: [table.add("g", [f"{n}-{i}"]) for i in range(500)]) for n in range(4)
-    ]
-    for thread in threads:
-        thread.start()
+
+    def add(number: int) -> None:
+        for i in range(500):
+            table.add("g", [f"{number}-{i}"])
+
+    threads = [in_thread(add, number) for number in range(4)]
     for thread in threads:
         thread.join()
     assert len(table.members("g") or ()) == 2000
@@ -159,6 +161,12 @@ def test_member_of_a_result_that_is_ready(app: Celery) -> None:
 # -- pack, unpack
 
 
+@pytest.fixture
+def in_twos(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two members to a message: with the 50,000 that it is, as an integration test saves, a test takes seconds."""
+    monkeypatch.setattr(saved_groups, "SAVED_PER_MESSAGE", 2)
+
+
 def through_json(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [loads(*dumps(one, serializer="json")[2:], *dumps(one, serializer="json")[:2]) for one in messages]
 
@@ -169,9 +177,9 @@ def restored(messages: list[dict[str, Any]], app: Celery) -> GroupResult:
     return result_from_tuple((saved.identity, saved.children), app)
 
 
-@pytest.mark.parametrize(("members", "portions"), [(0, 1), (1, 1), (3, 1), (4, 2), (7, 3)])
-def test_a_group_in_portions(app: Celery, monkeypatch: pytest.MonkeyPatch, members: int, portions: int) -> None:
-    monkeypatch.setattr(saved_groups, "SAVED_PER_MESSAGE", 3)
+@pytest.mark.usefixtures("in_twos")
+@pytest.mark.parametrize(("members", "portions"), [(0, 1), (1, 1), (2, 1), (3, 2), (5, 3)])
+def test_a_group_in_portions(app: Celery, members: int, portions: int) -> None:
     group = group_of(app, "g", *(f"t{n}" for n in range(members)))
     messages = through_json(pack("g", group, []))
     assert len(messages) == portions
@@ -190,8 +198,8 @@ def test_nested_groups_and_parents_survive(app: Celery) -> None:
     assert [one.id for one in leaves(again.results)] == ["a", "b", "c"]
 
 
-def test_who_is_alone_is_saved_too(app: Celery, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(saved_groups, "SAVED_PER_MESSAGE", 2)
+@pytest.mark.usefixtures("in_twos")
+def test_who_is_alone_is_saved_too(app: Celery) -> None:
     messages = through_json(pack("g", group_of(app, "g", "a", "b", "c"), ["a", "c"]))
     for order in (messages, messages[::-1]):
         saved = unpack(order)
@@ -203,10 +211,8 @@ def test_nothing_saved() -> None:
     assert unpack([]) is None
 
 
-def test_a_save_that_is_not_whole_gives_way_to_the_one_before(
-    app: Celery, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(saved_groups, "SAVED_PER_MESSAGE", 2)
+@pytest.mark.usefixtures("in_twos")
+def test_a_save_that_is_not_whole_gives_way_to_the_one_before(app: Celery) -> None:
     old, new = group_of(app, "g", "a", "b", "c"), group_of(app, "g", "d", "e", "f")
     before, after = pack("g", old, []), pack("g", new, [])
     assert restored([*before, after[0]], app) == old
@@ -215,8 +221,8 @@ def test_a_save_that_is_not_whole_gives_way_to_the_one_before(
     assert unpack(after[1:]) is None
 
 
-def test_a_portion_that_came_twice(app: Celery, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(saved_groups, "SAVED_PER_MESSAGE", 2)
+@pytest.mark.usefixtures("in_twos")
+def test_a_portion_that_came_twice(app: Celery) -> None:
     group = group_of(app, "g", "a", "b", "c")
     messages = pack("g", group, [])
     assert restored([messages[0], messages[0], messages[1]], app) == group

@@ -1,0 +1,182 @@
+"""``store_result``, and where it stores: ``destination_for``, ``on_reply_declare``, ``rkey``, ``revive``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import kombu
+import pytest
+from backend_kit import (
+    ENOUGH,
+    Broker,
+    MakeApp,
+    group_of,
+    in_thread,
+    queue_of,
+    request_of,
+    store,
+    store_member,
+    success,
+)
+from celery import Celery, states, uuid
+from celery.app.task import Context
+from rabbitmq_node import Node
+
+from fastres import AMQPBackend, ResultTooLarge
+
+# -- store_result
+
+
+def test_store_result(app: Celery, broker: Broker) -> None:
+    task_id = uuid()
+    value = {"sum": 3}
+    assert app.backend.store_result(task_id, value, states.SUCCESS) is value
+    message = broker.look(task_id.replace("-", ""))
+    assert message.properties["content_type"] == "application/json"
+    assert message.properties["content_encoding"] == "utf-8"
+    assert message.properties["correlation_id"] == task_id
+    assert message.delivery_info["exchange"] == ""
+    meta = json.loads(message.body)
+    assert meta.pop("date_done")
+    assert meta == {
+        "status": "SUCCESS", "result": {"sum": 3}, "traceback": None, "children": None, "task_id": task_id,
+    }  # fmt: skip
+
+
+def test_store_result_keeps_the_latest_state_of_a_task(app: Celery, broker: Broker) -> None:
+    task_id = uuid()
+    for percent in range(20):
+        store(app, task_id, {"percent": percent}, "PROGRESS")
+    assert broker.messages(app.backend.rkey(task_id)) == 1
+    assert json.loads(broker.look(app.backend.rkey(task_id)).body)["result"] == {"percent": 19}
+
+
+def test_store_result_with_traceback_and_request(app: Celery) -> None:
+    task_id, child = uuid(), app.AsyncResult(uuid())
+    request = request_of(task_id, parent_id="p", root_id="r", args=[1], task="t", retries=2)
+    request.children.append(child)
+    app.backend.store_result(task_id, ValueError("no"), states.FAILURE, traceback="the traceback", request=request)
+    meta = app.backend.get_task_meta(task_id)
+    assert meta["traceback"] == "the traceback"
+    assert meta["children"] == [[[child.id, None], None]]
+    assert meta["parent_id"] == "p"
+    assert repr(meta["result"]) == "ValueError('no')"
+
+
+def test_store_result_without_request_of_a_member_this_process_knows(app: Celery, broker: Broker) -> None:
+    """``update_state(task_id=...)`` and ``mark_as_failure`` have no request."""
+    held = group_of(app)
+    app.backend.store_result(held.results[1].id, 1, states.SUCCESS)
+    assert broker.messages(queue_of(held.id)) == 1
+
+
+def test_store_result_of_what_cannot_be_serialized(app: Celery, broker: Broker) -> None:
+    task_id = uuid()
+    with pytest.raises(kombu.exceptions.EncodeError):
+        app.backend.store_result(task_id, object(), states.SUCCESS)
+    assert broker.state(app.backend.rkey(task_id)) is None
+    store(app, task_id, "the next one is stored")
+    assert app.backend.get_task_meta(task_id)["result"] == "the next one is stored"
+
+
+def test_store_result_after_its_queue_was_deleted(app: Celery, broker: Broker) -> None:
+    task_id = uuid()
+    store(app, task_id, 1, "PROGRESS")
+    broker.channel().queue_delete(app.backend.rkey(task_id))
+    store(app, task_id, 2)
+    assert app.backend.get_task_meta(task_id)["result"] == 2
+
+
+def test_store_result_into_a_queue_with_other_arguments(
+    app: Celery, broker: Broker, reports: Any, make_app: MakeApp
+) -> None:
+    """Reader and writer disagree on ``result_expires``: a warning, and no result is lost."""
+    task_id = uuid()
+    broker.put(app.backend.rkey(task_id), success("earlier"), {"x-expires": 77_000, "x-max-length": 1})
+    store(make_app(result_expires=60), task_id, "kept")
+    assert app.backend.wait_for(task_id, timeout=ENOUGH) == "kept"
+    assert all("other arguments" in report for report in reports())
+    assert 1 <= len(reports()) <= 2
+
+
+@pytest.fixture(scope="module")
+def small_node() -> Iterator[Node]:
+    with Node({"max_message_size": "2000000"}) as node:
+        yield node
+
+
+@pytest.mark.parametrize("confirm", [True, False])
+def test_store_result_over_the_brokers_limit(small_node: Node, make_app: MakeApp, confirm: bool) -> None:
+    app = make_app(small_node.url, result_backend_transport_options={"confirm": confirm})
+    task_id = uuid()
+    store(app, task_id, "before", "PROGRESS")
+    with pytest.raises(ResultTooLarge, match=rf"{task_id}.*limit of 2000000 bytes"):
+        store(app, task_id, "x" * 3_000_000)
+    store(app, task_id, "the connection lives on")
+    assert app.backend.wait_for(task_id, timeout=ENOUGH) == "the connection lives on"
+
+
+@pytest.mark.parametrize("size", [0, 1, 131_072, 1_048_576, 5_000_000])
+def test_store_result_of_any_size(app: Celery, size: int) -> None:
+    task_id = uuid()
+    store(app, task_id, "x" * size)
+    assert app.backend.wait_for(task_id, timeout=ENOUGH) == "x" * size
+
+
+def test_store_result_from_many_threads(app: Celery, broker: Broker) -> None:
+    assert app.backend  # if the threads asked for it first, Celery would make one for each
+    held = group_of(app, 200)
+
+    def write(indexes: range) -> None:
+        for index in indexes:
+            store_member(app, held, index, index)
+
+    threads = [in_thread(write, range(start, 200, 8)) for start in range(8)]
+    for thread in threads:
+        thread.join()
+    assert broker.messages(queue_of(held.id)) == 200
+    assert held.get(timeout=ENOUGH) == list(range(200))
+
+
+# -- destination_for, on_reply_declare, rkey, revive
+
+
+def test_rkey(app: Celery, make_app: MakeApp) -> None:
+    assert app.backend.rkey("0f8fad5b-d9cb-469f") == "0f8fad5bd9cb469f"
+    shop = make_app(result_backend_transport_options={"namespace": "shop"})
+    assert shop.backend.rkey("0f8fad5b-d9cb-469f") == "shop.0f8fad5bd9cb469f"
+
+
+def test_destination_for(app: Celery, make_app: MakeApp) -> None:
+    destination_for = app.backend.destination_for
+    assert destination_for("a-b", None) == ("ab", "a-b")
+    assert destination_for("a-b", Context({"id": "a-b"})) == ("ab", "a-b")
+    assert destination_for("a-b", Context({"id": "a-b", "correlation_id": "c"})) == ("ab", "c")
+    member = request_of("a-b", group="g", group_index=0)
+    assert destination_for("a-b", member) == ("fastres.group.g", "a-b")
+    # The body of a chord carries the group id of the header, of which it is no member.
+    assert destination_for("a-b", request_of("a-b", group="g")) == ("ab", "a-b")
+    single = make_app(result_backend_transport_options={"member_queues": True})
+    assert single.backend.destination_for("a-b", member) == ("ab", "a-b")
+
+
+def test_on_reply_declare(app: Celery, broker: Broker) -> None:
+    task_id = uuid()
+    (queue,) = app.backend.on_reply_declare(task_id)
+    assert isinstance(queue, AMQPBackend.Queue)
+    assert queue.name == app.backend.rkey(task_id)
+    # As ``Producer.publish(declare=...)`` does: it is the queue that a result is then stored in.
+    queue(broker.channel()).declare()
+    store(app, task_id, 1)
+    assert broker.messages(queue.name) == 1
+
+
+def test_revive(app: Celery, broker: Broker) -> None:
+    task_id = uuid()
+    store(app, task_id, 1, "PROGRESS")
+    assert app.backend.get_task_meta(task_id)["status"] == "PROGRESS"
+    app.backend.revive(broker.channel())
+    store(app, task_id, 2)
+    assert app.backend.wait_for(task_id, timeout=ENOUGH) == 2
