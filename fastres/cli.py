@@ -125,7 +125,7 @@ def examine(app: Any, check: Checkup) -> None:
             with check.step("consume", may) as say:
                 say(f"read back, {_milliseconds(lambda: _consume(connection, speak, address.name))}")
         finally:
-            speak.delete(speak.channel(), address.name)
+            speak.delete(speak.channel(), [address.name])
 
 
 def _broker(connection: Any, speak: Dialect) -> Iterator[str]:

@@ -92,17 +92,31 @@ class Inbox:
     def open(self, speak: Dialect) -> None:
         if self.opening is not None and self.opening.speak is speak:
             return
-        self.received.clear()
         self.retry_at = None
-        self.opening = Opening(self, speak, speak.channel())
-        speak.prefetch(self.opening.channel, self._prefetch)
         try:
-            for address in self.addresses:
-                self._consume(self.opening, address)
+            if self._exclusive or not self._subscribe(self._begin(speak)):
+                opening = self._begin(speak)
+                for address in self.addresses:
+                    self._consume(opening, address)
         except Busy:
             # One reader at a time: results shared out between two would complete neither's join.
             self._leave()
             self.retry_at = time.monotonic() + TURN
+
+    def _begin(self, speak: Dialect) -> Opening:
+        self.received.clear()
+        self.opening = Opening(self, speak, speak.channel())
+        speak.prefetch(self.opening.channel, self._prefetch)
+        return self.opening
+
+    def _subscribe(self, opening: Opening) -> bool:
+        """Consume from all addresses at once, if they let us."""
+        queues = [self.reader.addresses.queue(address) for address in self.addresses]
+        tags = [self.reader.next_tag() for _ in queues]
+        opening.addresses.update(zip(tags, self.addresses))
+        return opening.speak.subscribe(
+            opening.channel, list(zip(queues, tags)), opening.receive, opening.on_cancel
+        )
 
     def flush(self) -> None:
         """Hand on what was received."""
@@ -287,8 +301,8 @@ class Feed(Inbox):
                 over = self._finished
             elif self._emptied and not self.opening.unacknowledged:
                 over = self.addresses + self._leftovers
-        for address in over:
-            speak.delete(self.opening.channel, address.name)
+        if over:
+            speak.delete(self.opening.channel, [address.name for address in over])
         self._leave()
 
     def _waiting(self) -> list[Batch]:

@@ -204,8 +204,7 @@ class Reader:
 
         def delete(speak: Dialect) -> None:
             channel = speak.channel()
-            for address in addresses:
-                speak.delete(channel, address.name)
+            speak.delete(channel, [address.name for address in addresses])
             channel.close()
 
         self.link.call(delete)

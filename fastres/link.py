@@ -172,7 +172,8 @@ class Link:
         try:
             self._step_aside()
             with self.exclusively(deadline, ring=False):
-                # Between the last look and now another thread may have read it.
+                # Between the last look and now another thread may have read it, or it came before an answer.
+                self._flush()
                 if done():
                     return
                 speak = self._speak or self._try_to_connect(deadline)
@@ -334,8 +335,11 @@ class Link:
                     # A TLS record that has begun to come is waited for, but not without an end.
                     speak.drain(RECORD_TIMEOUT)
         finally:
-            for subscriber in list(self._subscribers):
-                subscriber.flush()
+            self._flush()
+
+    def _flush(self) -> None:
+        for subscriber in list(self._subscribers):
+            subscriber.flush()
 
     def _readable(self, speak: Native, timeout: float) -> bool:
         """Whether the broker has sent something, within ``timeout`` seconds or until the bell rings."""

@@ -30,6 +30,8 @@ __all__ = ("Native", "dialect")
 
 #: Bytes to read in one system call.
 CHUNK = 1 << 18
+#: Queues that are declared and consumed from in one write: there must be room for the answers.
+PIPELINED = 200
 #: Seconds without a message after which a queue is taken to be read to its end.
 STALLED = 1.0
 
@@ -37,9 +39,10 @@ STALLED = 1.0
 RECORD_TIMEOUT = 1.0
 #: The type of a method's frame, and the octets of a frame around its payload.
 METHOD, FRAME_OVERHEAD = 1, 8
-#: How the methods begin that answer a publication.
-DECLARE_OK, ACK, NACK = (
-    struct.pack(">HH", *method) for method in (spec.Queue.DeclareOk, spec.Basic.Ack, spec.Basic.Nack)
+#: How the methods begin that answers are awaited with.
+DECLARE_OK, CONSUME_OK, ACK, NACK = (
+    struct.pack(">HH", *method)
+    for method in (spec.Queue.DeclareOk, spec.Basic.ConsumeOk, spec.Basic.Ack, spec.Basic.Nack)
 )
 
 
@@ -88,9 +91,16 @@ class Native(Dialect):
                 data = self.socket.recv(CHUNK)
             if not data:
                 raise ConnectionResetError("the broker closed the connection")
+        others = self._receive(data)
+        if others:
+            self._pass_on(others)
+
+    def _receive(self, data: bytes) -> list[Frame]:
+        """Give the deliveries in these bytes to their receivers: what is left are py-amqp's frames."""
         before = self._frames.consumed
+        others: list[Frame]
         deliveries, others = self._frames.feed(data)
-        connection.bytes_recv += self._frames.consumed - before
+        self._connection.connection.bytes_recv += self._frames.consumed - before
         start = 0
         for stop in range(1, len(deliveries) + 1):
             first = deliveries[start]
@@ -104,8 +114,7 @@ class Native(Dialect):
                 if receiver is not None:
                     receiver(deliveries[start:stop])
                 start = stop
-        if others:
-            self._pass_on(others)
+        return others
 
     def _pass_on(self, frames: list[Frame]) -> None:
         """Let py-amqp handle frames; what that sets off may read from the socket, or raise."""
@@ -174,8 +183,7 @@ class Native(Dialect):
             if queue.exchange.name or queue.name in self._foreign:
                 self.declare(queue)
             else:
-                arguments = (0, queue.name, False, True, False, False, False, queue.queue_arguments or None)
-                declaration = _method(channel, spec.Queue.Declare, "BsbbbbbF", arguments)
+                declaration = _declaration(channel, queue)
         if not confirm:
             self._heed()
         headers = dumps("F", (message.headers,)) if message.headers else b""
@@ -187,13 +195,13 @@ class Native(Dialect):
         connection.bytes_sent += 3 if declaration else 2
         connection.bytes_sent += -(-len(message.body) // (connection.frame_max - FRAME_OVERHEAD))
         self._returned = False
-        awaited = [*([DECLARE_OK] if declaration else []), *([ACK] if confirm else [])]
+        awaited = {DECLARE_OK: int(bool(declaration)), ACK: int(confirm)}
         try:
             self._await(channel, awaited)
         except self._connection.channel_errors as exc:
             # py-amqp opens a channel again that the broker has closed, but not for confirms.
             self._outlets.pop(confirm).close()
-            if not isinstance(exc, PreconditionFailed) or DECLARE_OK not in awaited:
+            if not isinstance(exc, PreconditionFailed) or not awaited[DECLARE_OK]:
                 raise
             # The queue is there with other arguments: the message went down with the channel.
             self.declare(queue)
@@ -224,25 +232,25 @@ class Native(Dialect):
         while self.buffered or self._poller.poll(0):
             self.drain(RECORD_TIMEOUT)
 
-    def _await(self, channel: Any, awaited: list[bytes]) -> None:
-        """Read until the broker has answered with these methods, in this order; each is taken out of the list."""
+    def _await(self, channel: Any, awaited: dict[bytes, int]) -> None:
+        """Read until the broker has answered with so many of these methods; what has come is counted down."""
         connection = self._connection.connection
         transport = connection.transport
-        while awaited:
+        while any(awaited.values()):
             data, transport._read_buffer = transport._read_buffer, b""
-            frames = self._frames.feed(data)[1] if data else []
+            frames = self._receive(data) if data else []
             if not frames:
                 data = self.socket.recv(CHUNK)
                 if not data:
                     raise ConnectionResetError("the broker closed the connection")
-                frames = self._frames.feed(data)[1]
+                frames = self._receive(data)
             left: list[Frame] = []
             for number, (kind, channel_id, payload) in enumerate(frames):
-                ours = kind == METHOD and channel_id == channel.channel_id
-                if ours and awaited and payload[:4] == awaited[0]:
+                method = payload[:4] if kind == METHOD and channel_id == channel.channel_id else b""
+                if awaited.get(method):
                     connection.bytes_recv += 1
-                    awaited.pop(0)
-                elif ours and payload[:4] == NACK:
+                    awaited[method] -= 1
+                elif method == NACK:
                     connection.bytes_recv += 1
                     self._pass_on([*left, *frames[number + 1 :]])
                     raise MessageNacked("the broker refused the message")
@@ -265,14 +273,50 @@ class Native(Dialect):
         Raises: Busy: the queue has a consumer, and this one or that one is exclusive.
         """
         self._frames.own(channel.channel_id)
-        self._receivers[channel.channel_id, tag] = receiver
+        self._register(channel, tag, receiver, on_cancel)
         try:
             channel.basic_consume(
-                name, tag, exclusive=exclusive, on_cancel=on_cancel,
-                callback=lambda raw: receiver([_delivery(raw, tag)]),
-            )  # fmt: skip
+                name, tag, exclusive=exclusive, on_cancel=on_cancel, callback=channel.callbacks[tag]
+            )
         except AccessRefused as exc:
             raise Busy(exc.reply_text) from exc
+
+    def subscribe(
+        self,
+        channel: Any,
+        consumers: Sequence[tuple[Any, str]],
+        receiver: Receiver,
+        on_cancel: Callable[[str], None],
+    ) -> bool:
+        """As in ``Dialect``, in as many round trips as there are ``PIPELINED`` queues in it."""
+        if any(queue.exchange.name or queue.name in self._foreign for queue, _ in consumers):
+            return super().subscribe(channel, consumers, receiver, on_cancel)
+        connection = self._connection.connection
+        self._frames.own(channel.channel_id)
+        for start in range(0, len(consumers), PIPELINED):
+            part = consumers[start : start + PIPELINED]
+            frames = []
+            for queue, tag in part:
+                self._register(channel, tag, receiver, on_cancel)
+                arguments = (0, queue.name, tag, False, False, False, False, None)
+                frames += [
+                    _declaration(channel, queue),
+                    _method(channel, spec.Basic.Consume, "BssbbbbF", arguments),
+                ]
+            connection.transport.write(b"".join(frames))
+            connection.bytes_sent += len(frames)
+            try:
+                self._await(channel, {DECLARE_OK: len(part), CONSUME_OK: len(part)})
+            except self._connection.channel_errors:
+                # One of the queues is there with other arguments, or taken, which ends the channel for all.
+                self.leave(channel, [tag for _, tag in consumers], ())
+                return False
+        return True
+
+    def _register(self, channel: Any, tag: str, receiver: Receiver, on_cancel: Callable[[str], None]) -> None:
+        self._receivers[channel.channel_id, tag] = receiver
+        channel.callbacks[tag] = lambda raw: receiver([_delivery(raw, tag)])
+        channel.cancel_callbacks[tag] = on_cancel
 
     def acknowledge(self, channel: Any, tags: Sequence[int], all_up_to: int | None) -> None:
         """Acknowledge ``tags``, and everything up to and including ``all_up_to``."""
@@ -359,8 +403,10 @@ class Native(Dialect):
             self.leave(channel, ["fastres-scan"], found)
         return found[:count]
 
-    def delete(self, channel: Any, name: str) -> None:
-        channel.queue_delete(name, nowait=True)
+    def delete(self, channel: Any, names: Sequence[str]) -> None:
+        frames = [_method(channel, spec.Queue.Delete, "Bsbbb", (0, name, False, False, True)) for name in names]
+        channel.connection.transport.write(b"".join(frames))
+        channel.connection.bytes_sent += len(frames)
 
 
 def dialect(connection: Any) -> Dialect:
@@ -371,6 +417,12 @@ def dialect(connection: Any) -> Dialect:
 def _method(channel: Any, signature: tuple[int, int], types: str, arguments: tuple[Any, ...]) -> bytes:
     """The frame of a method."""
     return _frame(METHOD, channel.channel_id, struct.pack(">HH", *signature) + dumps(types, arguments))
+
+
+def _declaration(channel: Any, queue: Any) -> bytes:
+    """The frame of a declaration."""
+    arguments = (0, queue.name, False, True, False, False, False, queue.queue_arguments or None)
+    return _method(channel, spec.Queue.Declare, "BsbbbbbF", arguments)
 
 
 def _frame(kind: int, channel_id: int, payload: bytes) -> bytes:

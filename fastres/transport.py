@@ -140,6 +140,22 @@ class Dialect:
             consumer_tag=tag,
         )
 
+    def subscribe(
+        self,
+        channel: Any,
+        consumers: Sequence[tuple[Any, str]],
+        receiver: Receiver,
+        on_cancel: Callable[[str], None],
+    ) -> bool:
+        """Declare queues, and consume from each with its consumer tag.
+
+        Returns: False if that was too much at once: the channel is closed, and they are to be taken one by one.
+        """
+        for queue, tag in consumers:
+            self.declare(queue)
+            self.consume(channel, queue.name, tag, receiver, on_cancel)
+        return True
+
     def acknowledge(self, channel: Any, tags: Sequence[Any], all_up_to: int | None) -> None:
         for tag in tags:
             channel.basic_ack(tag)
@@ -200,10 +216,12 @@ class Dialect:
         finally:
             channel.close()
 
-    def delete(self, channel: Any, name: str) -> None:
-        # Virtual channels delete what is bound; the default exchange binds nothing.
-        channel.queue_purge(name)
-        channel.queue_delete(name)
+    def delete(self, channel: Any, names: Sequence[str]) -> None:
+        """Delete queues; nobody waits until it is done."""
+        for name in names:
+            # Virtual channels delete what is bound; the default exchange binds nothing.
+            channel.queue_purge(name)
+            channel.queue_delete(name)
 
 
 def is_open(channel: Any) -> bool:
