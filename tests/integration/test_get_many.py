@@ -6,7 +6,20 @@ import time
 from typing import Any
 
 import pytest
-from backend_kit import ENOUGH, Broker, MakeApp, group_of, ids_of, new_ids, store, store_group, store_member, takes
+from backend_kit import (
+    ENOUGH,
+    Broker,
+    MakeApp,
+    Reports,
+    group_of,
+    ids_of,
+    new_ids,
+    store,
+    store_group,
+    store_member,
+    success,
+    takes,
+)
 from celery import Celery, uuid
 from celery.exceptions import TimeoutError
 
@@ -31,6 +44,34 @@ def test_get_many(app: Celery, other: Celery, broker: Broker) -> None:
     assert {task_id: meta["result"] for task_id, meta in got.items()} == {one: n for n, one in enumerate(ids)}
     assert all(meta["status"] == "SUCCESS" and meta["task_id"] == task_id for task_id, meta in got.items())
     broker.wait_until_gone(*map(app.backend.rkey, ids))
+
+
+@pytest.mark.usefixtures("both")
+def test_get_many_of_queues_of_which_one_is_not_as_ours(
+    app: Celery, other: Celery, broker: Broker, reports: Reports
+) -> None:
+    """It refuses its declaration, which must not be the end of those that are declared in the same breath."""
+    ids = new_ids(250)
+    broker.declare(app.backend.rkey(ids[120]), {"x-expires": 77_000})
+    results = app.backend.get_many(ids, timeout=ENOUGH)
+    store(other, ids[0], ids[0])
+    assert next(results)[0] == ids[0]
+    for task_id in ids[1:]:
+        broker.put(app.backend.rkey(task_id), success(task_id, task_id))
+    assert {task_id: meta["result"] for task_id, meta in results} == {one: one for one in ids[1:]}
+    assert sum("is there with other arguments" in report for report in reports()) >= 1
+
+
+def test_get_many_of_queues_of_which_one_is_taken(app: Celery, other: Celery, broker: Broker) -> None:
+    """Another program consumes from a lone task's queue, and lets nobody else: it is waited for."""
+    ids = new_ids(3)
+    for task_id in ids:
+        store(other, task_id, task_id)
+    with broker.connection.channel() as channel:
+        channel.basic_consume(app.backend.rkey(ids[1]), exclusive=True, callback=lambda message: None)
+        with pytest.raises(TimeoutError, match="3 results are missing"):
+            list(app.backend.get_many(ids, timeout=0.3))
+    assert sorted(task_id for task_id, _ in app.backend.get_many(ids, timeout=ENOUGH)) == sorted(ids)
 
 
 def test_get_many_of_none(make_app: MakeApp) -> None:
