@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from itertools import islice
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 from celery import states
-from kombu.utils.functional import LRUCache
 
 from fastres.transport import Busy
 
@@ -360,10 +360,11 @@ class Mailbox(Inbox):
         super().__init__(reader, [], exclusive=False, prefetch=0)
         self._expected: set[str] = set()
         self._arrived: dict[str, Meta] = {}
-        self._unclaimed = LRUCache(limit=UNCLAIMED)
-        self._states = LRUCache(limit=UNCLAIMED)
-        self._handed_over = LRUCache(limit=UNCLAIMED)
-        self._per_group = LRUCache(limit=UNCLAIMED)
+        # Of these only the newest are kept: see _trim.
+        self._unclaimed: dict[str, Meta] = {}
+        self._states: dict[str, Meta] = {}
+        self._handed_over: dict[str, bool] = {}
+        self._per_group: dict[str, int] = {}
         self._subscribed = False
         #: Called with the id and the meta of each final result, in the thread of somebody who waits.
         self.on_final: Callable[[str, Meta], object] | None = None
@@ -427,7 +428,7 @@ class Mailbox(Inbox):
 
     def in_group(self, group_id: str) -> int:
         """How many final results of a group have come."""
-        return int(self._per_group.get(group_id, 0))
+        return self._per_group.get(group_id, 0)
 
     def handed_over(self, batch: Batch, count: int, take: bool) -> None:
         if not take:
@@ -438,6 +439,7 @@ class Mailbox(Inbox):
             for task_id in ids:
                 place.pop(task_id, None)
         self._handed_over.update(dict.fromkeys(ids, True))
+        self._trim()
 
     def _deliver(self, opening: Opening, deliveries: list[Delivery]) -> None:
         arrivals, _ = self._decode(opening, deliveries)
@@ -458,6 +460,13 @@ class Mailbox(Inbox):
                 if group_id:
                     self._per_group[group_id] = self._per_group.get(group_id, 0) + 1
             news.append(arrival)
+        self._trim()
         if self.joins:
             self._offer(opening, news)
         self._acknowledge(opening, deliveries)
+
+    def _trim(self) -> None:
+        places: tuple[dict[str, Any], ...] = (self._unclaimed, self._states, self._handed_over, self._per_group)
+        for place in places:
+            for task_id in list(islice(place, max(0, len(place) - UNCLAIMED))):
+                del place[task_id]
