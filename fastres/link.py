@@ -85,6 +85,7 @@ class Link:
         # _io: who talks to the broker. _reader: who reads for all. _news: a batch was handed on.
         self._io = threading.RLock()
         self._reader = threading.Lock()
+        self._reading: int | None = None
         self._news = threading.Condition()
         self._count = threading.Lock()
         self._wanted = 0
@@ -169,6 +170,7 @@ class Link:
             with self._news:
                 self._news.wait_for(lambda: done() or not self._reader.locked(), timeout)
             return
+        self._reading = threading.get_ident()
         try:
             self._step_aside()
             with self.exclusively(deadline, ring=False):
@@ -186,6 +188,7 @@ class Link:
                     return
             self._pause(timeout, deadline)
         finally:
+            self._reading = None
             self._reader.release()
             with self._news:
                 self._news.notify_all()
@@ -216,7 +219,8 @@ class Link:
         """
         with self._count:
             self._wanted += ring
-            if ring and self._bell is not None:
+            # Who is about to read, and was not seen here, looks at what is wanted before it sleeps.
+            if ring and self._bell is not None and self._reading not in (None, threading.get_ident()):
                 with contextlib.suppress(BlockingIOError):
                     self._bell[1].send(b"\0")
         forever = deadline is None or deadline == math.inf
