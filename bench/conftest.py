@@ -1,4 +1,4 @@
-"""Servers and options of the benchmarks; what follows in a table is measured in turn: A B C, A B C."""
+"""Servers and options of the benchmarks. Without --size they measure next to nothing, to see that they work."""
 
 from __future__ import annotations
 
@@ -8,9 +8,14 @@ from pathlib import Path
 from typing import Any, Callable
 
 import pytest
+from filler import redis_version
+from machine import describe
 from rabbitmq_node import Node, Redis
 from runs import Bench, Case, Run, Unavailable
 from workloads import SIZES
+
+#: What the report says about the machine.
+MACHINE = pytest.StashKey[dict[str, Any]]()
 
 Measure = Callable[[Case], dict[str, Any]]
 
@@ -28,10 +33,16 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("case", [pytest.param(case, id=f"{turn + 1}-{case.name}") for case, turn in turns])
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
+    machine_info["fastres"] = config.stash.get(MACHINE, {})
+
+
 @pytest.fixture(scope="session")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     with Node() as node, Redis() as redis:
         bench = Bench(node, redis, build_limit(tmp_path_factory.mktemp("limit") / "limit"))
+        request.config.stash[MACHINE] = describe(bench.broker.version(), redis_version(redis.url))
         yield bench
         bench.close()
 

@@ -11,7 +11,8 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,8 @@ class Run:
             case.peer, case.how, case.workload, case.serializer, case.count,
             new_group(), new_group(), new_group(), bench.node.url, bench.redis.url,
         )  # fmt: skip
+        if case.peer == "celery-amqp-backend" and find_spec("celery_amqp_backend") is None:
+            raise Unavailable("celery-amqp-backend is not installed")
         self._peer = PEERS[case.peer](self._job)
         self._queues: set[str] = set()
         if case.how == "store":
@@ -195,7 +198,7 @@ def _environment(peer: str) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _traced(pid: int, summary: str) -> Any:
+def _traced(pid: int, summary: str) -> Iterator[None]:
     """Count the system calls of a process meanwhile. Raises Unavailable."""
     strace = shutil.which("strace")
     if strace is None:

@@ -21,7 +21,7 @@ def cases(size: Size) -> list[Case]:
         huge = count > HUGE
         found += comparison(count, 2 if huge else size.fast, 1 if huge else size.slow)
     scale = [count for count in size.scale if count not in size.joins]
-    return found + [Case("fastres", "get_many", count, size.slow) for count in scale] + matrix(size)
+    return found + [Case("fastres", "get_many", count, size.fast) for count in scale] + matrix(size)
 
 
 def comparison(count: int, fast: int, slow: int) -> list[Case]:
@@ -41,12 +41,13 @@ def comparison(count: int, fast: int, slow: int) -> list[Case]:
 
 
 def matrix(size: Size) -> list[Case]:
+    peers = ("fastres", "Celery rpc", "Celery redis")[: size.slow]
     return [
-        Case(peer, how, size.matrix, 1, workload, serializer)
+        Case(peer, "get", size.matrix, 1, workload, serializer)
         for workload in WORKLOADS
         for serializer in SERIALIZERS
-        for peer, how in (("fastres", "get"), ("Celery rpc", "get"), ("Celery redis", "get"))
-        if size.matrix
+        for peer in peers
+        if size.matrix and (workload, serializer) != ("dict", "json")
     ]
 
 
