@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import struct
 import time
 from collections.abc import Iterable
@@ -29,7 +30,9 @@ class Broker:
     """The broker, as those who write results see it."""
 
     def __init__(self, url: str) -> None:
-        self._connection = kombu.Connection(url)
+        # py-amqp gives up on a socket that takes nothing for a second, as the broker's does while it catches up.
+        patience = {"socket_settings": {socket.TCP_USER_TIMEOUT: PATIENCE * 1000}}
+        self._connection = kombu.Connection(url, transport_options=patience)
 
     def close(self) -> None:
         self._connection.release()
