@@ -16,10 +16,12 @@ def describe(rabbitmq: str, redis: str) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "cpu": _first("/proc/cpuinfo", "model name") or platform.processor(),
         "memory": round(int(_first("/proc/meminfo", "MemTotal").split()[0]) / 2**20),
+        # What else it had to do: figures of a busy machine are larger, ratios less so.
+        "load": round(os.getloadavg()[0], 1),
         "system": platform.freedesktop_os_release()["PRETTY_NAME"],
         "versions": {
             "Python": platform.python_version(),
-            **{f"{package}" if package != "redis" else "redis-py": version(package) for package in PACKAGES},
+            **{"redis-py" if name == "redis" else name: version(name) for name in PACKAGES},
             "RabbitMQ": rabbitmq,
             "Redis": redis,
         },

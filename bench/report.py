@@ -69,7 +69,8 @@ def machine(records: Records, command: str) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in info["versions"].items())
     return (
         f"`{command}`, {records.date[:10]}: {info['cores']} cores of {info['cpu']}, {info['memory']} GB,\n"
-        f"{info['system']}, everything on this one machine. {versions}.\n"
+        f"{info['system']}, everything on this one machine, whose load average was {info['load']} before.\n"
+        f"{versions}.\n"
         "fastres is compiled unless it says Python."
     )
 
