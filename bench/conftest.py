@@ -24,6 +24,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--size", choices=SIZES, default="tiny", help="how much the benchmarks measure")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    # As tests they have no table.
+    if config.getoption("size") == "tiny" and not config.getoption("benchmark_json"):
+        config.option.benchmark_disable = True
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Each test for each of its module's cases, the repetitions of one apart from each other."""
     if "case" in metafunc.fixturenames:
