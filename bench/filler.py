@@ -1,0 +1,116 @@
+"""Stores results ahead of a join, through none of the code that is measured."""
+
+from __future__ import annotations
+
+import socket
+import struct
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import kombu
+import redis
+from amqp.basic_message import Message
+from amqp.serialization import dumps
+from wire import frame, method
+from workloads import ANY_ID, Body
+
+#: Bytes to write at once; commands of Redis to send at once.
+CHUNK = 1 << 18
+PIPELINED = 1_000
+#: Bytes of a message's body in one frame.
+PART = 131_064
+#: Seconds in which the broker takes in what was sent to it.
+PATIENCE = 300
+#: Celery's default for result_expires, in seconds.
+DAY = 86_400
+
+
+class Broker:
+    """The broker, as those who write results see it."""
+
+    def __init__(self, url: str) -> None:
+        # py-amqp gives up on a socket that takes nothing for a second, as the broker's does while it catches up.
+        patience = {"socket_settings": {socket.TCP_USER_TIMEOUT: PATIENCE * 1000}}
+        self._connection = kombu.Connection(url, transport_options=patience)
+
+    def close(self) -> None:
+        self._connection.release()
+
+    @property
+    def channel(self) -> Any:
+        return self._connection.default_channel
+
+    def version(self) -> str:
+        self._connection.ensure_connection()
+        return str(self._connection.connection.server_properties["version"])
+
+    def fill(self, queue: kombu.Queue, task_ids: Iterable[str], body: Body) -> None:
+        """Declare a queue, with whatever it is bound to, and send it these results."""
+        queue(self.channel).declare()
+        expected = self.messages(queue.name)
+        template = publication(self.channel.channel_id, queue.name, body)
+        transport = self._connection.connection.transport
+        waiting: list[bytes] = []
+        size = 0
+        for task_id in task_ids:
+            message = template.replace(ANY_ID.encode(), task_id.encode())
+            waiting.append(message)
+            expected += 1
+            size += len(message)
+            if size > CHUNK:
+                transport.write(b"".join(waiting))
+                waiting, size = [], 0
+        transport.write(b"".join(waiting))
+        self.wait_for(queue.name, expected)
+
+    def wait_for(self, name: str, count: int) -> None:
+        """Wait until a queue has so many messages: it answers before it takes in what came earlier."""
+        end = time.monotonic() + PATIENCE
+        while (there := self.messages(name)) != count:
+            assert time.monotonic() < end, f"{name} holds {there} messages instead of {count}"
+            time.sleep(0.02)
+
+    def messages(self, name: str) -> int:
+        return int(self.channel.queue_declare(name, passive=True).message_count)
+
+    def delete(self, names: Iterable[str]) -> None:
+        for name in names:
+            self.channel.queue_delete(name)
+
+
+def publication(channel_id: int, queue: str, body: Body) -> bytes:
+    """The frames of a message to a queue by its name, with the properties that Celery's worker sets."""
+    properties = Message(
+        b"", content_type=body.content_type, content_encoding=body.content_encoding, application_headers={},
+        delivery_mode=1, priority=0, correlation_id=ANY_ID,
+    )._serialize_properties()  # fmt: skip
+    parts = (body.data[start : start + PART] for start in range(0, len(body.data), PART))
+    return b"".join(
+        [
+            method(channel_id, 60, 40, dumps("Bssbb", (0, "", queue, False, False))),
+            frame(2, channel_id, struct.pack(">HHQ", 60, 0, len(body.data)) + properties),
+            *(frame(3, channel_id, part) for part in parts),
+        ]
+    )
+
+
+def fill_redis(url: str, task_ids: Iterable[str], body: Body) -> None:
+    """Set the keys that Celery's redis backend reads."""
+    with redis.Redis.from_url(url) as client:
+        pipeline = client.pipeline(transaction=False)
+        for task_id in task_ids:
+            pipeline.set(f"celery-task-meta-{task_id}", body.of(task_id), ex=DAY)
+            if len(pipeline) >= PIPELINED:
+                pipeline.execute()
+        pipeline.execute()
+
+
+def empty_redis(url: str) -> None:
+    with redis.Redis.from_url(url) as client:
+        client.flushall()
+
+
+def redis_version(url: str) -> str:
+    with redis.Redis.from_url(url) as client:
+        return str(client.info("server")["redis_version"])

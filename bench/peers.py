@@ -1,0 +1,206 @@
+"""The peers: how each reads, or stores, the results of a run. This runs in the measured process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Callable
+
+import kombu
+from celery import Celery
+from celery.result import GroupResult
+from celery.signals import before_task_publish
+from workloads import SERIALIZERS, WORKLOADS, request_of, task_ids
+
+#: What is timed: it returns how many results it has read or stored.
+Action = Callable[[], int]
+
+#: Results of the join that comes first, so that everything is imported and connected.
+WARM = 20
+#: Seconds that a queue of results is kept: Celery's default for result_expires.
+DAY = 86_400
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a measured process has to do."""
+
+    peer: str
+    #: The method of Peer that is timed.
+    how: str
+    workload: str
+    serializer: str
+    count: int
+    group_id: str
+    #: The group that is joined first.
+    warm_id: str
+    #: The client's reply queue.
+    oid: str
+    broker: str
+    redis: str
+
+
+class Peer:
+    """A result backend of Celery."""
+
+    url: str
+    options: dict[str, Any] = {}  # noqa: RUF012
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.app = Celery(
+            "bench", broker=job.broker, backend=self.url.format(redis=job.redis), set_as_current=False
+        )
+        self.app.conf.update(
+            result_serializer=job.serializer, result_accept_content=list(SERIALIZERS), **self.options
+        )
+        self.app._local.oid = job.oid
+
+    def warm_up(self) -> None:
+        """Join, or store, a few results."""
+        getattr(self, self.job.how)(self.job.warm_id, WARM)()
+
+    def prepare(self) -> Action:
+        """Make everything that is there before a join begins; the answer is the join."""
+        action: Action = getattr(self, self.job.how)(self.job.group_id, self.job.count)
+        return action
+
+    def inbox(self, group_id: str) -> kombu.Queue | None:
+        """The queue of a group's results; None where they are not in a broker."""
+        return None
+
+    def lone_inbox(self, task_id: str) -> kombu.Queue | None:
+        """The queue of a lone task's result."""
+        return None
+
+    def sent(self, group_id: str, ids: list[str]) -> None:
+        """Do what sending these tasks does to a process, as far as reading their results depends on it."""
+
+    # -- what is timed
+
+    def get(self, group_id: str, count: int) -> Action:
+        ids = task_ids(group_id, count)
+        self.sent(group_id, ids)
+        result = GroupResult(group_id, [self.app.AsyncResult(task_id) for task_id in ids], app=self.app)
+        return lambda: len(result.get(propagate=False))
+
+    def get_many(self, group_id: str, count: int) -> Action:
+        ids = task_ids(group_id, count)
+        self.sent(group_id, ids)
+        return lambda: sum(1 for _ in self.app.backend.get_many(ids))
+
+    def lone(self, group_id: str, count: int) -> Action:
+        ids = task_ids(group_id, count)
+        return lambda: sum(1 for _ in self.app.backend.get_many(ids))
+
+    def store(self, group_id: str, count: int) -> Action:
+        backend, result = self.app.backend, WORKLOADS[self.job.workload]
+        ids = task_ids(group_id, count)
+        requests = [
+            request_of(task_id, group=group_id, group_index=index, reply_to=self.job.oid)
+            for index, task_id in enumerate(ids)
+        ]
+
+        def store() -> int:
+            for task_id, request in zip(ids, requests):
+                backend.store_result(task_id, result, "SUCCESS", request=request)
+            return count
+
+        return store
+
+
+class Fastres(Peer):
+    url = "fastres://"
+
+    def inbox(self, group_id: str) -> kombu.Queue:
+        addresses = self.app.backend.addresses
+        return addresses.queue(addresses.group(group_id))
+
+    def lone_inbox(self, task_id: str) -> kombu.Queue:
+        addresses = self.app.backend.addresses
+        return addresses.queue(addresses.task(task_id))
+
+    def sent(self, group_id: str, ids: list[str]) -> None:
+        self.app.backend  # noqa: B018 - it listens from when it is made
+        for index, task_id in enumerate(ids):
+            headers = {"id": task_id, "group": group_id, "group_index": index}
+            before_task_publish.send(sender="task", headers=headers)
+
+
+class FastresUnconfirmed(Fastres):
+    options = {"result_backend_transport_options": {"confirm": False}}  # noqa: RUF012
+
+
+class Rpc(Peer):
+    url = "rpc://"
+
+    def inbox(self, group_id: str) -> kombu.Queue:
+        return self.app.backend.binding
+
+
+class FastresRpc(Rpc):
+    url = "fastres-rpc://"
+
+    def sent(self, group_id: str, ids: list[str]) -> None:
+        for task_id in ids:
+            self.app.backend.on_task_call(None, task_id)
+
+
+class Redis(Peer):
+    url = "{redis}"
+
+
+class CeleryAmqpBackend(Peer):
+    url = "celery_amqp_backend.AMQPBackend://"
+
+    def lone_inbox(self, task_id: str) -> kombu.Queue:
+        return self.app.backend._create_binding(task_id)
+
+
+class Bare(Peer):
+    """A queue, and a client that knows nothing of Celery."""
+
+    url = "disabled://"
+
+    def inbox(self, group_id: str) -> kombu.Queue:
+        return kombu.Queue(f"bench.{group_id}", durable=True, expires=DAY)
+
+
+class KombuConsumer(Bare):
+    """kombu alone: decoded bodies, and nobody who waits for them."""
+
+    def get_many(self, group_id: str, count: int) -> Action:
+        connection = self.app.connection_for_read()
+        queue = self.inbox(group_id)
+        queue.no_declare = True
+        taken = 0
+
+        def take(body: Any, message: Any) -> None:
+            nonlocal taken
+            taken += 1
+
+        def consume() -> int:
+            with kombu.Consumer(
+                connection.default_channel, [queue], callbacks=[take], no_ack=True, accept=SERIALIZERS
+            ):
+                while taken < count:
+                    connection.drain_events()
+            return taken
+
+        # The connection is made here, not when it is timed.
+        connection.default_channel  # noqa: B018
+        return consume
+
+
+#: By the name that the tables have.
+PEERS: dict[str, type[Peer]] = {
+    "fastres": Fastres,
+    "fastres (Python)": Fastres,
+    "fastres, no confirm": FastresUnconfirmed,
+    "fastres-rpc": FastresRpc,
+    "Celery rpc": Rpc,
+    "Celery redis": Redis,
+    "celery-amqp-backend": CeleryAmqpBackend,
+    "kombu Consumer": KombuConsumer,
+    "rabbitmq-c": Bare,
+    "rabbitmq-c, acknowledging": Bare,
+}

@@ -1,0 +1,182 @@
+"""The tables and the plot of a run: bench/RESULTS.md and bench/results.svg."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+from gate import HEAD, judge, read_floors, table
+from plot import draw
+from records import Key, Records
+
+HERE = Path(__file__).parent
+
+INTRODUCTION = """\
+Results are stored ahead; what is measured is reading them, each time in a process of its own that has imported and
+connected before. Peers take turns (A B C, A B C); figures are medians. CPU is the reading process's own, kernel
+included. All AMQP peers read the same bytes: what Celery's worker writes, 320 bytes of JSON unless a table says
+otherwise, in transient messages. Growth is the peak memory over what the process had when the join began, with
+the ids, and for `GroupResult.get` the result objects, already there.
+"""
+
+#: What the measured methods are to a reader.
+WAYS = {"get": "`GroupResult.get`", "get_many": "`get_many`", "lone": "`get_many`", "store": "`store_result`"}
+
+PLACES = {
+    "fastres": "group queue",
+    "fastres (Python)": "group queue",
+    "fastres-rpc": "mailbox",
+    "Celery rpc": "mailbox",
+    "Celery redis": "keys in Redis",
+    "kombu Consumer": "a queue",
+    "rabbitmq-c": "a queue",
+    "rabbitmq-c, acknowledging": "a queue",
+}
+
+
+@click.command(help=__doc__)
+@click.argument("json", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--command", default="ci/bench --report", help="what was run, for the table")
+@click.option("--output", type=click.Path(file_okay=False, path_type=Path), default=HERE)
+def main(json: Path, command: str, output: Path) -> None:
+    records = Records(json)
+    (output / "RESULTS.md").write_text("\n\n".join(sections(records, command)) + "\n", "utf-8")
+    draw(records, output / "results.svg")
+
+
+def sections(records: Records, command: str) -> Iterable[str]:
+    yield "# Benchmark results"
+    yield INTRODUCTION.strip()
+    yield machine(records, command)
+    yield "## Ratios"
+    yield markdown(HEAD, table(judge(records, read_floors())))
+    for count in joined(records):
+        yield f"## Joins of {count:,} results"
+        yield joins(records, count)
+    if other := matrix(records):
+        yield "## Other results"
+        yield other
+    yield "## Lone tasks"
+    yield lone(records)
+    yield "## Storing a result"
+    yield stored(records)
+
+
+def machine(records: Records, command: str) -> str:
+    info: dict[str, Any] = records.machine["fastres"]
+    versions = ", ".join(f"{name} {version}" for name, version in info["versions"].items())
+    return (
+        f"`{command}`, {records.date[:10]}: {info['cores']} cores of {info['cpu']}, {info['memory']} GB,\n"
+        f"{info['system']}, everything on this one machine, whose load average was {info['load']} before.\n"
+        f"{versions}.\n"
+        "fastres is compiled unless it says Python."
+    )
+
+
+def joined(records: Records) -> list[int]:
+    return sorted({key.count for key in records if key.how in ("get", "get_many") and is_plain(key)})
+
+
+def is_plain(key: Key) -> bool:
+    return not key.traced and (key.workload, key.serializer) == ("dict", "json")
+
+
+def joins(records: Records, count: int) -> str:
+    keys = [key for key in records if key.count == count and key.how in ("get", "get_many") and is_plain(key)]
+    calls = {(key.peer, key.how): records.median("calls", key) for key in records if key.traced}
+    rows = [
+        (
+            key.peer,
+            PLACES[key.peer],
+            "" if key.peer.startswith(("kombu", "rabbitmq")) else WAYS[key.how],
+            number(records.median("cpu", key), 1),
+            number(calls.get((key.peer, key.how)), 3),
+            number(records.median("wall", key), 2),
+            number(records.median("rate", key), 0),
+            number(records.median("peak", key), 0),
+            number(records.median("growth", key), 0),
+        )
+        for key in by_cpu(records, keys)
+    ]
+    return markdown(
+        ("reader", "results are in", "call", "CPU, µs per result", "system calls per result", "wall, s",
+         "results per second", "peak memory, MB", "growth, MB"),
+        rows,
+    )  # fmt: skip
+
+
+def matrix(records: Records) -> str:
+    """CPU per result of each workload and serializer, one column for each peer."""
+    keys = [key for key in records if key.how == "get" and not key.traced]
+    others = [key for key in keys if not is_plain(key)]
+    if not others:
+        return ""
+    peers = [peer for peer in PLACES if any(key.peer == peer for key in others)]
+    counts = {key.count for key in others}
+    rows = sorted({(key.workload, key.serializer, key.count) for key in keys if key.count in counts})
+    return markdown(
+        ("result", "serializer", "results", *(f"{peer}, µs of CPU per result" for peer in peers)),
+        [
+            (
+                workload,
+                serializer,
+                f"{count:,}",
+                *(
+                    number(records.median("cpu", Key(peer, "get", count, workload, serializer)), 1)
+                    for peer in peers
+                ),
+            )
+            for workload, serializer, count in rows
+        ],
+    )
+
+
+def lone(records: Records) -> str:
+    keys = by_cpu(records, [key for key in records if key.how == "lone"])
+    return markdown(
+        ("reader", "results", "CPU, µs per result", "wall, ms per result"),
+        [
+            (
+                key.peer,
+                f"{key.count:,}",
+                number(records.median("cpu", key), 1),
+                number((records.median("wall", key) or 0) / key.count * 1e3, 2),
+            )
+            for key in keys
+        ],
+    )
+
+
+def stored(records: Records) -> str:
+    keys = by_cpu(records, [key for key in records if key.how == "store"])
+    return markdown(
+        ("writer", "results", "CPU, µs per result", "results per second"),
+        [
+            (
+                f"{key.peer}, confirmed" if key.peer == "fastres" else key.peer,
+                f"{key.count:,}",
+                number(records.median("cpu", key), 1),
+                number(records.median("rate", key), 0),
+            )
+            for key in keys
+        ],
+    )
+
+
+def by_cpu(records: Records, keys: Iterable[Key]) -> list[Key]:
+    return sorted(keys, key=lambda key: records.median("cpu", key) or 0)
+
+
+def number(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:,.{digits}f}"
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+if __name__ == "__main__":
+    main()

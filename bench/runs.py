@@ -1,0 +1,221 @@
+"""Runs a measured process: fills its queues, starts it, lets it go, clears up."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from filler import Broker, empty_redis, fill_redis
+from peers import PEERS, WARM, Job
+from rabbitmq_node import Node, Redis
+from workloads import body_of, new_group, task_ids
+
+HERE = Path(__file__).parent
+LIMIT_MODES = {"rabbitmq-c": "no-ack", "rabbitmq-c, acknowledging": "ack"}
+#: Seconds that strace may take to begin.
+ATTACH_TIMEOUT = 10
+
+
+class Unavailable(Exception):
+    """Something that a run needs is not on this machine."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Something to measure."""
+
+    peer: str
+    how: str
+    count: int
+    repetitions: int = 1
+    workload: str = "dict"
+    serializer: str = "json"
+    traced: bool = False
+
+    @property
+    def name(self) -> str:
+        return "-".join([self.peer, self.how, self.workload, self.serializer, str(self.count)]).replace(" ", "")
+
+
+class Bench:
+    """The servers of a benchmark."""
+
+    def __init__(self, node: Node, redis: Redis, limit: Path | None) -> None:
+        self.node = node
+        self.redis = redis
+        self.limit = limit
+        self.broker = Broker(node.url)
+
+    def close(self) -> None:
+        self.broker.close()
+
+
+class Run:
+    """One measured process, ready when it is made."""
+
+    def __init__(self, bench: Bench, case: Case) -> None:
+        self._bench = bench
+        self._case = case
+        self._job = Job(
+            case.peer, case.how, case.workload, case.serializer, case.count,
+            new_group(), new_group(), new_group(), bench.node.url, bench.redis.url,
+        )  # fmt: skip
+        if case.peer == "celery-amqp-backend" and find_spec("celery_amqp_backend") is None:
+            raise Unavailable("celery-amqp-backend is not installed")
+        self._peer = PEERS[case.peer](self._job)
+        self._queues: set[str] = set()
+        if case.how == "store":
+            self._declare(self._job.warm_id)
+            self._declare(self._job.group_id)
+        else:
+            self._fill(self._job.warm_id, WARM)
+            self._fill(self._job.group_id, case.count)
+        self._process = Process(self._command(), _environment(case.peer))
+
+    def go(self) -> dict[str, float]:
+        """Let it do its job: what that took."""
+        taken = self._go()
+        if self._case.how == "store":
+            self._check()
+        return taken
+
+    def _go(self) -> dict[str, float]:
+        if not self._case.traced:
+            return self._process.go()
+        with tempfile.NamedTemporaryFile("r") as summary:
+            with _traced(self._process.pid, summary.name):
+                taken = self._process.go()
+            return {**taken, "calls": _calls(summary.read())}
+
+    def close(self) -> None:
+        self._process.close()
+        self._bench.broker.delete(self._queues)
+        empty_redis(self._bench.redis.url)
+
+    def _command(self) -> list[str]:
+        mode = LIMIT_MODES.get(self._case.peer)
+        if mode is None:
+            return [sys.executable, str(HERE / "measure.py"), json.dumps(dataclasses.asdict(self._job))]
+        if self._bench.limit is None:
+            raise Unavailable("bench/limit.c is not built: gcc or librabbitmq-dev is missing")
+        queue = self._peer.inbox(self._job.group_id)
+        return [str(self._bench.limit), str(self._bench.node.port), queue.name, str(self._case.count), mode]
+
+    def _fill(self, group_id: str, count: int) -> None:
+        broker, ids = self._bench.broker, task_ids(group_id, count)
+        lone = self._case.how == "lone"
+        body = body_of(self._case.workload, self._case.serializer, None if lone else group_id)
+        if issubclass(PEERS[self._case.peer], PEERS["Celery redis"]):
+            fill_redis(self._bench.redis.url, ids, body)
+        elif lone:
+            for task_id in ids:
+                self._send(broker, self._peer.lone_inbox(task_id), [task_id], body)
+        else:
+            self._send(broker, self._peer.inbox(group_id), ids, body)
+
+    def _send(self, broker: Broker, queue: Any, ids: Iterable[str], body: Any) -> None:
+        self._queues.add(queue.name)
+        broker.fill(queue, ids, body)
+
+    def _declare(self, group_id: str) -> None:
+        queue = self._peer.inbox(group_id)
+        if queue is not None:
+            self._queues.add(queue.name)
+            queue(self._bench.broker.channel).declare()
+
+    def _check(self) -> None:
+        """What was stored is there; what came first may be in the same queue or in another."""
+        queue = self._peer.inbox(self._job.group_id)
+        if queue is not None:
+            before = WARM if len(self._queues) == 1 else 0
+            self._bench.broker.wait_for(queue.name, before + self._case.count)
+
+
+class Process:
+    """A program that says when it is ready, and does what it is there for when it is told to."""
+
+    def __init__(self, command: list[str], environment: dict[str, str]) -> None:
+        self._complaints = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed by close()
+        self._process = subprocess.Popen(
+            command, env=environment, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._complaints,
+        )  # fmt: skip
+        try:
+            self._hear("ready")
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def go(self) -> dict[str, float]:
+        self._say()
+        taken: dict[str, float] = json.loads(self._hear("{"))
+        return taken
+
+    def close(self) -> None:
+        if not self._complaints.closed:
+            with contextlib.suppress(BrokenPipeError):
+                self._say()
+            try:
+                self._process.communicate(timeout=30)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.communicate()
+            self._complaints.close()
+
+    def _say(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write("go\n")
+        self._process.stdin.flush()
+
+    def _hear(self, beginning: str) -> str:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line.startswith(beginning):
+            self._complaints.seek(0)
+            raise RuntimeError(f"{self._process.args}: {line}{self._complaints.read()}")
+        return line
+
+
+def _environment(peer: str) -> dict[str, str]:
+    """Of a measured process: `FASTRES_IMPL=python ci/bench` is how to see the gate fail."""
+    implementation = "python" if peer == "fastres (Python)" else os.environ.get("FASTRES_IMPL", "c")
+    return {**os.environ, "FASTRES_IMPL": implementation, "PYTHONWARNINGS": "ignore"}
+
+
+@contextlib.contextmanager
+def _traced(pid: int, summary: str) -> Iterator[None]:
+    """Count the system calls of a process meanwhile. Raises Unavailable."""
+    strace = shutil.which("strace")
+    if strace is None:
+        raise Unavailable("strace is not installed")
+    command = [strace, "-f", "-c", "-U", "name,calls", "-o", summary, "-p", str(pid)]
+    tracer = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
+        assert tracer.stderr is not None
+        first = tracer.stderr.readline()
+        if "attached" not in first:
+            raise Unavailable(f"strace may not look at other processes here: {first.strip()}")
+        yield
+    finally:
+        tracer.send_signal(signal.SIGINT)
+        tracer.communicate(timeout=ATTACH_TIMEOUT)
+
+
+def _calls(summary: str) -> int:
+    """The total in what `strace -c -U name,calls` prints."""
+    return next(int(line.split()[1]) for line in summary.splitlines() if line.startswith("total"))

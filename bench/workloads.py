@@ -1,0 +1,106 @@
+"""What is measured: the results of the workloads, as bytes that Celery's worker writes, and how many of them."""
+
+from __future__ import annotations
+
+import random
+import uuid
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from celery import Celery
+from celery.app.task import Context
+from celery.backends.base import Backend
+from kombu.serialization import dumps
+
+SERIALIZERS = ("json", "msgpack", "pickle")
+
+#: Stands for a task's id in a body that is made once for all results of a run; as long as any id.
+ANY_ID = "00000000-0000-0000-0000-000000000000"
+
+TRACEBACK = "Traceback (most recent call last):\n" + "".join(
+    f'  File "/srv/app/proj/steps.py", line {depth * 17}, in step_{depth}\n    return step_{depth + 1}(order)\n'
+    for depth in range(12)
+)
+
+#: The result of a task by name of the workload; of a failed task it is the exception.
+WORKLOADS: dict[str, Any] = {
+    "int": 7,
+    # With what Celery adds it makes 320 bytes of JSON.
+    "dict": {"order": 48_213, "total": 129.95, "paid": True, "currency": "EUR", "customer": "A. N. Other, Ghent"},
+    "str": "".join(random.Random(1).choices("abcdefghijklmnopqrstuvwxyz ", k=4_096)),
+    "bytes": random.Random(2).randbytes(65_536),
+    "failure": ValueError("no such order: 48213"),
+}
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is measured."""
+
+    #: Results of the joins that all peers are compared by, and of two that show what grows with their number.
+    joins: tuple[int, ...]
+    scale: tuple[int, int]
+    #: Results for each pair of a workload and a serializer, 0: left out.
+    matrix: int
+    #: Lone tasks, stored results, results while system calls are counted.
+    lone: int
+    stored: int
+    traced: int
+    #: Repetitions: of what takes a second, and of what takes ten.
+    fast: int
+    slow: int
+
+
+SIZES = {
+    "tiny": Size(joins=(60,), scale=(60, 120), matrix=3, lone=3, stored=20, traced=60, fast=1, slow=1),
+    "short": Size(
+        joins=(50_000,), scale=(10_000, 100_000), matrix=0, lone=500, stored=5_000, traced=2_000, fast=3, slow=1
+    ),
+    "full": Size(
+        joins=(10_000, 100_000, 1_000_000), scale=(10_000, 1_000_000), matrix=10_000, lone=2_000,
+        stored=20_000, traced=10_000, fast=5, slow=3,
+    ),
+}  # fmt: skip
+
+
+class Body(NamedTuple):
+    """A result as a worker sends it, with ANY_ID where the task's id belongs."""
+
+    content_type: str
+    content_encoding: str
+    data: bytes
+
+    def of(self, task_id: str) -> bytes:
+        return self.data.replace(ANY_ID.encode(), task_id.encode())
+
+
+def new_group() -> str:
+    return str(uuid.uuid4())
+
+
+def task_ids(group_id: str, count: int) -> list[str]:
+    """The ids of a group's members: whoever knows the group's id can tell them."""
+    return [f"{group_id[:24]}{index:012x}" for index in range(count)]
+
+
+def request_of(task_id: str, **fields: Any) -> Context:
+    """The request of a task, as its worker has it."""
+    delivery = {"exchange": "", "routing_key": "celery", "priority": 0, "redelivered": False}
+    return Context({"id": task_id, "correlation_id": task_id, "delivery_info": delivery, **fields})
+
+
+def body_of(workload: str, serializer: str, group_id: str | None) -> Body:
+    """A worker's message for a task that returned, or raised, what the workload says."""
+    result = WORKLOADS[workload]
+    failed = isinstance(result, Exception)
+    backend = Backend(Celery(set_as_current=False), serializer=serializer)
+    group = {"group": group_id, "group_index": 0} if group_id else {}
+    meta = backend._get_result_meta(
+        result=backend.encode_result(result, "FAILURE" if failed else "SUCCESS"),
+        state="FAILURE" if failed else "SUCCESS",
+        traceback=TRACEBACK if failed else None,
+        request=request_of(ANY_ID, **group),
+    )
+    meta["task_id"] = ANY_ID
+    content_type, content_encoding, data = dumps(meta, serializer=serializer)
+    return Body(content_type, content_encoding, data.encode() if isinstance(data, str) else data)
