@@ -45,6 +45,8 @@ __all__ = ("AMQPBackend",)
 
 #: Results that this process has read and can be asked for again: Celery 3.1's default for result_cache_max.
 CACHED = 100
+#: State and task id of a meta.
+FIELDS = itemgetter("status", "task_id")
 #: Seconds between two looks at the results of single members of a group: the first, and the longest pause.
 FIRST_PAUSE, LONGEST_PAUSE = 0.01, 0.25
 
@@ -397,7 +399,7 @@ class AMQPBackend(Backend):  # type: ignore[misc]
         timeout: float | None = None,
         no_ack: bool = True,
         now: Callable[[], float] = time.time,
-        getfields: Callable[[Meta], tuple[str, str]] = itemgetter("status", "task_id"),
+        getfields: Callable[[Meta], tuple[str, str]] = FIELDS,
         READY_STATES: frozenset[str] = states.READY_STATES,
         PROPAGATE_STATES: frozenset[str] = states.PROPAGATE_STATES,
         *,
@@ -421,16 +423,18 @@ class AMQPBackend(Backend):  # type: ignore[misc]
         Raises:
             celery.exceptions.TimeoutError: not all came in time.
         """
-        ids = dict.fromkeys(task_ids)
-        cached = {task_id: meta for task_id in ids if (meta := self._cached(task_id, READY_STATES))}
-        for task_id, meta in cached.items():
-            yield task_id, meta
-        for _, meta in self._results(
-            [task_id for task_id in ids if task_id not in cached], timeout, no_ack, now=now,
-            on_message=on_message, on_interval=on_interval, ready_states=READY_STATES, rounds=max_iterations,
+        ids = list(task_ids)
+        known = set(self._cache.keys())
+        candidates = [task_id for task_id in ids if task_id in known]
+        cached = {task_id: meta for task_id in candidates if (meta := self._cached(task_id, READY_STATES))}
+        yield from cached.items()
+        if cached:
+            ids = [task_id for task_id in ids if task_id not in cached]
+        for task_id, meta in self._results(
+            ids, timeout, no_ack, now=now, on_message=on_message, on_interval=on_interval,
+            ready_states=READY_STATES, rounds=max_iterations,
         ):  # fmt: skip
-            _, task_id = getfields(meta)
-            yield task_id, meta
+            yield (task_id if getfields is FIELDS else getfields(meta)[1]), meta
 
     def iter_native(
         self,
@@ -488,7 +492,7 @@ class AMQPBackend(Backend):  # type: ignore[misc]
         few = len(task_ids) <= CACHED
         join = Join(task_ids, ready_states, timeout, now)
         try:
-            pump = self._open_inboxes(join, task_ids, no_ack and rounds is None, on_message is not None)
+            pump = self._open_inboxes(join, no_ack and rounds is None, on_message is not None)
             for batch in self._reader.wait(join, on_interval=on_interval, pump=pump, rounds=rounds):
                 handed = 0
                 try:
@@ -512,11 +516,9 @@ class AMQPBackend(Backend):  # type: ignore[misc]
         finally:
             self._reader.leave(join)
 
-    def _open_inboxes(
-        self, join: Join, task_ids: list[str], take: bool, with_states: bool
-    ) -> Callable[[Join], float] | None:
+    def _open_inboxes(self, join: Join, take: bool, with_states: bool) -> Callable[[Join], float] | None:
         """Subscribe to wherever the results come; what the answer does is look at those that are not consumed."""
-        alone, groups = self._groups.split(task_ids)
+        alone, groups = self._groups.split(join.aggregate.missing())
         if alone:
             self._reader.tasks(join, [self.addresses.task(task_id) for task_id in alone], take)
         watched = []

@@ -84,9 +84,7 @@ class RPCBackend(AMQPBackend):
         reply_to, _ = self.destination_for(task_id, request)
         return self.addresses.mailbox(reply_to) if reply_to else None
 
-    def _open_inboxes(
-        self, join: Join, task_ids: list[str], take: bool, with_states: bool
-    ) -> Callable[[Join], float] | None:
+    def _open_inboxes(self, join: Join, take: bool, with_states: bool) -> Callable[[Join], float] | None:
         self._reader.mailbox.add(self.addresses.mailbox(self.oid), join.deadline)
         self._reader.mail(join)
         return None
