@@ -18,7 +18,8 @@ Results are stored ahead; what is measured is reading them, each time in a proce
 connected before. Peers take turns (A B C, A B C); figures are medians. CPU is the reading process's own, kernel
 included. All AMQP peers read the same bytes: what Celery's worker writes, 320 bytes of JSON unless a table says
 otherwise, in transient messages. Growth is the peak memory over what the process had when the join began, with
-the ids, and for `GroupResult.get` the result objects, already there.
+the ids, and for `GroupResult.get` the result objects, already there. System calls are counted by strace, where
+there is one, in a pass of its own over fewer results.
 """
 
 #: What the measured methods are to a reader.
@@ -92,7 +93,7 @@ def joins(records: Records, count: int) -> str:
             PLACES[key.peer],
             "" if key.peer.startswith(("kombu", "rabbitmq")) else WAYS[key.how],
             number(records.median("cpu", key), 1),
-            number(calls.get((key.peer, key.how)), 3),
+            number(calls.get((key.peer, key.how)), 3) or "not counted",
             number(records.median("wall", key), 2),
             number(records.median("rate", key), 0),
             number(records.median("peak", key), 0),
