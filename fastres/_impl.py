@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from types import ModuleType
 
-__all__ = ("MODULES", "Aggregate", "Decoder", "Delivery", "Frames", "impl", "load", "publication")
+__all__ = ("MODULES", "Aggregate", "Decoder", "Delivery", "Frames", "encode", "impl", "load", "publication")
 
 #: The modules that an implementation consists of.
 MODULES = ("aggregate", "decode", "frames")
@@ -58,4 +58,5 @@ Aggregate = _modules["aggregate"].Aggregate
 Decoder = _modules["decode"].Decoder
 Delivery = _modules["frames"].Delivery
 Frames = _modules["frames"].Frames
+encode = _modules["decode"].encode
 publication = _modules["frames"].publication

@@ -107,6 +107,17 @@ class Publication(Protocol):
         """
 
 
+class Encode(Protocol):
+    """A meta as the body of a message."""
+
+    def __call__(self, meta: Meta, serializer: str) -> tuple[str, str, bytes]:
+        """Content type, content encoding and body; whoever decodes it gets what kombu's serializer makes of it.
+
+        Raises:
+            kombu.exceptions.EncodeError: the serializer does not take a value.
+        """
+
+
 class Decoder(Protocol):
     """Message to result, refusing what is not accepted and what is no result."""
 

@@ -11,7 +11,8 @@ import zlib
 import msgspec
 from kombu.compression import decompress
 from kombu.exceptions import DecodeError
-from kombu.serialization import TRUSTED_CONTENT, loads, registry
+from kombu.serialization import TRUSTED_CONTENT, dumps, loads, registry
+from kombu.utils.json import dumps as kombu_json_dumps
 from kombu.utils.json import loads as kombu_json
 
 from fastres.errors import MalformedResult, OversizedResult
@@ -32,7 +33,7 @@ cdef extern from * nogil:
     """
     void* memmem(const void* haystack, size_t size, const void* needle, size_t needle_size)
 
-__all__ = ("Decoder",)
+__all__ = ("Decoder", "encode")
 
 # Decompressors of the standard library stop at a limit; the others are checked when they are done.
 STOPPING = {
@@ -40,6 +41,60 @@ STOPPING = {
     "application/x-bz2": bz2.BZ2Decompressor,
     "application/x-lzma": lzma.LZMADecompressor,
 }
+
+
+# What JSON carries as it is nests no deeper than this; the rest is left to kombu.
+cdef int DEEPEST = 64
+
+
+def encode(meta, serializer):
+    """See :class:`fastres._protocols.Encode`.
+
+    Values that JSON has itself are written by msgspec, everything else by kombu: what is read is the same.
+    """
+    cdef object body
+    if serializer == "json" and is_plain(meta, 0) and is_kombus_json():
+        try:
+            return "application/json", "utf-8", msgspec.json.encode(meta)
+        except (ValueError, OverflowError):
+            # A lone surrogate, say.
+            pass
+    content_type, content_encoding, body = dumps(meta, serializer)
+    return content_type, content_encoding, body.encode(content_encoding) if isinstance(body, str) else body
+
+
+cdef bint is_kombus_json() except -1:
+    encoder = registry._encoders.get("json")
+    return encoder is not None and encoder[2] is kombu_json_dumps
+
+
+cdef bint is_plain(object value, int depth) except -1:
+    """Whether JSON has these values itself, and no encoder of kombu's is asked."""
+    cdef double number
+    kind = type(value)
+    if kind is str or kind is int or value is None or kind is bool:
+        return True
+    if kind is float:
+        number = <double>value
+        return number - number == 0  # not so for NaN and the infinities
+    if depth == DEEPEST:
+        return False
+    if kind is dict:
+        for key, inner in (<dict>value).items():
+            if type(key) is not str or not is_plain(inner, depth + 1):
+                return False
+        return True
+    if kind is list:
+        for inner in <list>value:
+            if not is_plain(inner, depth + 1):
+                return False
+        return True
+    if kind is tuple:
+        for inner in <tuple>value:
+            if not is_plain(inner, depth + 1):
+                return False
+        return True
+    return False
 
 
 cdef class Decoder:
@@ -75,6 +130,9 @@ cdef class Decoder:
     cdef dict _decode(self, Delivery delivery, bint plain):
         cdef object meta = None
         cdef object body = delivery.body
+        if type(body) is not bytes and isinstance(body, (bytearray, memoryview)):
+            # Not every decoder takes them.
+            body = bytes(body)
         if delivery.compression:
             body = self._decompress(body, delivery.compression)
         if plain and type(body) is bytes and delivery.content_type == "application/json":

@@ -19,7 +19,9 @@ import fastres
 from fastres import _impl
 
 IMPLEMENTATIONS = ("python", "c")
-CHOSEN = {name: getattr(_impl, name) for name in ("Aggregate", "Decoder", "Delivery", "Frames", "publication")}
+CHOSEN = {
+    name: getattr(_impl, name) for name in ("Aggregate", "Decoder", "Delivery", "Frames", "encode", "publication")
+}
 
 
 def pytest_report_header() -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from kombu.compression import decompress
 from kombu.exceptions import DecodeError
-from kombu.serialization import loads
+from kombu.serialization import dumps, loads
 
 from fastres.errors import MalformedResult, OversizedResult
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from fastres._protocols import Arrival, Body, Delivery, Meta
 
-__all__ = ("Decoder",)
+__all__ = ("Decoder", "encode")
 
 #: Decompressors of the standard library stop at a limit; the others are checked when they are done.
 STOPPING: dict[str, Any] = {
@@ -27,6 +27,12 @@ STOPPING: dict[str, Any] = {
     "application/x-bz2": bz2.BZ2Decompressor,
     "application/x-lzma": lzma.LZMADecompressor,
 }
+
+
+def encode(meta: Meta, serializer: str) -> tuple[str, str, bytes]:
+    """See :class:`fastres._protocols.Encode`."""
+    content_type, content_encoding, body = dumps(meta, serializer)
+    return content_type, content_encoding, body.encode(content_encoding) if isinstance(body, str) else body
 
 
 class Decoder:
@@ -51,6 +57,9 @@ class Decoder:
 
     def decode(self, delivery: Delivery) -> Meta:
         body = delivery.body
+        if isinstance(body, (bytearray, memoryview)):
+            # Not every decoder takes them.
+            body = bytes(body)
         if delivery.compression:
             body = self._decompress(body, delivery.compression)
         meta: Meta = loads(body, delivery.content_type, delivery.content_encoding, accept=self._accept)
