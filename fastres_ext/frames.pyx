@@ -126,6 +126,7 @@ cdef inline str known_text(Cursor* cursor, str known, bytes encoded):
 cdef class Frames:
     """See :class:`fastres._protocols.Frames`."""
 
+    # Threads may share one: whatever reads or changes it holds its critical section, which a GIL makes free.
     cdef readonly Py_ssize_t consumed
     cdef size_t _frame_max
     cdef set _owned
@@ -140,13 +141,16 @@ cdef class Frames:
         self._partial = {}
         self._rest = b""
 
+    @cython.critical_section
     def own(self, channel_id):
         self._owned.add(channel_id)
 
+    @cython.critical_section
     def disown(self, channel_id):
         self._owned.discard(channel_id)
         self._partial.pop(channel_id, None)
 
+    @cython.critical_section
     def feed(self, data):
         cdef bytes buffer = data if type(data) is bytes and not self._rest else self._rest + bytes(data)
         self._rest = b""
@@ -234,6 +238,7 @@ cdef class Frames:
         self._rest = cut(start, end)
         return deliveries, others
 
+    @cython.critical_section
     def unused(self):
         cdef list frames = []
         for partial in self._partial.values():
