@@ -424,10 +424,12 @@ cdef bytes short_string(str text):
 
 
 def publication(
-    int channel_id, size_t frame_max, str exchange, str routing_key, bint mandatory, bytes body, str content_type,
-    str content_encoding, bytes headers, unsigned char delivery_mode, str correlation_id,
+    int channel_id, size_t frame_max, str exchange, str routing_key, bint mandatory, bytes body not None,
+    str content_type, str content_encoding, bytes headers not None, unsigned char delivery_mode, str correlation_id,
 ):
     """See :class:`fastres._protocols.Publication`."""
+    if frame_max <= OVERHEAD:
+        raise FrameSyntaxError(f"frames of {frame_max} bytes at most hold nothing")
     cdef bytes to = short_string(exchange)
     cdef bytes key = short_string(routing_key)
     cdef bytes kind = short_string(content_type)
@@ -440,7 +442,7 @@ def publication(
         14 + 1 + PyBytes_GET_SIZE(kind) + 1 + PyBytes_GET_SIZE(encoding) + PyBytes_GET_SIZE(headers)
         + 1 + 1 + PyBytes_GET_SIZE(task)
     )
-    cdef size_t parts = (left + most - 1) // most
+    cdef size_t parts = left // most + (left % most != 0)
     cdef bytes frames = PyBytes_FromStringAndSize(
         NULL, method + OVERHEAD + header + OVERHEAD + left + parts * OVERHEAD
     )

@@ -99,6 +99,14 @@ def test_the_table_is_not_all_refusals(name: str) -> None:
     assert same_decode(*MESSAGES[name]) == ("value", repr(META))
 
 
+@pytest.mark.parametrize("method", ["decode", "decode_all"])
+def test_none_is_no_delivery(method: str) -> None:
+    def call(impl: dict[str, Any]) -> Any:
+        return getattr(impl["decode"].Decoder(ALL, 100), method)(None if method == "decode" else [None])
+
+    assert outcome(call, C) == outcome(call, PYTHON)
+
+
 @settings(deadline=None, max_examples=300)
 @given(
     body=st.binary(max_size=80) | st.sampled_from([BODY, GZIPPED]),
