@@ -1,12 +1,15 @@
 # cython: freethreading_compatible=True
 """The task ids that a join waits for, and which of them have come."""
 
+cimport cython
+
 __all__ = ("Aggregate",)
 
 
 cdef class Aggregate:
     """See :class:`fastres._protocols.Aggregate`."""
 
+    # Threads may share one: whatever reads or changes it holds its critical section, which a GIL makes free.
     # One table answers "awaited?" and "came before?": a million ids are held once.
     cdef dict _came
     cdef Py_ssize_t _left
@@ -17,15 +20,19 @@ cdef class Aggregate:
         self._left = len(self._came)
         self._ready_states = frozenset(ready_states)
 
+    @cython.critical_section
     def __len__(self):
         return self._left
 
+    @cython.critical_section
     def __contains__(self, task_id):
         return self._came.get(task_id) is False
 
+    @cython.critical_section
     def missing(self):
         return [task_id for task_id, came in self._came.items() if not came]
 
+    @cython.critical_section
     def feed(self, arrivals):
         cdef dict came = self._came
         cdef list ready = []

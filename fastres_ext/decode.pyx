@@ -17,6 +17,7 @@ from kombu.utils.json import loads as kombu_json
 
 from fastres.errors import MalformedResult, OversizedResult
 
+cimport cython
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
 
 from fastres_ext.frames cimport Delivery
@@ -127,6 +128,8 @@ cdef class Decoder:
     def decode(self, delivery):
         return self._decode(delivery, self._plain_json())
 
+    # A Delivery may be None, in C as in Python: without this its attributes would be read all the same.
+    @cython.nonecheck(True)
     cdef dict _decode(self, Delivery delivery, bint plain):
         cdef object meta = None
         cdef object body = delivery.body

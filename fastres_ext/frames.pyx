@@ -126,6 +126,7 @@ cdef inline str known_text(Cursor* cursor, str known, bytes encoded):
 cdef class Frames:
     """See :class:`fastres._protocols.Frames`."""
 
+    # Threads may share one: whatever reads or changes it holds its critical section, which a GIL makes free.
     cdef readonly Py_ssize_t consumed
     cdef size_t _frame_max
     cdef set _owned
@@ -140,13 +141,16 @@ cdef class Frames:
         self._partial = {}
         self._rest = b""
 
+    @cython.critical_section
     def own(self, channel_id):
         self._owned.add(channel_id)
 
+    @cython.critical_section
     def disown(self, channel_id):
         self._owned.discard(channel_id)
         self._partial.pop(channel_id, None)
 
+    @cython.critical_section
     def feed(self, data):
         cdef bytes buffer = data if type(data) is bytes and not self._rest else self._rest + bytes(data)
         self._rest = b""
@@ -234,6 +238,7 @@ cdef class Frames:
         self._rest = cut(start, end)
         return deliveries, others
 
+    @cython.critical_section
     def unused(self):
         cdef list frames = []
         for partial in self._partial.values():
@@ -419,10 +424,12 @@ cdef bytes short_string(str text):
 
 
 def publication(
-    int channel_id, size_t frame_max, str exchange, str routing_key, bint mandatory, bytes body, str content_type,
-    str content_encoding, bytes headers, unsigned char delivery_mode, str correlation_id,
+    int channel_id, size_t frame_max, str exchange, str routing_key, bint mandatory, bytes body not None,
+    str content_type, str content_encoding, bytes headers not None, unsigned char delivery_mode, str correlation_id,
 ):
     """See :class:`fastres._protocols.Publication`."""
+    if frame_max <= OVERHEAD:
+        raise FrameSyntaxError(f"frames of {frame_max} bytes at most hold nothing")
     cdef bytes to = short_string(exchange)
     cdef bytes key = short_string(routing_key)
     cdef bytes kind = short_string(content_type)
@@ -435,7 +442,7 @@ def publication(
         14 + 1 + PyBytes_GET_SIZE(kind) + 1 + PyBytes_GET_SIZE(encoding) + PyBytes_GET_SIZE(headers)
         + 1 + 1 + PyBytes_GET_SIZE(task)
     )
-    cdef size_t parts = (left + most - 1) // most
+    cdef size_t parts = left // most + (left % most != 0)
     cdef bytes frames = PyBytes_FromStringAndSize(
         NULL, method + OVERHEAD + header + OVERHEAD + left + parts * OVERHEAD
     )

@@ -187,6 +187,8 @@ def publication(
     correlation_id: str,
 ) -> bytes:
     """See :class:`fastres._protocols.Publication`."""
+    if frame_max <= OVERHEAD:
+        raise FrameSyntaxError(f"frames of {frame_max} bytes at most hold nothing")
     method = BASIC_PUBLISH + short_string(exchange) + short_string(routing_key) + bytes([bool(mandatory)])
     flags = 0x8000 | 0x4000 | (0x2000 if headers else 0) | 0x1000 | 0x0400
     properties = (

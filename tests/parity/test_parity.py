@@ -11,34 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kombu.compression import compress
 from kombu.serialization import dumps
+from parity.outcomes import JSON, MSGPACK, PICKLE, PYTHON, YAML, C, decode, outcome
 
-from fastres import _impl
-
-C, PYTHON = _impl.load("c"), _impl.load("python")
-
-JSON, PICKLE, MSGPACK, YAML = (
-    "application/json",
-    "application/x-python-serialize",
-    "application/x-msgpack",
-    "application/x-yaml",
-)
 ALL = (JSON, PICKLE, MSGPACK, YAML)
 META = {"task_id": "a", "status": "SUCCESS", "result": [1, "é"]}
 BODY = '{"task_id": "a", "status": "SUCCESS", "result": [1, "é"]}'.encode()
-
-
-def outcome(function: Any, *args: Any) -> tuple[Any, ...]:
-    """What a call does: its value, or its exception's type, message and cause."""
-    try:
-        return "value", repr(function(*args))
-    except Exception as exc:
-        return "raised", type(exc), str(exc), repr(exc.__cause__), exc.__suppress_context__
-
-
-def decode(impl: dict[str, Any], accept: Any, max_size: int, body: Any, *properties: Any) -> Any:
-    kind, encoding, compression, correlation_id = properties
-    delivery = impl["frames"].Delivery(1, "tag", 1, False, body, kind, encoding, correlation_id, compression)
-    return impl["decode"].Decoder(accept, max_size).decode(delivery)
 
 
 def same_decode(*args: Any, accept: Any = ALL, max_size: int = 1 << 16) -> Any:
@@ -120,6 +97,14 @@ def test_decode(name: str, accept: Any) -> None:
 @pytest.mark.parametrize("name", ["json", "text", "bytearray", "memoryview", "msgpack", "pickle", "gzip", "lzma"])
 def test_the_table_is_not_all_refusals(name: str) -> None:
     assert same_decode(*MESSAGES[name]) == ("value", repr(META))
+
+
+@pytest.mark.parametrize("method", ["decode", "decode_all"])
+def test_none_is_no_delivery(method: str) -> None:
+    def call(impl: dict[str, Any]) -> Any:
+        return getattr(impl["decode"].Decoder(ALL, 100), method)(None if method == "decode" else [None])
+
+    assert outcome(call, C) == outcome(call, PYTHON)
 
 
 @settings(deadline=None, max_examples=300)

@@ -81,3 +81,29 @@ def test_a_name_that_is_too_long(publication: Any) -> None:
             publication(*arguments)
         arguments[place] = "x" * 255
         assert publication(*arguments)
+
+
+@pytest.mark.parametrize("publication", BOTH, ids=["python", "c"])
+@pytest.mark.parametrize("frame_max", [0, 1, 7, 8])
+def test_frames_that_hold_nothing(publication: Any, frame_max: int) -> None:
+    with pytest.raises(FrameSyntaxError, match=f"frames of {frame_max} bytes at most hold nothing"):
+        publication(1, frame_max, "", "queue", True, b"x" * 100, "application/json", "utf-8", b"", 1, "an-id")
+
+
+def test_the_largest_frames_there_are() -> None:
+    """The sum of such a limit and a size is no size any more."""
+    for frame_max in (2**32 - 1, 2**63, 2**64 - 1):
+        python, c = (
+            publication(1, frame_max, "", "queue", True, b"x" * 100, "text", "utf-8", b"", 1, "an-id")
+            for publication in BOTH
+        )
+        assert c == python
+
+
+@pytest.mark.parametrize("publication", BOTH, ids=["python", "c"])
+@pytest.mark.parametrize("place", [5, 8])
+def test_none_is_no_body(publication: Any, place: int) -> None:
+    arguments: list[Any] = [1, 4096, "", "queue", True, b"x", "application/json", "utf-8", b"", 1, "an-id"]
+    arguments[place] = None
+    with pytest.raises(TypeError):
+        publication(*arguments)

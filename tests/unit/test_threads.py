@@ -1,0 +1,123 @@
+"""Threads that share one compiled object: none of its calls sees half of another's."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import wire
+from amqp.exceptions import FrameSyntaxError
+
+from fastres import _impl
+
+pytestmark = pytest.mark.skipif(
+    sys.gettrace() is not None, reason="a tracer is called after every line, and lets other threads in"
+)
+
+C = _impl.load("c")
+THREADS = 4
+ROUNDS = 300
+
+
+@pytest.fixture(autouse=True)
+def hasty() -> Iterator[None]:
+    """The interpreter changes threads as often as it can."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+def at_once(*works: Callable[[], None]) -> None:
+    """Run all of these in a thread each, which begin together; raises what one of them raised."""
+    begin = threading.Barrier(len(works))
+    raised: list[BaseException] = []
+
+    def run(work: Callable[[], None]) -> None:
+        begin.wait()
+        try:
+            work()
+        except BaseException as exc:
+            raised.append(exc)
+
+    threads = [threading.Thread(target=run, args=(work,)) for work in works]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if raised:
+        raise raised[0]
+
+
+def test_whole_deliveries_fed_by_several_threads() -> None:
+    frames = C["frames"].Frames(131_072)
+    frames.own(1)
+    bodies = [b"%d" % number * 50 for number in range(8)]
+    # A delivery in two parts goes by another way than one in a single part.
+    stream = b"".join(b"".join(wire.delivery(1, body, tag=f"t{body[0]}", part=30 + body[0])) for body in bodies)
+    came: list[Any] = []
+
+    def feed() -> None:
+        for _ in range(ROUNDS):
+            deliveries, others = frames.feed(stream)
+            assert not others
+            came.append([delivery.body for delivery in deliveries])
+
+    def others() -> None:
+        for _ in range(ROUNDS):
+            frames.own(2)
+            assert frames.unused() == b""
+            frames.disown(2)
+
+    at_once(*[feed] * THREADS, others)
+    assert came == [bodies] * (THREADS * ROUNDS)
+    assert frames.consumed == sum(len(wire.delivery(1, body, part=30 + body[0])) for body in bodies) * len(came)
+
+
+def test_pieces_fed_by_several_threads_are_refused_at_worst() -> None:
+    """What threads feed to one stream without an order of their own is no stream: nothing but memory is safe."""
+    stream = b"".join(wire.delivery(1, b"x" * 400, part=90)) + b"".join(wire.delivery(1, b"y" * 40))
+    frames = C["frames"].Frames(131_072)
+
+    def feed(size: int) -> None:
+        frames.own(1)
+        for _ in range(ROUNDS):
+            for start in range(0, len(stream), size):
+                try:
+                    frames.feed(stream[start : start + size])
+                except FrameSyntaxError:
+                    frames.unused()
+            frames.disown(1)
+            frames.own(1)
+
+    at_once(*[lambda size=size: feed(size) for size in (7, 50, 64, 333)])  # type: ignore[misc]
+
+
+def test_every_id_is_ready_once_whoever_feeds_it() -> None:
+    task_ids = [f"task-{number}" for number in range(ROUNDS * 10)]
+    aggregate = C["aggregate"].Aggregate(task_ids, {"SUCCESS"})
+    arrivals = [(None, task_id, {"status": "SUCCESS"}) for task_id in task_ids]
+    ready: list[Any] = []
+    repeated: list[Any] = []
+
+    def feed() -> None:
+        for start in range(0, len(arrivals), 7):
+            sorts = aggregate.feed(arrivals[start : start + 7])
+            ready.extend(sorts[0])
+            repeated.extend(sorts[2])
+
+    def look() -> None:
+        left = len(aggregate)
+        while left:
+            assert len(aggregate.missing()) <= left
+            assert "never awaited" not in aggregate
+            assert len(aggregate) <= left
+            left = len(aggregate)
+
+    at_once(*[feed] * THREADS, look)
+    assert sorted(task_id for _, task_id, _ in ready) == sorted(task_ids)
+    assert len(repeated) == len(task_ids) * (THREADS - 1)
+    assert aggregate.missing() == []
