@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, Callable, ClassVar
 
 import amqp
+import celery
 import kombu
 from amqp.exceptions import NotFound
 from celery import Celery, group, uuid
@@ -24,6 +25,9 @@ from fastres import AMQPBackend
 
 MakeApp = Callable[..., Celery]
 Reports = Callable[[], list[str]]
+
+#: Which Celery this is: the older ones have less.
+CELERY = tuple(map(int, celery.__version__.split(".")[:2]))
 
 #: Seconds that anything may take that ends by itself, and what is only a matter of the broker's having time.
 ENOUGH = 20.0

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from backend_kit import Broker, MakeApp, Reports, close
+from backend_kit import CELERY, Broker, MakeApp, Reports, close
 from celery import Celery
 from rabbitmq_node import Node
 
@@ -32,6 +32,9 @@ def pytest_configure(config: pytest.Config) -> None:
     # Without the compiled modules half of the tests would not run, and nobody would notice.
     if importlib.util.find_spec("fastres_ext") is None:
         raise pytest.UsageError("the tests run on both implementations: fastres_ext is not installed")
+    if CELERY < (5, 7):
+        # The producers of its own backends are left to the garbage collector.
+        config.addinivalue_line("filterwarnings", "ignore:unclosed:ResourceWarning")
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:

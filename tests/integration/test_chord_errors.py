@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from backend_kit import ENOUGH, Broker, MakeApp, group_of, held_by, nobodys_task, queue_of, store
+from backend_kit import CELERY, ENOUGH, Broker, MakeApp, group_of, held_by, nobodys_task, queue_of, store
 from celery import Celery, group, uuid
 from celery.exceptions import ChordError
 
@@ -39,6 +39,7 @@ def test_chord_error_of_a_body_in_a_group(app: Celery, other: Celery, broker: Br
     assert [str(one) for one in held.get(timeout=ENOUGH, propagate=False)] == ["body 0", "body 1"]
 
 
+@pytest.mark.skipif(CELERY < (5, 6), reason="Celery 5.5 tells nobody of a failed header when the body is a group")
 def test_chord_error_of_a_body_that_is_a_group(app: Celery, make_app: MakeApp, broker: Broker) -> None:
     task = nobodys_task(app)
     body = group([task.s(), task.s()], app=app)

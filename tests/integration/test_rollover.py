@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from backend_kit import ENOUGH, Broker, MakeApp, reply, send
+from backend_kit import CELERY, ENOUGH, Broker, MakeApp, reply, send
 from celery import Celery, group, states, uuid
 from proj import OutOfStockError, add, fail
 from rabbitmq_node import Node
@@ -96,7 +96,9 @@ def test_reads_what_celerys_workers_write(make_app: MakeApp, serializer: str) ->
     reply(worker, client, good.id, [1, {"a": None}], task="add", args=[1])
     reply(worker, client, bad.id, ValueError("no"), states.FAILURE)
     assert good.get(timeout=ENOUGH) == [1, {"a": None}]
-    assert (good.name, good.args) == ("add", [1])
+    if CELERY >= (5, 7):
+        # Before, rpc had no result_extended.
+        assert (good.name, good.args) == ("add", [1])
     with pytest.raises(ValueError, match="no"):
         bad.get(timeout=ENOUGH)
 
@@ -121,7 +123,7 @@ def test_celerys_clients_read_what_is_written(make_app: MakeApp, celery_rpc: Cel
 def test_the_wire_format_is_celerys_own(
     make_app: MakeApp, celery_rpc: Celery, broker: Broker, fields: dict[str, Any]
 ) -> None:
-    """Same body, same properties."""
+    """Same body, same properties; before Celery 5.7 rpc had fewer fields."""
     written: list[Any] = []
     for app in (make_app(backend="fastres-rpc://"), celery_rpc):
         mailbox, task_id = uuid(), "0f8fad5b-d9cb-469f-a165-70867728950e"
@@ -129,10 +131,13 @@ def test_the_wire_format_is_celerys_own(
         reply(app, mailbox, task_id, {"a": [1]}, **fields)
         message = broker.look(mailbox)
         meta = json.loads(message.body)
-        assert meta.pop("date_done")
+        assert meta.pop("date_done", None) or (app is celery_rpc and CELERY < (5, 7))
         properties = {name: value for name, value in message.properties.items() if value}
         written.append((meta, properties, message.delivery_info["exchange"]))
-    assert written[0] == written[1]
+    (ours, *how), (theirs, *theirs_how) = written
+    if CELERY < (5, 7):
+        ours = {field: ours[field] for field in theirs}
+    assert (ours, how) == (theirs, theirs_how)
 
 
 def test_a_client_that_is_rolled_over(make_app: MakeApp, celery_rpc: Celery) -> None:
