@@ -5,6 +5,12 @@
 export CI=true  # Hypothesis repeats its examples then, and has no deadline for each: these builds are slow
 export PYTHONDONTWRITEBYTECODE=1
 
+# What runs on them, but for the two tests that take half of the time: ci/fuzz does what they do.
+tests=("$root"/tests/{unit,parity,fuzz})
+for test in test_json_text test_json_that_was_damaged; do
+    tests+=(--deselect "tests/parity/test_decode_parity.py::$test")
+done
+
 # instrumented NAME OPTION...: fastres in build/NAME, built with $CC, $CFLAGS and cythonize's OPTIONs; it is what the
 # Pythons started from here on import. The virtual environment is ready, and has what is installed there left alone.
 instrumented() {
