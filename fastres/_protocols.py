@@ -103,7 +103,7 @@ class Publication(Protocol):
         """``headers``: a field table as it goes over the wire, empty: none.
 
         Raises:
-            amqp.exceptions.FrameSyntaxError: a name has more than 255 bytes.
+            amqp.exceptions.FrameSyntaxError: a name has more than 255 bytes, or no frame can be as small as this.
         """
 
 
