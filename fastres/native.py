@@ -14,6 +14,7 @@ from amqp import spec
 from amqp.exceptions import AccessRefused, MessageNacked, PreconditionFailed
 from amqp.serialization import dumps
 from kombu.utils.compat import detect_environment
+from kombu.utils.functional import LRUCache
 
 from fastres._impl import Frames, publication
 from fastres._protocols import COMPRESSION
@@ -32,6 +33,8 @@ __all__ = ("Native", "dialect")
 CHUNK = 1 << 18
 #: Queues that are declared and consumed from in one write: there must be room for the answers.
 PIPELINED = 200
+#: Queues with other arguments that are remembered: each is found out again at the cost of a channel.
+FOREIGN = 10_000
 #: Seconds without a message after which a queue is taken to be read to its end.
 STALLED = 1.0
 
@@ -54,7 +57,7 @@ class Native(Dialect):
     def __init__(self, connection: Any) -> None:
         super().__init__(connection)
         #: Queues that are there with other arguments than ours.
-        self._foreign: set[str] = set()
+        self._foreign = LRUCache(limit=FOREIGN)
         #: Channels to publish on, without and with confirms.
         self._outlets: dict[bool, Any] = {}
         self._returned = False
@@ -154,10 +157,10 @@ class Native(Dialect):
                     "Give result_expires and the options of fastres the same values in every process.",
                     queue.name, exc.reply_text,
                 )  # fmt: skip
-                self._foreign.add(queue.name)
+                self._foreign[queue.name] = True
         state = self.inspect(queue.name)
         if state is None:
-            self._foreign.discard(queue.name)
+            self._foreign.pop(queue.name, None)
             return self.declare(queue)
         return state
 
