@@ -104,6 +104,11 @@ class Native(Dialect):
         others: list[Frame]
         deliveries, others = self._frames.feed(data)
         self._connection.connection.bytes_recv += self._frames.consumed - before
+        if len(self._receivers) == 1 and deliveries:
+            # Channels are owned for their receivers: there is nobody else whose these could be.
+            (receiver,) = self._receivers.values()
+            receiver(deliveries)
+            return others
         start = 0
         for stop in range(1, len(deliveries) + 1):
             first = deliveries[start]
@@ -112,10 +117,10 @@ class Native(Dialect):
                 or deliveries[stop].consumer_tag != first.consumer_tag
                 or deliveries[stop].channel_id != first.channel_id
             ):
-                receiver = self._receivers.get((first.channel_id, first.consumer_tag))
+                its = self._receivers.get((first.channel_id, first.consumer_tag))
                 # Without one it was cancelled: the messages go back when its channel is closed.
-                if receiver is not None:
-                    receiver(deliveries[start:stop])
+                if its is not None:
+                    its(deliveries[start:stop])
                 start = stop
         return others
 

@@ -19,6 +19,7 @@ from fastres.errors import MalformedResult, OversizedResult
 
 cimport cython
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
+from libc.string cimport memchr
 
 from fastres_ext.frames cimport Delivery
 
@@ -171,7 +172,9 @@ cdef class Decoder:
         """
         cdef const char* text = PyBytes_AS_STRING(body)
         cdef size_t size = PyBytes_GET_SIZE(body)
-        if memmem(text, size, b"__type__", 8) != NULL or memmem(text, size, b"\\u00", 4) != NULL:
+        if memmem(text, size, b"__type__", 8) != NULL:
+            return None
+        if memchr(text, c"\\", size) != NULL and memmem(text, size, b"\\u00", 4) != NULL:
             return None
         try:
             return self._decode_json(body)
