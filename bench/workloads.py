@@ -54,7 +54,7 @@ class Size:
 SIZES = {
     "tiny": Size(joins=(60,), scale=(60, 120), matrix=3, lone=3, stored=20, traced=60, fast=1, slow=1),
     "short": Size(
-        joins=(50_000,), scale=(10_000, 100_000), matrix=0, lone=500, stored=5_000, traced=2_000, fast=3, slow=1
+        joins=(50_000,), scale=(10_000, 100_000), matrix=0, lone=500, stored=5_000, traced=2_000, fast=2, slow=1
     ),
     "full": Size(
         joins=(10_000, 100_000, 1_000_000), scale=(10_000, 1_000_000), matrix=10_000, lone=2_000,

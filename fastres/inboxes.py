@@ -128,8 +128,9 @@ class Inbox:
             self.reader.link.attempt(self._reopen)
 
     def awaited(self) -> int:
-        """How many results the joins at this inbox wait for."""
-        return sum(len(join.aggregate) for join in self.joins)
+        """How many results the joins at this inbox wait for, of those that may come before one is acknowledged."""
+        awaited = sum(len(join.aggregate) for join in self.joins)
+        return min(awaited, self._prefetch) if self._prefetch else awaited
 
     def handed_over(self, batch: Batch, count: int, take: bool) -> None:
         """The first ``count`` results of a batch are the user's now."""

@@ -273,14 +273,14 @@ class Reader:
 
     def handed_over(self, join: Join, count: int, take: bool) -> None:
         """The first ``count`` results of the batch in hand are the user's now."""
-        batch, join.in_hand = join.in_hand, None
+        batch = join.in_hand
         if batch is None:
             return
-        if count < len(batch.arrivals):
-            join.in_hand = batch._replace(arrivals=batch.arrivals[count:])
         if count and batch.inbox is not None:
             tell = batch.inbox.handed_over
             self.link.soon(lambda: tell(batch, count, take))
+        # Only now: until the inbox has been told, a join that comes late finds it here.
+        join.in_hand = batch._replace(arrivals=batch.arrivals[count:]) if count < len(batch.arrivals) else None
 
     def wait(
         self,

@@ -37,11 +37,11 @@ T = TypeVar("T")
 SLICE = 0.05
 #: Messages that kombu reads in one go before they are handed on.
 BATCH = 1000
-#: While many results are awaited, bytes that a read waits for, and for how many seconds: at most, and for each of
-#: those results, so that the last ones are not kept waiting. Fewer results than ``FEW`` are read as they come.
-PLENTY = 1 << 16
-FEW = 50
+#: While many results are awaited, bytes that a read waits for: at most, and for each result, where any has more.
+#: And for how many seconds, likewise. Fewer results than ``FEW`` are read as they come.
+PLENTY, EACH = 1 << 18, 200
 LONGEST_GATHER, GATHER_FOR_EACH = 0.05, 5e-5
+FEW = 50
 #: Seconds after which a broker that does not answer is taken to be gone, and how far over a deadline that may go.
 PATIENCE = 30.0
 LENIENCE = 0.2
@@ -59,7 +59,7 @@ class Subscriber(Protocol):
         """Hand on what was read."""
 
     def awaited(self) -> int:
-        """How many results somebody waits for here."""
+        """How many results somebody waits for that may come before one is acknowledged."""
 
 
 class Link:
@@ -359,13 +359,11 @@ class Link:
 
         # Who rang for the reader that went before is still waiting, and will not ring again.
         ready = poll(0 if self._wanted else timeout)
-        gather = min(
-            sum(subscriber.awaited() for subscriber in self._subscribers) * GATHER_FOR_EACH, LONGEST_GATHER
-        )
-        if ready == {sock.fileno()} and gather > GATHER_FOR_EACH * FEW:
+        awaited = sum(subscriber.awaited() for subscriber in self._subscribers)
+        if ready == {sock.fileno()} and awaited > FEW:
             # A system call costs more than the messages that it brings, if they are few.
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, PLENTY)
-            ready = poll(min(gather, timeout)) | ready
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, min(awaited * EACH, PLENTY))
+            ready = poll(min(awaited * GATHER_FOR_EACH, LONGEST_GATHER, timeout)) | ready
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
         if bell.fileno() in ready:
             with contextlib.suppress(BlockingIOError):
