@@ -71,11 +71,18 @@ def test_swapped_in_by_the_alias_alone(node: Node, old: str, new: str) -> None:
 @pytest.mark.parametrize(("writes", "reads"), [("rpc://", "fastres-rpc://"), ("fastres-rpc://", "rpc://")])
 def test_a_fleet_is_rolled_over(node: Node, writes: str, reads: str) -> None:
     """Results of workers that have the one backend are read by clients that have the other."""
-    with Worker(node.url, writes) as worker, client(node.url, reads, **worker.conf):
+    with Worker(node.url, writes) as worker, client(node.url, reads, **worker.conf) as app:
+        own_reply_queue(app)
         assert add.delay(1, 2).get(timeout=SECONDS) == 3
         assert group(adds(20)).apply_async().get(timeout=SECONDS) == sums(20)
         with pytest.raises(OutOfStockError):
             fail.delay("apples", 1).get(timeout=SECONDS)
+
+
+def own_reply_queue(app: Celery) -> Celery:
+    """Celery names it after the application's place in memory, which an earlier test's may have had before."""
+    app._local.oid = uuid()
+    return app
 
 
 # -- RPCBackend and Celery's own, each reading what the other writes
@@ -84,7 +91,7 @@ def test_a_fleet_is_rolled_over(node: Node, writes: str, reads: str) -> None:
 @pytest.fixture
 def celery_rpc(make_app: MakeApp) -> Celery:
     """An application on Celery's own backend."""
-    return make_app(backend="rpc://")
+    return own_reply_queue(make_app(backend="rpc://"))
 
 
 @pytest.mark.usefixtures("both")
