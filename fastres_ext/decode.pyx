@@ -7,6 +7,7 @@ JSON goes by another way where that makes no difference: see ``Decoder._fast``.
 import bz2
 import lzma
 import zlib
+from functools import partial
 
 import msgspec
 from kombu.compression import decompress
@@ -37,11 +38,13 @@ cdef extern from * nogil:
 
 __all__ = ("Decoder", "encode")
 
+# Bytes that unpacking LZMA may take: a header of 13 bytes can ask for 4 GB. The highest preset takes 65 MB.
+LZMA_MEMORY = 1 << 28
 # Decompressors of the standard library stop at a limit; the others are checked when they are done.
 STOPPING = {
     "application/x-gzip": zlib.decompressobj,
     "application/x-bz2": bz2.BZ2Decompressor,
-    "application/x-lzma": lzma.LZMADecompressor,
+    "application/x-lzma": partial(lzma.LZMADecompressor, memlimit=LZMA_MEMORY),
 }
 
 

@@ -6,6 +6,7 @@ import bz2
 import lzma
 import sys
 import zlib
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from kombu.compression import decompress
@@ -21,11 +22,13 @@ if TYPE_CHECKING:
 
 __all__ = ("Decoder", "encode")
 
+#: Bytes that unpacking LZMA may take: a header of 13 bytes can ask for 4 GB. The highest preset takes 65 MB.
+LZMA_MEMORY = 1 << 28
 #: Decompressors of the standard library stop at a limit; the others are checked when they are done.
 STOPPING: dict[str, Any] = {
     "application/x-gzip": zlib.decompressobj,
     "application/x-bz2": bz2.BZ2Decompressor,
-    "application/x-lzma": lzma.LZMADecompressor,
+    "application/x-lzma": partial(lzma.LZMADecompressor, memlimit=LZMA_MEMORY),
 }
 
 

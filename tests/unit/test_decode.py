@@ -343,3 +343,13 @@ def test_decode_all(make: Any) -> None:
         ("d", ContentDisallowed),
     ]
     assert decoding.decoder.decode_all([]) == ([], [])
+
+
+def test_lzma_that_asks_for_all_memory(impl: dict[str, Any]) -> None:
+    """Found by ci/fuzz: the header of an LZMA body says how much memory unpacking it takes, up to 4 GB."""
+    body = b"\x5d\xff\xff\xff\xff" + b"\xff" * 8 + b"\x00" * 20
+    delivery = impl["frames"].Delivery(
+        1, "tag", 1, False, body, "application/json", "utf-8", "an-id", "application/x-lzma"
+    )
+    with pytest.raises(DecodeError, match=r"cannot unpack a application/x-lzma body.*[Mm]emory"):
+        impl["decode"].Decoder(None, 1 << 20).decode(delivery)
