@@ -328,11 +328,12 @@ class Native(Dialect):
 
     def acknowledge(self, channel: Any, tags: Sequence[int], all_up_to: int | None) -> None:
         """Acknowledge ``tags``, and everything up to and including ``all_up_to``."""
-        if all_up_to is not None:
-            channel.basic_ack(all_up_to, multiple=True)
-        for tag in tags:
-            if all_up_to is None or tag > all_up_to:
-                channel.basic_ack(tag)
+        acks = [] if all_up_to is None else [(all_up_to, True)]
+        acks += [(tag, False) for tag in tags if all_up_to is None or tag > all_up_to]
+        # One message that stays makes those behind it be acknowledged one by one, but not written one by one.
+        connection = self._connection.connection
+        connection.transport.write(b"".join(_method(channel, spec.Basic.Ack, "Lb", ack) for ack in acks))
+        connection.bytes_sent += len(acks)
 
     def leave(self, channel: Any, tags: Sequence[str], unacknowledged: Sequence[Any]) -> None:
         """Stop consuming; what was not acknowledged goes back to where it was in its queue.
