@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from fastres._impl import impl as __impl__
 from fastres.backend import AMQPBackend
-from fastres.errors import BacklogLimitExceeded, MalformedResult, OversizedResult, ResultTooLarge
+from fastres.chords.lazy import HeaderResults, lazy
+from fastres.errors import BacklogLimitExceeded, MalformedEvent, MalformedResult, OversizedResult, ResultTooLarge
 from fastres.rpc import RPCBackend
 
 __all__ = (
     "AMQPBackend",
     "BacklogLimitExceeded",
+    "HeaderResults",
+    "MalformedEvent",
     "MalformedResult",
     "OversizedResult",
     "RPCBackend",
     "ResultTooLarge",
     "__impl__",
     "__version__",
+    "lazy",
 )
 
 __version__ = "0.1.0"

@@ -7,6 +7,7 @@
 |                       | ``fastres.states.<group id>``                                 |
 | a client's (rpc)      | the client's reply queue                                      |
 | a saved group         | ``fastres.saved.<group id>``                                  |
+| a part of a chord     | ``fastres.chords.<shard>``, and where its task's result goes  |
 
 A namespace replaces ``fastres``, and stands before the names of lone tasks too.
 """
@@ -34,6 +35,8 @@ class Address:
     name: str
     #: How many messages it keeps, None: all. A lone task's keeps its latest state.
     max_length: int | None = None
+    #: Whether it is there for good, and read by one consumer at a time while others stand by.
+    is_log: bool = False
 
 
 class Addresses:
@@ -84,6 +87,13 @@ class Addresses:
     def saved(self, group_id: str) -> Address:
         return Address(f"{self._family}.saved.{group_id}")
 
+    def chords(self, shard: int) -> Address:
+        return Address(f"{self._family}.chords.{shard}", is_log=True)
+
+    def refused(self) -> Address:
+        """Where messages are put that came to a shard and are no events of chords."""
+        return Address(f"{self._family}.chords.refused")
+
     def mailbox(self, oid: str) -> Address:
         return Address(oid)
 
@@ -96,7 +106,9 @@ class Addresses:
         queues that are not exclusive, and an auto-delete one loses what comes while nobody consumes).
         """
         arguments: dict[str, Any] = {}
-        if self.expires:
+        if address.is_log:
+            arguments["x-single-active-consumer"] = True
+        elif self.expires:
             arguments["x-expires"] = min(max(int(self.expires * 1000), 1), MAX_EXPIRES)
         if address.max_length is not None:
             arguments["x-max-length"] = address.max_length

@@ -14,6 +14,7 @@ from weakref import WeakSet
 
 import kombu
 from celery import current_app, states
+from celery._state import get_current_task
 from celery.backends.base import Backend
 from celery.exceptions import ImproperlyConfigured, TimeoutError
 from celery.result import AsyncResult, GroupResult, result_from_tuple
@@ -28,6 +29,10 @@ from kombu.utils.url import maybe_sanitize_url
 from fastres._impl import Decoder, encode
 from fastres._protocols import COMPRESSION, KEEP, Meta
 from fastres.addresses import Address, Addresses
+from fastres.chords.joiner import Joiner
+from fastres.chords.lazy import wants_reference
+from fastres.chords.log import Log, shard_of
+from fastres.chords.worker import attend
 from fastres.connections import Connector
 from fastres.errors import BacklogLimitExceeded
 from fastres.groups import Groups, leaves, own_groups
@@ -59,6 +64,7 @@ def _after_fork_in_child() -> None:
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)
+attend()
 
 
 class AMQPBackend(Backend):  # type: ignore[misc]
@@ -169,6 +175,9 @@ class AMQPBackend(Backend):  # type: ignore[misc]
         self._pending = Pending()
         self._groups = Groups(self._pending, self._has_result, self.options.member_queues)
         self._saved = SavedGroups(self._store, self._send, self._reader, self._peek)
+        self._chords = Log(self, self._store, self.addresses, self.options.chord_shards)
+        #: Joins the chords, where it is started.
+        self.joiner = Joiner(self) if self._joins else None
         before_task_publish.connect(self._on_publish, weak=True, dispatch_uid=f"fastres-{id(self)}")
         _backends.add(self)
 
@@ -233,7 +242,8 @@ class AMQPBackend(Backend):  # type: ignore[misc]
             result=self.encode_result(result, state), state=state, traceback=traceback, request=request
         )
         meta["task_id"] = task_id
-        keep = self.options.keep_chord_results and getattr(request, "chord", None)
+        chord = getattr(request, "chord", None)
+        keep = self.options.keep_chord_results and chord and not wants_reference(chord)
         correlation_id = getattr(request, "correlation_id", None) or task_id
         self._send(address, meta, correlation_id, {KEEP: True} if keep else {}, self._declares)
         return result
@@ -261,12 +271,16 @@ class AMQPBackend(Backend):  # type: ignore[misc]
 
     #: Whether the queues that results are sent to are this process's to declare.
     _declares = True
+    #: Whether chords are joined from a log.
+    _joins = True
 
     def _outbox(self, task_id: str, state: str, request: Any) -> Address | None:
         """Where a state is sent, None: nobody wants it."""
         group_id = self._groups.in_request(request) or self._groups.find(task_id)
         if not group_id:
             return self.addresses.task(task_id)
+        if not self.options.keep_chord_results and shard_of(getattr(request, "chord", None)) is not None:
+            return None
         if state in states.READY_STATES:
             return self.addresses.group(group_id)
         # Apart from the results, so that the number of messages is the number of results.
@@ -706,9 +720,32 @@ class AMQPBackend(Backend):  # type: ignore[misc]
     # -- chords
 
     def apply_chord(self, header_result_args: Any, body: Any, **kwargs: Any) -> Any:
-        """Start a chord; ``celery.chord_unlock`` joins it."""
-        own_groups(body, header_result_args[0])
-        return super().apply_chord(header_result_args, body, **kwargs)
+        """Called before the header of a chord is sent: a joiner will join it, or ``celery.chord_unlock``."""
+        self.ensure_chords_allowed()
+        chord_id, results = header_result_args
+        own_groups(body, chord_id)
+        if self._chords.supported():
+            self._chords.begin(chord_id, body, results)
+        else:
+            super().apply_chord(header_result_args, body, **kwargs)
+
+    def set_chord_size(self, group_id: str, chord_size: int) -> None:
+        """Called before the last task of a chord's header is sent."""
+        self._chords.size(group_id, chord_size)
+
+    def add_to_chord(self, chord_id: str, result: Any) -> None:
+        """Called by a task of a chord's header before it sends another one.
+
+        Raises: NotImplementedError: ``celery.chord_unlock`` joins this chord.
+        """
+        if not self._joins:
+            super().add_to_chord(chord_id, result)
+        task = get_current_task()
+        self._chords.add(chord_id, result.id, getattr(task and task.request, "chord", None))
+
+    def on_chord_part_return(self, request: Any, state: str, result: Any, **kwargs: Any) -> None:
+        """Called when a task of a chord's header has returned or raised, or was revoked."""
+        self._chords.part(request, state, result)
 
     def chord_error_from_stack(self, callback: Any, exc: BaseException | None = None) -> Any:
         """As in Celery; the failure goes to the body's address, which only its signature knows."""
@@ -746,6 +783,8 @@ class AMQPBackend(Backend):  # type: ignore[misc]
         """In a forked child: the connections, and what came over them, are the parent's."""
         self._link.abandon()
         self._store.abandon()
+        if self.joiner is not None:
+            self.joiner.abandon()
         self._reader.forget_all()
         self._peek = Peek(self._reader)
         self._groups.clear()

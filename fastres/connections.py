@@ -45,6 +45,12 @@ class Connector:
             return None, SCHEMES[parts.scheme]
         return urlunsplit(("pyamqp", *parts[1:])), SCHEMES[parts.scheme]
 
+    @property
+    def is_applications(self) -> bool:
+        """Whether this is the broker that the application sends its tasks to."""
+        own, tasks = self.open(), self._app.connection_for_write()
+        return _where(own) == _where(tasks)
+
     def open(self) -> Any:
         """A kombu connection, not yet established."""
         if self._given is not None:
@@ -57,6 +63,18 @@ class Connector:
         url = self._url or self._app.conf.broker_write_url
         tls.setdefault("server_hostname", urlsplit(url).hostname or "localhost")
         return self._app.connection_for_write(url, ssl=tls)
+
+
+def _where(connection: Any) -> tuple[Any, ...]:
+    info = connection.info()
+    driver = connection.transport.driver_name
+    return (
+        driver,
+        info["hostname"],
+        info["port"],
+        info["virtual_host"],
+        [urlsplit(url)[1:3] for url in connection.alt],
+    )
 
 
 def establish(connection: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from kombu.exceptions import DecodeError, EncodeError
 
-__all__ = ("BacklogLimitExceeded", "MalformedResult", "OversizedResult", "ResultTooLarge")
+__all__ = ("BacklogLimitExceeded", "MalformedEvent", "MalformedResult", "OversizedResult", "ResultTooLarge")
 
 
 class BacklogLimitExceeded(Exception):
@@ -13,6 +13,10 @@ class BacklogLimitExceeded(Exception):
 
 class MalformedResult(DecodeError):  # type: ignore[misc]
     """A message that decodes, but is no result: it lacks a field that every Celery result has."""
+
+
+class MalformedEvent(DecodeError):  # type: ignore[misc]
+    """A message in the log of the chords that is no event of a chord."""
 
 
 class OversizedResult(DecodeError):  # type: ignore[misc]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import select
 import socket
 import struct
@@ -43,10 +44,14 @@ RECORD_TIMEOUT = 1.0
 #: The type of a method's frame, and the octets of a frame around its payload.
 METHOD, FRAME_OVERHEAD = 1, 8
 #: How the methods begin that answers are awaited with.
-DECLARE_OK, CONSUME_OK, ACK, NACK = (
+DECLARE_OK, CONSUME_OK, ACK, NACK, COMMIT_OK = (
     struct.pack(">HH", *method)
-    for method in (spec.Queue.DeclareOk, spec.Basic.ConsumeOk, spec.Basic.Ack, spec.Basic.Nack)
-)
+    for method in (
+        spec.Queue.DeclareOk, spec.Basic.ConsumeOk, spec.Basic.Ack, spec.Basic.Nack, spec.Tx.CommitOk,
+    )
+)  # fmt: skip
+#: The first RabbitMQ that has single active consumers.
+SINGLE_ACTIVE = (3, 8)
 
 
 class Native(Dialect):
@@ -64,6 +69,12 @@ class Native(Dialect):
         self._frames = Frames(connection.connection.frame_max)
         self._receivers: dict[tuple[int, str], Receiver] = {}
         self._poller: Any = None
+
+    @property
+    def single_active_consumer(self) -> bool:  # type: ignore[override]
+        properties = self._connection.connection.server_properties
+        version = tuple(int(number) for number in re.findall(r"\d+", str(properties.get("version")))[:2])
+        return properties.get("product") == "RabbitMQ" and version >= SINGLE_ACTIVE
 
     @property
     def buffered(self) -> bool:
@@ -168,6 +179,10 @@ class Native(Dialect):
             self._foreign.pop(queue.name, None)
             return self.declare(queue)
         return state
+
+    def has_other_arguments(self, name: str) -> bool:
+        """Whether a queue that was declared is there with other arguments."""
+        return name in self._foreign
 
     def publish(
         self,
@@ -334,6 +349,15 @@ class Native(Dialect):
         connection = self._connection.connection
         connection.transport.write(b"".join(_method(channel, spec.Basic.Ack, "Lb", ack) for ack in acks))
         connection.bytes_sent += len(acks)
+
+    def post(self, channel: Any, message: Any, exchange: str, routing_key: str) -> None:
+        """Publish a message of py-amqp on a transactional channel: nobody sees it before the commit."""
+        channel.send_method(spec.Basic.Publish, "Bssbb", (0, exchange, routing_key, False, False), message)
+
+    def commit(self, channel: Any) -> None:
+        """Have all that was published and acknowledged on a transactional channel happen, or nothing of it."""
+        channel.send_method(spec.Tx.Commit)
+        self._await(channel, {COMMIT_OK: 1})
 
     def leave(self, channel: Any, tags: Sequence[str], unacknowledged: Sequence[Any]) -> None:
         """Stop consuming; what was not acknowledged goes back to where it was in its queue.

@@ -29,6 +29,12 @@ class Options:
     member_queues: bool = False
     #: Leave the results of a chord's header in their queue after the chord is joined.
     keep_chord_results: bool = True
+    #: How many queues the chords are spread over, each with a joiner of its own.
+    chord_shards: int = 1
+    #: Whether workers join chords; ``celery fastres joiner`` does it too.
+    chord_joiner: bool = True
+    #: Seconds after which what is known of an open chord is written anew: well under RabbitMQ's consumer timeout.
+    chord_renewal: int = 600
     #: How many results of a group the broker sends ahead of their acknowledgement.
     prefetch: int = 2000
     #: Largest size of a compressed result once unpacked, in bytes.
@@ -40,6 +46,7 @@ class Options:
         expected: dict[str, Any] = {
             "namespace": str, "confirm": bool, "member_queues": bool, "keep_chord_results": bool,
             "prefetch": int, "max_unpacked_size": int, "ssl": Mapping,
+            "chord_shards": int, "chord_joiner": bool, "chord_renewal": int,
         }  # fmt: skip
         for name, kind in expected.items():
             value = getattr(self, name)

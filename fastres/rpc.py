@@ -31,6 +31,7 @@ class RPCBackend(AMQPBackend):
 
     _scheme = "fastres-rpc"
     _declares = False
+    _joins = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

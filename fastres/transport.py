@@ -49,6 +49,8 @@ class Dialect:
 
     #: Whether the broker confirms what it has stored, and returns what it could not route.
     confirms = False
+    #: Whether a queue can have one active consumer, with others standing by.
+    single_active_consumer = False
 
     def __init__(self, connection: Any) -> None:
         self._connection = connection

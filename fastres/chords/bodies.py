@@ -1,0 +1,278 @@
+"""What a joined chord goes on with: its body's messages, or the failure that its errbacks are told."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Sequence
+from itertools import islice
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, Callable, NamedTuple
+
+from celery import states
+from celery._state import _task_stack
+from celery.canvas import maybe_signature
+from celery.exceptions import ChordError
+from kombu import Producer
+from kombu.serialization import loads, prepare_accept_content, registry
+from kombu.utils.json import dumps as kombu_json_dumps
+from kombu.utils.uuid import uuid
+
+from fastres.chords.events import JSON, UTF8, Part, unpack_part, unpack_plan
+from fastres.chords.lazy import HeaderResults, wants_reference
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from fastres.chords.reducer import Chord
+
+__all__ = ("Bodies", "Failed", "Letter", "Publisher")
+
+#: How many results the representation of a body's arguments shows.
+SHOWN = 3
+
+
+class Letter(NamedTuple):
+    """A message to publish."""
+
+    message: Any
+    exchange: str
+    routing_key: str
+
+
+class Failed(Exception):
+    """A chord whose body cannot be called: the error that its errbacks are told."""
+
+    def __init__(self, body: Any, message: str, cause: BaseException | None = None) -> None:
+        super().__init__(message)
+        self.body = body
+        self.error = ChordError(message)
+        self.error.__cause__ = cause
+
+
+class Values(Sequence[Any]):
+    """The results of a header as its body's argument: serialized as they came, decoded only if somebody looks.
+
+    Args:
+        tree: parts, and lists of such.
+        decode: makes a part's result a value.
+    """
+
+    def __init__(self, tree: list[Any], decode: Callable[[Part], Any]) -> None:
+        self._tree = tree
+        self._decode = decode
+        #: Stands for the results, while a message is serialized, until their own bytes are put in its place.
+        self._token: str | None = None
+
+    def __len__(self) -> int:
+        return len(self._tree)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._value(self._tree[index])
+
+    def _value(self, item: Any) -> Any:
+        return [self._value(inner) for inner in item] if isinstance(item, list) else self._decode(item)
+
+    def __repr__(self) -> str:
+        shown = ", ".join(map(repr, islice(self, SHOWN)))
+        return f"[{shown}]" if len(self) <= SHOWN else f"[{shown}, ... {len(self)} results]"
+
+    def __json__(self) -> Any:
+        return self._token or list(self)
+
+    def __reduce__(self) -> Any:
+        return list, (list(self),)
+
+    def serialize(self, body: Any) -> bytes:
+        """A message's body, which may hold these results, as JSON."""
+        self._token = uuid()
+        token = b'"%b"' % self._token.encode()
+        try:
+            text = kombu_json_dumps(body).encode()
+        finally:
+            self._token = None
+        filled: bytes = text.replace(token, self._json(self._tree)) if token in text else text
+        return filled
+
+    def _json(self, tree: list[Any]) -> bytes:
+        return b"[%b]" % b",".join([self._json(item) if isinstance(item, list) else item.result for item in tree])
+
+
+class Publisher(Producer):  # type: ignore[misc]
+    """Publishes tasks; the results of a header are put into their arguments as they are.
+
+    Args:
+        channel: a channel, or a connection.
+        letters: where messages are put instead of being published; what they need is declared all the same.
+    """
+
+    values: Values | None = None
+
+    def __init__(self, channel: Any, letters: list[Letter] | None = None) -> None:
+        super().__init__(channel, auto_declare=False)
+        self.letters = letters
+
+    def _prepare(
+        self, body: Any, serializer: Any = None, content_type: Any = None, content_encoding: Any = None,
+        compression: Any = None, headers: Any = None,
+    ) -> Any:  # fmt: skip
+        if self.values is not None and not content_type:
+            if serializer == "json" and _is_kombus_json():
+                body = self.values.serialize(body)
+                content_type, content_encoding = JSON, UTF8
+            else:
+                body = self._with_list(body)
+        return super()._prepare(body, serializer, content_type, content_encoding, compression, headers)
+
+    def _with_list(self, body: Any) -> Any:
+        """The body of a task's message, with a list where the results are."""
+
+        def plain(args: Any) -> list[Any]:
+            return [list(arg) if isinstance(arg, Values) else arg for arg in args]
+
+        if isinstance(body, dict):
+            return {**body, "args": plain(body["args"])}
+        args, *rest = body
+        return (plain(args), *rest)
+
+    def publish(self, body: Any, **options: Any) -> Any:
+        if self.letters is not None:
+            # Nothing is sent yet: there is nothing to try again.
+            options["retry"] = False
+        return super().publish(body, **options)
+
+    def _publish(
+        self, body: Any, priority: Any, content_type: Any, content_encoding: Any, headers: Any, properties: Any,
+        routing_key: Any, mandatory: Any, immediate: Any, exchange: Any, declare: Any, *rest: Any, **more: Any,
+    ) -> Any:  # fmt: skip
+        if self.letters is None:
+            return super()._publish(
+                body, priority, content_type, content_encoding, headers, properties, routing_key, mandatory,
+                immediate, exchange, declare, *rest, **more,
+            )  # fmt: skip
+        for entity in declare or ():
+            self.maybe_declare(entity)
+        message = self.channel.prepare_message(body, priority, content_type, content_encoding, headers, properties)
+        self.letters.append(Letter(message, exchange, routing_key))
+        return None
+
+
+class Bodies:
+    """Calls the bodies of chords, and their errbacks.
+
+    Args:
+        backend: the backend of the chords.
+    """
+
+    def __init__(self, backend: Any) -> None:
+        self._backend = backend
+        self._app = backend.app
+        #: Who publishes the tasks that are sent by a thread; not there: who Celery says.
+        self._publishing = threading.local()
+        self._intercept(self._app.amqp)
+
+    def _intercept(self, amqp: Any) -> None:
+        """A chain and a chord do not pass the producer on that they are given."""
+        send = amqp.send_task_message
+
+        def send_task_message(producer: Any, *args: Any, **options: Any) -> Any:
+            return send(getattr(self._publishing, "publisher", producer), *args, **options)
+
+        amqp.send_task_message = send_task_message
+
+    def plan(self, chord: Chord) -> tuple[Any, list[Any] | None]:
+        """The body's signature, and the structure of the header where there are groups in it.
+
+        Raises:
+            Exception: what is told of them cannot be read.
+        """
+        plan = unpack_plan(chord.plan)
+        accept = prepare_accept_content(self._app.conf.accept_content)
+        body, tree = loads(plan.content, plan.content_type, plan.content_encoding, accept=accept)
+        return maybe_signature(body, app=self._app), tree
+
+    def call(self, chord: Chord, publisher: Publisher) -> None:
+        """Publish what a complete chord goes on with.
+
+        Raises:
+            Failed: its errbacks are to be told.
+            Exception: its plan cannot be read: there is no body that could be told.
+        """
+        body, tree = self.plan(chord)
+        parts = {task_id: unpack_part(packed) for task_id, packed in chord.parts.items()}
+        if tree is None:
+            tree = _in_order(parts)
+        for task_id in _leaves(tree):
+            self._check(body, chord, task_id, parts.get(task_id))
+        arguments: Any = Values(_filled(tree, parts), self._decode)
+        if wants_reference(body):
+            self._app.GroupResult(chord.id, [self._app.AsyncResult(task_id) for task_id in _leaves(tree)]).save()
+            arguments = HeaderResults(chord.id, len(parts))
+        elif any(part.content_type != JSON or part.content_encoding != UTF8 for part in parts.values()):
+            arguments = list(arguments)
+        publisher.values = arguments if isinstance(arguments, Values) else None
+        self._publishing.publisher = publisher
+        try:
+            with _as_part(chord):
+                body.apply_async((arguments,))
+        except Exception as exc:
+            raise Failed(body, f"Callback error: {exc!r}", exc) from exc
+        finally:
+            del self._publishing.publisher
+            publisher.values = None
+
+    def fail(self, failed: Failed) -> None:
+        """Tell a chord's errbacks, and everybody who waits for its body."""
+        try:
+            # Celery wants the traceback of an exception that is being handled.
+            raise failed.error
+        except ChordError as error:
+            self._backend.chord_error_from_stack(failed.body, exc=error)
+
+    def _check(self, body: Any, chord: Chord, task_id: str, part: Part | None) -> None:
+        if part is None:
+            raise Failed(body, f"Join error: chord {chord.id} has no result of task {task_id}")
+        if part.state in states.PROPAGATE_STATES:
+            exc = self._decode(part)
+            raise Failed(body, f"Dependency {task_id} raised {exc!r}", exc)
+
+    def _decode(self, part: Part) -> Any:
+        value = loads(part.result, part.content_type, part.content_encoding, accept=self._backend.accept)
+        return self._backend.exception_to_python(value) if part.state in states.EXCEPTION_STATES else value
+
+
+def _is_kombus_json() -> bool:
+    encoder = registry._encoders.get("json")
+    return encoder is not None and encoder[2] is kombu_json_dumps
+
+
+def _in_order(parts: dict[str, Part]) -> list[str]:
+    """Task ids by their place in the header, those that were added without one behind."""
+    return sorted(parts, key=lambda task_id: (parts[task_id].place is None, parts[task_id].place or 0))
+
+
+def _leaves(tree: list[Any]) -> Iterator[str]:
+    for item in tree:
+        if isinstance(item, list):
+            yield from _leaves(item)
+        else:
+            yield item
+
+
+def _filled(tree: list[Any], parts: dict[str, Part]) -> list[Any]:
+    """Parts in the place of their task ids."""
+    return [_filled(item, parts) if isinstance(item, list) else parts[item] for item in tree]
+
+
+@contextlib.contextmanager
+def _as_part(chord: Chord) -> Iterator[None]:
+    """What is published in here comes from the part that came last, which Celery makes the parent of the body."""
+    request = SimpleNamespace(
+        id=chord.last, root_id=chord.root or chord.last, called_directly=False, delivery_info={}, chord=None,
+        group=chord.id, is_eager=False,
+    )  # fmt: skip
+    _task_stack.push(SimpleNamespace(name="celery.chord", request=request, add_trail=lambda result: result))
+    try:
+        yield
+    finally:
+        _task_stack.pop()

@@ -1,0 +1,154 @@
+"""The messages of a chord's log.
+
+Every event is a piece of knowledge about one chord, and knowledge adds up: pieces may come in any order, more than
+once, and merged into larger ones. A message is one line of JSON, the head, then bytes:
+
+| bytes                | what it is                                                                     |
+| -------------------- | ------------------------------------------------------------------------------ |
+| head, ``\\n``         | ``Event`` as JSON                                                              |
+| ``head.plan`` bytes  | the plan: ``type encoding\\n``, then the body's signature and the structure of  |
+|                      | the header, serialized as the tasks of the application are                     |
+| each of              | a part: ``place state type encoding\\n``, then the result, serialized as        |
+| ``head.parts``       | results are; what is not given is ``-``, ``SUCCESS``, JSON in UTF-8            |
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import msgspec
+from celery import states
+
+from fastres.errors import MalformedEvent
+
+__all__ = (
+    "Event",
+    "Part",
+    "Plan",
+    "pack_part",
+    "pack_plan",
+    "read_event",
+    "unpack_part",
+    "unpack_plan",
+    "write_event",
+)
+
+#: Of events.
+CONTENT_TYPE = "application/x-fastres-chord"
+#: The delivery mode of events: on disk too.
+PERSISTENT = 2
+
+JSON = "application/json"
+UTF8 = "utf-8"
+
+
+class Event(msgspec.Struct, omit_defaults=True):
+    """The head of an event."""
+
+    #: The id of the chord's header group; empty: this is about none.
+    chord: str = ""
+    #: Wall clock, in seconds: when the first and the last thing happened that is told here.
+    since: float = 0.0
+    at: float = 0.0
+    #: How many parts the header has.
+    size: int | None = None
+    #: Ids of tasks that were added since.
+    added: list[str] = []
+    #: The length of the plan, in bytes.
+    plan: int = 0
+    #: Task ids of parts, and the lengths of these, in bytes.
+    parts: list[tuple[str, int]] = []
+    #: The root task of the last part, if that is another one.
+    root: str = ""
+    #: Names an event that somebody waits to see come back.
+    mark: str = ""
+    #: A queue to which the joiner is to tell its open chords.
+    ask: str = ""
+
+
+class Part(NamedTuple):
+    """What a task of a chord's header has returned or raised."""
+
+    #: Its place in the header.
+    place: int | None
+    state: str
+    content_type: str
+    content_encoding: str
+    #: Serialized.
+    result: bytes
+
+
+class Plan(NamedTuple):
+    """What a chord is joined for; serialized."""
+
+    content_type: str
+    content_encoding: str
+    content: bytes
+
+
+_head = msgspec.json.Encoder()
+_event = msgspec.json.Decoder(Event)
+
+
+def pack_part(part: Part) -> bytes:
+    place = "-" if part.place is None else part.place
+    if (part.state, part.content_type, part.content_encoding) == (states.SUCCESS, JSON, UTF8):
+        return b"%b\n%b" % (str(place).encode(), part.result)
+    line = f"{place} {part.state} {part.content_type} {part.content_encoding}"
+    return b"%b\n%b" % (line.encode(), part.result)
+
+
+def unpack_part(packed: bytes) -> Part:
+    """Raises: MalformedEvent: these bytes are no part."""
+    line, _, result = packed.partition(b"\n")
+    words = line.decode().split(" ")
+    try:
+        place = None if words[0] == "-" else int(words[0])
+        state, content_type, content_encoding = words[1:] or (states.SUCCESS, JSON, UTF8)
+    except ValueError:
+        raise MalformedEvent(f"a part of a chord begins with {line[:80]!r}") from None
+    return Part(place, state, content_type, content_encoding, result)
+
+
+def pack_plan(plan: Plan) -> bytes:
+    return b"%b\n%b" % (f"{plan.content_type} {plan.content_encoding}".encode(), plan.content)
+
+
+def unpack_plan(packed: bytes) -> Plan:
+    """Raises: MalformedEvent: these bytes are no plan."""
+    line, _, content = packed.partition(b"\n")
+    try:
+        content_type, content_encoding = line.decode().split(" ")
+    except ValueError:
+        raise MalformedEvent(f"the plan of a chord begins with {line[:80]!r}") from None
+    return Plan(content_type, content_encoding, content)
+
+
+def write_event(event: Event, plan: bytes = b"", parts: Any = ()) -> bytes:
+    """An event as a message's body.
+
+    Args:
+        event: its head; the lengths in it are those of the plan and of the parts.
+        plan: packed.
+        parts: packed, in the order of the head.
+    """
+    return b"\n".join((_head.encode(event), plan + b"".join(parts)))
+
+
+def read_event(body: Any) -> tuple[Event, bytes]:
+    """The head of an event, and the bytes behind it.
+
+    Raises:
+        MalformedEvent: these bytes are no event, or their lengths do not add up.
+    """
+    head, _, rest = bytes(body).partition(b"\n")
+    try:
+        event = _event.decode(head)
+    except (msgspec.DecodeError, UnicodeDecodeError) as exc:
+        raise MalformedEvent(f"not an event of a chord: {exc}") from exc
+    lengths = [length for _, length in event.parts]
+    if event.plan < 0 or any(length < 0 for length in lengths) or event.plan + sum(lengths) != len(rest):
+        raise MalformedEvent(f"an event of chord {event.chord} is cut off, or has bytes too many")
+    if not (event.chord or event.mark or event.ask):
+        raise MalformedEvent("an event of no chord")
+    return event, rest

@@ -1,0 +1,239 @@
+"""Joins chords: one thread and one connection read the shards, and commit what follows.
+
+What a chord goes on with, and the acknowledgement of what it was joined from, are one transaction. The broker lets
+one joiner at a time read a shard; the others stand by.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+from kombu.exceptions import OperationalError
+
+from fastres.chords.bodies import Bodies, Failed, Letter, Publisher
+from fastres.chords.forks import busy
+from fastres.chords.shard import Shard
+from fastres.connections import abandon, establish
+from fastres.logs import logger
+from fastres.native import Native, dialect
+from fastres.transport import is_open
+
+if TYPE_CHECKING:
+    from fastres.chords.reducer import Chord
+
+__all__ = ("Joiner",)
+
+#: Seconds that a read waits at most: how soon a joiner that is told to stop does.
+PAUSE = 0.5
+#: Seconds between two reads while events come in.
+GATHER = 0.002
+#: Seconds after which a broker that does not answer is taken to be gone.
+PATIENCE = 30.0
+#: Seconds between two attempts to connect, the first and the longest.
+FIRST_RETRY, LONGEST_RETRY = 0.2, 10.0
+#: Seconds between two looks at chords that have grown old.
+ROUND = 1.0
+
+
+class Joiner:
+    """Joins the chords of a backend.
+
+    Args:
+        backend: an ``AMQPBackend``.
+    """
+
+    def __init__(self, backend: Any) -> None:
+        self.backend = backend
+        self.addresses = backend.addresses
+        self._app = backend.app
+        self._thread: threading.Thread | None = None
+        self._stopping = threading.Event()
+        self._connection: Any = None
+        self._speak: Any = None
+        self._bodies: Bodies | None = None
+        #: The connection that tasks are published with, if it is not this one.
+        self._tasks: Any = None
+        #: What is to be published with this one.
+        self._letters: list[Letter] | None = None
+        self._publisher: Publisher | None = None
+        #: What a connection breaks with.
+        self.lost: tuple[type[BaseException], ...] = (OSError,)
+        #: Chords in the commit that is under way, and whether commits are to hold one chord each: because of some
+        #: chord in the last one the broker closed the channel.
+        self.firing: list[Chord] = []
+        self.careful = False
+        #: Chords that the broker refused, and how it said so.
+        self._refused: dict[str, str] = {}
+        #: Chords that have failed, and whether their errbacks have been told.
+        self._told: dict[str, bool] = {}
+        self._useless = False
+
+    def start(self) -> None:
+        """Join chords in a thread of this process, from now on, if ``chord_joiner`` lets it."""
+        if self._useless or not self.backend.options.chord_joiner:
+            return
+        if self._thread is None or not self._thread.is_alive():
+            self._stopping.clear()
+            self._thread = threading.Thread(target=self.run, name="fastres-joiner", daemon=True)
+            self._thread.start()
+
+    def stop(self) -> None:
+        """Leave the chords to another joiner."""
+        self._stopping.set()
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            thread.join()
+
+    def abandon(self) -> None:
+        """In a forked child: the joiner is the parent's."""
+        abandon(self._connection)
+        abandon(self._tasks)
+        self.__init__(self.backend)  # type: ignore[misc]
+
+    def run(self) -> None:
+        """Join chords until told to stop, over a new connection whenever one breaks."""
+        retry = FIRST_RETRY
+        while not self._stopping.is_set():
+            shards: list[Shard] = []
+            try:
+                with busy():
+                    shards = self._connect()
+                if self._useless:
+                    return
+                retry = FIRST_RETRY
+                self._serve(shards)
+            except Exception as exc:
+                self._complain(exc)
+            finally:
+                with busy():
+                    self._leave()
+            self._stopping.wait(retry)
+            retry = min(retry * 2, LONGEST_RETRY)
+
+    def _connect(self) -> list[Shard]:
+        connector = self.backend.connector
+        self._connection = connection = connector.open()
+        connection.heartbeat = self._app.conf.broker_heartbeat or 0
+        self.lost = (OSError, *connection.recoverable_connection_errors)
+        establish(connection)
+        self._speak = speak = dialect(connection)
+        if not isinstance(speak, Native) or not speak.single_active_consumer:
+            self._useless = True
+            logger.info("%s has no single active consumers: chords are left to chord_unlock.", connection.as_uri())
+            return []
+        speak.socket.settimeout(PATIENCE)
+        self._bodies = self._bodies or Bodies(self.backend)
+        if connector.is_applications:
+            self._letters = []
+        else:
+            self._tasks = self._app.connection_for_write()
+        return [Shard(self, speak, number) for number in range(self.backend.options.chord_shards)]
+
+    def _serve(self, shards: list[Shard]) -> None:
+        options, expires = self.backend.options, self.backend.expires
+        next_round = 0.0
+        while not self._stopping.is_set():
+            # What came while a commit was waited for needs no reading.
+            if not any(shard.received for shard in shards):
+                with contextlib.suppress(socket.timeout):
+                    self._speak.drain(PAUSE)
+            with busy():
+                worked = [shard.work() for shard in shards]
+                if time.monotonic() >= next_round:
+                    next_round = time.monotonic() + ROUND
+                    for shard in shards:
+                        shard.look_after(options.chord_renewal, expires)
+                    if self._connection.heartbeat:
+                        self._connection.heartbeat_check()
+                if any(shard.cancelled for shard in shards):
+                    raise ConnectionResetError("the queue of a shard was deleted")
+            if any(worked):
+                time.sleep(GATHER)
+
+    def _leave(self) -> None:
+        connection, self._connection, self._speak = self._connection, None, None
+        tasks, self._tasks, self._publisher = self._tasks, None, None
+        for each in (connection, tasks):
+            # Nothing that goes wrong while a connection is left can be news.
+            with contextlib.suppress(Exception):
+                if each is not None:
+                    each.release() if self._stopping.is_set() else each.collect()
+
+    def _complain(self, exc: Exception) -> None:
+        firing, self.firing = self.firing, []
+        channel_errors = getattr(self._connection, "channel_errors", ())
+        if firing and isinstance(exc, channel_errors):
+            # One of them is not to the broker's taste: which one is found out by sending them one by one.
+            self.careful = len(firing) > 1
+            if not self.careful:
+                self._refused[firing[0].id] = getattr(exc, "reply_text", None) or repr(exc)
+        elif isinstance(exc, (*self.lost, *channel_errors)):
+            logger.warning("The joiner of chords has lost the broker, and connects again: %r", exc)
+        else:
+            logger.exception("The joiner of chords starts again: %r", exc)
+
+    # -- what the shards ask for
+
+    def call(self, chord: Chord) -> list[Letter]:
+        """The messages that a chord goes on with, those that are not published yet.
+
+        Raises: what ``Bodies.call`` does.
+        """
+        assert self._bodies is not None
+        if chord.id in self._refused:
+            raise Failed(self._bodies.plan(chord)[0], _refusal(self._refused.pop(chord.id)))
+        self._speak.hand_back()
+        if self._letters is not None:
+            self._letters.clear()
+        if self._publisher is None or not is_open(self._publisher.channel):
+            channel = (self._tasks or self._connection).channel()
+            self._publisher = Publisher(channel, self._letters)
+        try:
+            self._bodies.call(chord, self._publisher)
+        except Failed as failed:
+            cause = failed.error.__cause__
+            if isinstance(cause, OperationalError):
+                cause = cause.__cause__
+            if isinstance(cause, self.lost):
+                raise cause from failed
+            raise
+        return list(self._letters or ())
+
+    def told(self, chord: Chord) -> bool | None:
+        """Whether a chord has failed and its errbacks were told; None: they are about to be."""
+        told = self._told.get(chord.id)
+        return None if told is False else bool(told)
+
+    def tell(self, chord: Chord, failed: Failed) -> None:
+        """Tell a chord's errbacks, in a thread of their own: they are the user's, and may take their time."""
+        bodies = self._bodies
+        assert bodies is not None
+        logger.error("Chord %s raised: %s", chord.id, failed, exc_info=failed.error)
+
+        def tell() -> None:
+            with busy():
+                try:
+                    bodies.fail(failed)
+                except Exception:
+                    logger.exception("The errbacks of chord %s could not be told of: %s", chord.id, failed)
+                if chord.id in self._told:
+                    self._told[chord.id] = True
+
+        self._told[chord.id] = False
+        threading.Thread(target=tell, name=f"fastres-chord-{chord.id}", daemon=True).start()
+
+    def forget(self, chord: Chord) -> None:
+        """A chord has fired."""
+        self._told.pop(chord.id, None)
+
+
+def _refusal(text: str) -> str:
+    return (
+        f"The broker refused the message with the results of the header: {text}. If they are too large for one "
+        "message (RabbitMQ's max_message_size), let the body have them by reference: "
+        "chord(header)(fastres.lazy(body))"
+    )

@@ -1,0 +1,138 @@
+"""The sending side of a chord's log: its size and body, what its tasks return, and tasks that are added to it."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+from zlib import crc32
+
+from celery.canvas import _regen
+from celery.exceptions import ImproperlyConfigured
+from celery.result import GroupResult
+from kombu.serialization import dumps
+from kombu.utils.functional import LRUCache
+
+from fastres._impl import encode
+from fastres.chords.events import CONTENT_TYPE, PERSISTENT, Event, Part, Plan, pack_part, pack_plan, write_event
+from fastres.chords.lazy import wants_reference
+from fastres.transport import Message
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from fastres.addresses import Addresses
+    from fastres.store import Store
+
+__all__ = ("Log", "shard_of")
+
+#: The header of a body's signature that says which shard its chord is joined in: sender and workers may differ in
+#: how many there are.
+SHARD = "fastres-shard"
+#: Chords that were begun, and of which the size is not known yet.
+BEGUN = 10_000
+
+
+class Log:
+    """Sends the events of chords.
+
+    Args:
+        backend: the backend of the chords.
+        store: publishes them.
+        addresses: the backend's addresses.
+        shards: how many there are.
+    """
+
+    def __init__(self, backend: Any, store: Store, addresses: Addresses, shards: int) -> None:
+        self._backend = backend
+        self._store = store
+        self._addresses = addresses
+        self._shards = shards
+        #: Packed plans of chords by their id.
+        self._plans = LRUCache(limit=BEGUN)
+        self._supported: bool | None = None
+
+    def supported(self) -> bool:
+        """Whether the broker lets one joiner at a time read a shard."""
+        if self._supported is None:
+            self._supported = self._store.run(lambda writer: writer.connect().single_active_consumer)
+        return self._supported
+
+    def begin(self, chord_id: str, body: Any, results: Any) -> None:
+        """A chord is about to be sent: its body, and the results of its header.
+
+        Raises:
+            celery.exceptions.ImproperlyConfigured, kombu.exceptions.EncodeError: it cannot be sent like this.
+        """
+        if wants_reference(body) and not self._backend.options.keep_chord_results:
+            raise ImproperlyConfigured(
+                "the body of this chord is to get the results of its header by reference (fastres.lazy): "
+                "they are not kept where keep_chord_results is off"
+            )
+        shard = self._shard(chord_id)
+        # What the tasks of the header carry is this very signature.
+        body.options["headers"] = {**(body.options.get("headers") or {}), SHARD: shard}
+        serializer = body.options.get("serializer") or self._backend.app.conf.task_serializer
+        content_type, content_encoding, content = dumps((body, _structure(results)), serializer)
+        content = content.encode(content_encoding) if isinstance(content, str) else content
+        self._plans[chord_id] = shard, pack_plan(Plan(content_type, content_encoding, content))
+
+    def size(self, chord_id: str, size: int) -> None:
+        """How many parts a chord has that was begun before."""
+        try:
+            shard, plan = self._plans.pop(chord_id)
+        except KeyError:
+            # A group inside of a header, whose parts are the chord's.
+            return
+        now = time.time()
+        self._send(shard, chord_id, write_event(Event(chord_id, at=now, size=size, plan=len(plan)), plan))
+
+    def part(self, request: Any, state: str, result: Any) -> None:
+        """A task of a chord's header has returned or raised, or was revoked."""
+        shard = shard_of(request.chord)
+        chord_id, task_id = request.group, request.id
+        if shard is None or chord_id is None or task_id is None:
+            return
+        content_type, content_encoding, body = encode(
+            self._backend.encode_result(result, state), self._backend.serializer
+        )
+        packed = pack_part(Part(request.group_index, state, content_type, content_encoding, body))
+        root = request.root_id
+        event = Event(
+            chord_id, at=time.time(), parts=[(task_id, len(packed))], root=root if root and root != task_id else ""
+        )
+        self._send(shard, task_id, write_event(event, parts=(packed,)))
+
+    def add(self, chord_id: str, task_id: str, body: Any) -> None:
+        """A task is added to a chord, by one of its header."""
+        shard = shard_of(body) if body else self._shard(chord_id)
+        if shard is None:
+            raise NotImplementedError(
+                f"chord {chord_id} is joined by celery.chord_unlock, which takes no more tasks"
+            )
+        self._send(shard, task_id, write_event(Event(chord_id, at=time.time(), added=[task_id])))
+
+    def _shard(self, chord_id: str) -> int:
+        return crc32(chord_id.encode()) % self._shards
+
+    def _send(self, shard: int, correlation_id: str, body: bytes) -> None:
+        message = Message(body, CONTENT_TYPE, "binary", correlation_id, PERSISTENT, {})
+        self._store.publish(self._addresses.chords(shard), message, declare=True)
+
+
+def shard_of(body: Any) -> int | None:
+    """The shard that the chord with this body is joined in; None: there is no body, or it is joined otherwise."""
+    if not body:
+        return None
+    shard = ((body.get("options") or {}).get("headers") or {}).get(SHARD)
+    return shard if isinstance(shard, int) else None
+
+
+def _structure(results: Any) -> list[Any] | None:
+    """Task ids as deep as the groups that they are in; None where there are no groups in a header."""
+    if isinstance(results, _regen) or not any(isinstance(result, GroupResult) for result in results):
+        return None
+
+    def ids(results: Iterable[Any]) -> list[Any]:
+        return [ids(result.results) if isinstance(result, GroupResult) else result.id for result in results]
+
+    return ids(results)

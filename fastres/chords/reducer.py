@@ -1,0 +1,286 @@
+"""What is known of the open chords, and which messages hold it in the broker.
+
+The reducer reads events in any order and as often as they come: what it knows of a chord is the sum of them. All
+of it is in messages that were delivered and not acknowledged, so that it outlives the process. A message that waits
+for its acknowledgement is dear in the broker's memory (6 kB), so those of a chord are merged: ``MERGED`` parts into
+one batch, ``FEW`` batches into a larger one, up to ``LARGE`` bytes.
+"""
+
+from __future__ import annotations
+
+from itertools import count, repeat
+from typing import TYPE_CHECKING, NamedTuple
+
+from kombu.utils.uuid import uuid
+
+from fastres.chords.events import Event, read_event, write_event
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from fastres._protocols import Delivery
+
+__all__ = ("Chord", "Held", "Merge", "Reducer")
+
+#: How many single events are merged into a batch, and how many batches into a larger one.
+MERGED, FEW = 1000, 10
+#: Bytes from which a message is not merged any more.
+LARGE = 1 << 22
+#: Chords that have fired and are remembered, and for how many seconds a part of one that comes late is kept: the
+#: same chord may have been sent again, which is known only when its size comes.
+REMEMBERED, GRACE = 100_000, 60.0
+
+
+class Held(NamedTuple):
+    """A message that was delivered and is not acknowledged."""
+
+    tag: int
+    #: When it was delivered, on the monotonic clock.
+    since: float
+    #: In bytes.
+    size: int
+    #: The parts that it holds, by task id.
+    parts: list[str]
+    #: Whether there is more than parts in it.
+    more: bool
+
+
+class Chord:
+    """What is known of a chord."""
+
+    __slots__ = ("added", "at", "held", "id", "last", "parts", "plan", "root", "since", "size")
+
+    def __init__(self, id: str) -> None:
+        self.id = id
+        #: Wall clock, in seconds: when its first and its last known event were sent.
+        self.since = self.at = 0.0
+        self.size: int | None = None
+        self.added: set[str] = set()
+        #: Packed; empty: not known yet.
+        self.plan = b""
+        #: Packed parts by task id.
+        self.parts: dict[str, bytes] = {}
+        #: The part that came last, and its root task.
+        self.last = self.root = ""
+        #: By level: single events, batches, batches of batches.
+        self.held: list[list[Held]] = [[]]
+
+    @property
+    def total(self) -> int | None:
+        """How many parts it takes."""
+        return None if self.size is None else self.size + len(self.added)
+
+    @property
+    def complete(self) -> bool:
+        return self.size is not None and len(self.parts) >= self.size + len(self.added) and bool(self.plan)
+
+    def messages(self) -> Iterator[Held]:
+        for level in self.held:
+            yield from level
+
+
+class Merge(NamedTuple):
+    """Messages to be replaced by others that say the same."""
+
+    chord: Chord
+    bodies: list[bytes]
+    marks: list[str]
+    tags: list[int]
+
+
+class Reducer:
+    """See the module."""
+
+    def __init__(self) -> None:
+        self.chords: dict[str, Chord] = {}
+        #: Chords that have all they take.
+        self.complete: dict[str, Chord] = {}
+        #: Events of no chord, with their delivery tags.
+        self.others: list[tuple[int, Event]] = []
+        #: Delivery tags of what is of no use any more.
+        self.spent: list[int] = []
+        #: Messages that are no events, and why.
+        self.refused: list[tuple[Delivery, Exception]] = []
+        #: How many messages are held.
+        self.count = 0
+        #: Chords of which there are single events enough to merge.
+        self._crowded: dict[str, Chord] = {}
+        #: When chords have fired, on the monotonic clock.
+        self._fired: dict[str, float] = {}
+        #: Merged events that have not come back yet, by their mark: the chord.
+        self._under_way: dict[str, str] = {}
+        self._marks = map("{}.{}".format, repeat(uuid()), count())
+
+    def feed(self, deliveries: Iterable[Delivery], now: float) -> None:
+        """Learn what messages say; ``now`` is the monotonic clock."""
+        chords = self.chords
+        for delivery in deliveries:
+            try:
+                event, rest = read_event(delivery.body)
+            except Exception as exc:
+                self.refused.append((delivery, exc))
+                continue
+            if not event.chord:
+                self.others.append((delivery.delivery_tag, event))
+                continue
+            if event.mark and self._under_way.pop(event.mark, None) in self._fired and event.chord not in chords:
+                self.spent.append(delivery.delivery_tag)
+                continue
+            chord = chords.get(event.chord)
+            if chord is None:
+                chord = chords[event.chord] = Chord(event.chord)
+            self._learn(chord, event, rest)
+            self._hold(
+                chord,
+                Held(delivery.delivery_tag, now, len(delivery.body), [p[0] for p in event.parts], _more(event)),
+            )
+            if chord.complete:
+                self.complete[chord.id] = chord
+
+    def _learn(self, chord: Chord, event: Event, rest: bytes) -> None:
+        since = event.since or event.at
+        if not chord.since or since < chord.since:
+            chord.since = since
+        chord.at = max(chord.at, event.at)
+        if event.size is not None:
+            chord.size = event.size
+            # It was sent again.
+            self._fired.pop(chord.id, None)
+        if event.added:
+            chord.added.update(event.added)
+        start = event.plan
+        if start:
+            chord.plan = rest[:start]
+        for task_id, length in event.parts:
+            if task_id not in chord.parts:
+                chord.parts[task_id] = rest[start : start + length]
+                chord.last, chord.root = task_id, event.root
+            start += length
+
+    def _hold(self, chord: Chord, held: Held) -> None:
+        level = _level(held)
+        while len(chord.held) <= level:
+            chord.held.append([])
+        chord.held[level].append(held)
+        self.count += 1
+        if _is_crowded(chord.held[level], level):
+            self._crowded[chord.id] = chord
+
+    # -- keeping what is held small
+
+    def merges(self) -> Iterator[Merge]:
+        """What has become too many messages, merged."""
+        while self._crowded:
+            _, chord = self._crowded.popitem()
+            if chord.id in self.complete:
+                continue
+            for level, messages in enumerate(chord.held):
+                if _is_crowded(messages, level) and (merge := self._merge(chord, messages)):
+                    yield merge
+
+    def tighten(self) -> Iterator[Merge]:
+        """Each chord merged into as few messages as it takes."""
+        for chord in self.chords.values():
+            if sum(map(len, chord.held)) > 1 and (merge := self._merge(chord, list(chord.messages()))):
+                yield merge
+
+    def renew(self, before: float) -> Iterator[Merge]:
+        """New messages for what was delivered before a time on the monotonic clock."""
+        for chord in self.chords.values():
+            old = [held for held in chord.messages() if held.since < before]
+            if old:
+                yield self._replace(chord, old)
+
+    def _merge(self, chord: Chord, messages: list[Held]) -> Merge | None:
+        mergeable = [held for held in messages if held.size < LARGE]
+        return self._replace(chord, mergeable) if len(mergeable) > 1 else None
+
+    def _replace(self, chord: Chord, messages: list[Held]) -> Merge:
+        marks: list[str] = []
+        bodies: list[bytes] = []
+        more = any(held.more for held in messages)
+        ids: list[str] = []
+        size = 0
+
+        def close() -> None:
+            nonlocal ids, size, more
+            marks.append(self._mark(chord))
+            bodies.append(self._batch(chord, ids, more, marks[-1]))
+            ids, size, more = [], 0, False
+
+        for task_id in dict.fromkeys(task_id for held in messages for task_id in held.parts):
+            ids.append(task_id)
+            size += len(chord.parts[task_id])
+            if size >= LARGE:
+                close()
+        if ids or more or not bodies:
+            close()
+        return Merge(chord, bodies, marks, [held.tag for held in messages])
+
+    def _mark(self, chord: Chord) -> str:
+        mark = next(self._marks)
+        self._under_way[mark] = chord.id
+        return mark
+
+    @staticmethod
+    def _batch(chord: Chord, ids: list[str], more: bool, mark: str) -> bytes:
+        packed = [chord.parts[task_id] for task_id in ids]
+        event = Event(
+            chord.id, chord.since, chord.at, parts=[(task_id, len(part)) for task_id, part in zip(ids, packed)],
+            root=chord.root, mark=mark,
+        )  # fmt: skip
+        if more:
+            event.size, event.added, event.plan = chord.size, sorted(chord.added), len(chord.plan)
+        return write_event(event, chord.plan if more else b"", packed)
+
+    # -- after a commit
+
+    def release(self, chord: Chord, tags: Iterable[int]) -> None:
+        """Messages of a chord were acknowledged."""
+        gone = set(tags)
+        self.count -= len(gone)
+        chord.held = [[held for held in level if held.tag not in gone] for level in chord.held]
+
+    def forget(self, chord: Chord, now: float) -> None:
+        """A chord has fired, or has expired: its messages were acknowledged."""
+        self.count -= sum(map(len, chord.held))
+        self.complete.pop(chord.id, None)
+        self.chords.pop(chord.id, None)
+        self._crowded.pop(chord.id, None)
+        self._fired.pop(chord.id, None)
+        self._fired[chord.id] = now
+        if len(self._fired) > REMEMBERED:
+            del self._fired[next(iter(self._fired))]
+
+    # -- chords that wait in vain
+
+    def expired(self, seconds: float | None, now: float, wall: float) -> list[Chord]:
+        """Chords of which nothing was heard for so long, None: never; and late parts of those that have fired.
+
+        Args:
+            now: the monotonic clock.
+            wall: the time, in seconds.
+        """
+        return [
+            chord for chord in self.chords.values()
+            if (seconds and chord.at < wall - seconds)
+            or (chord.size is None and self._fired.get(chord.id, now) < now - GRACE)
+        ]  # fmt: skip
+
+
+def _more(event: Event) -> bool:
+    return event.size is not None or bool(event.added) or bool(event.plan)
+
+
+def _is_crowded(messages: list[Held], level: int) -> bool:
+    if not level:
+        return len(messages) >= MERGED
+    return len(messages) >= FEW and sum(held.size < LARGE for held in messages) >= FEW
+
+
+def _level(held: Held) -> int:
+    """How much was merged into a message already: 0 for a single event."""
+    level, parts = 0, len(held.parts)
+    while parts >= MERGED:
+        level, parts = level + 1, parts // FEW
+    return level

@@ -1,0 +1,221 @@
+"""One shard of the log as its joiner reads it: events in, bodies and merged events out, in transactions."""
+
+from __future__ import annotations
+
+import time
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+import amqp
+import msgspec
+from kombu.utils.uuid import uuid
+
+from fastres.chords.bodies import Failed, Letter
+from fastres.chords.events import CONTENT_TYPE, PERSISTENT, Event, write_event
+from fastres.chords.reducer import Reducer
+from fastres.chords.status import describe
+from fastres.logs import logger
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from fastres._protocols import Delivery
+    from fastres.chords.joiner import Joiner
+    from fastres.chords.reducer import Chord, Merge
+    from fastres.native import Native
+
+__all__ = ("Shard",)
+
+#: Messages that the broker sends ahead of their acknowledgement; more when that many are needed to hold the open
+#: chords. A larger number than the largest does not fit into the protocol's field: no limit.
+PREFETCH, LARGEST_PREFETCH = 20_000, 65_535
+#: Bytes that one commit publishes.
+COMMIT = 1 << 24
+
+
+class Shard:
+    """One shard, on a channel of its own: what is lost with the channel comes again from the broker.
+
+    Raises:
+        RuntimeError: its queue lets several joiners read at once.
+    """
+
+    def __init__(self, joiner: Joiner, speak: Native, number: int) -> None:
+        self._joiner = joiner
+        self._speak = speak
+        address = joiner.addresses.chords(number)
+        self.name = address.name
+        self.reducer = Reducer()
+        self.received: list[Delivery] = []
+        self.cancelled = False
+        #: The mark of this reader's first event: when it has come, so has all that was in the queue before.
+        self._mark = ""
+        self._caught_up = False
+        self._channel = speak.channel()
+        self._channel.tx_select()
+        self._limit(PREFETCH)
+        speak.declare(joiner.addresses.queue(address))
+        if speak.has_other_arguments(self.name):
+            raise RuntimeError(
+                f"queue {self.name!r} is there without x-single-active-consumer, and cannot be read by one joiner "
+                "at a time: stop the workers, delete it, and start them again"
+            )
+        speak.consume(self._channel, self.name, f"fastres-joiner-{number}", self._receive, self._on_cancel)
+
+    def _receive(self, deliveries: list[Delivery]) -> None:
+        self.received += deliveries
+
+    def _on_cancel(self, tag: str) -> None:
+        self.cancelled = True
+
+    def _limit(self, count: int) -> None:
+        self._prefetch = count
+        self._channel.basic_qos(0, count if count <= LARGEST_PREFETCH else 0, True)
+
+    def work(self) -> bool:
+        """Do what follows from what was received; whether anything was."""
+        received, self.received = self.received, []
+        if received and not self._mark:
+            self._mark = uuid()
+            self._commit([self._letter(write_event(Event(mark=self._mark)))], [])
+        self.reducer.feed(received, time.monotonic())
+        self._answer()
+        # Not before: a task that was added to a chord may be told of behind its last part.
+        if self._caught_up and self.reducer.complete:
+            self._fire(list(self.reducer.complete.values()))
+        self._replace(self.reducer.merges())
+        self._make_room()
+        return bool(received)
+
+    def _answer(self) -> None:
+        """Deal with what is about no chord, and what is of no use."""
+        reducer = self.reducer
+        letters: list[Letter] = []
+        tags, reducer.spent = reducer.spent, []
+        others, reducer.others = reducer.others, []
+        for tag, event in others:
+            tags.append(tag)
+            if event.mark == self._mark:
+                self._caught_up = True
+            if event.ask:
+                answer = msgspec.json.encode(describe(reducer))
+                letters.append(Letter(_message(answer, "application/json"), "", event.ask))
+        refused, reducer.refused = reducer.refused, []
+        for delivery, exc in refused:
+            tags.append(delivery.delivery_tag)
+            letters.append(self._set_aside(delivery))
+            self._joiner.backend.reports.add(
+                "malformed",
+                self.name,
+                delivery.correlation_id,
+                delivery.delivery_tag,
+                f"{exc}; it was put into {letters[-1].routing_key}",
+                hash(delivery.body),
+            )
+        if tags:
+            self._commit(letters, tags)
+
+    def _set_aside(self, delivery: Delivery) -> Letter:
+        address = self._joiner.addresses.refused()
+        self._speak.hand_back()
+        self._speak.declare(self._joiner.addresses.queue(address))
+        return Letter(_message(delivery.body, delivery.content_type), "", address.name)
+
+    def _fire(self, chords: Iterable[Chord]) -> None:
+        """Publish what complete chords go on with, several in a commit."""
+        joiner = self._joiner
+        batch: list[Chord] = []
+        letters: list[Letter] = []
+        size = 0
+        for chord in chords:
+            try:
+                told = joiner.told(chord)
+                if told is None:
+                    continue
+                found = [] if told else joiner.call(chord)
+            except Failed as failed:
+                joiner.tell(chord, failed)
+                continue
+            except joiner.lost:
+                raise
+            except Exception as exc:
+                # There is no body to be called, and nobody to be told: an operator may want to look at it.
+                logger.exception("Chord %s has all its parts, but what to do with them is lost: %r", chord.id, exc)
+                self.reducer.complete.pop(chord.id, None)
+                continue
+            batch.append(chord)
+            letters += found
+            size += sum(len(letter.message.body) for letter in found)
+            if size > COMMIT or joiner.careful:
+                self._finish(batch, letters)
+                batch, letters, size = [], [], 0
+        if batch:
+            self._finish(batch, letters)
+        joiner.careful = False
+
+    def _finish(self, chords: list[Chord], letters: list[Letter]) -> None:
+        self._joiner.firing = chords
+        self._commit(letters, [held.tag for chord in chords for held in chord.messages()])
+        self._joiner.firing = []
+        for chord in chords:
+            self.reducer.forget(chord, time.monotonic())
+            self._joiner.forget(chord)
+
+    def look_after(self, renewal: float, expires: float | None) -> None:
+        """Write anew what has been held for long, and drop what has expired."""
+        now, wall = time.monotonic(), time.time()
+        expired = self.reducer.expired(expires, now, wall)
+        for chord in expired:
+            if chord.size is not None:
+                logger.warning(
+                    "Chord %s has expired: %d of %s parts came, the last one %.0f seconds ago (result_expires).",
+                    chord.id, len(chord.parts), chord.total, wall - chord.at,
+                )  # fmt: skip
+        if expired:
+            self._commit([], [held.tag for chord in expired for held in chord.messages()])
+            for chord in expired:
+                self.reducer.forget(chord, now)
+        self._replace(self.reducer.renew(now - renewal))
+
+    def _replace(self, merges: Iterable[Merge]) -> None:
+        """Replace messages by others that say the same, those of several chords in a commit."""
+        batch: list[Merge] = []
+        size = 0
+        for merge in merges:
+            batch.append(merge)
+            size += sum(map(len, merge.bodies))
+            if size > COMMIT:
+                self._commit_merges(batch)
+                batch, size = [], 0
+        if batch:
+            self._commit_merges(batch)
+
+    def _commit_merges(self, merges: list[Merge]) -> None:
+        bodies = chain.from_iterable(merge.bodies for merge in merges)
+        self._commit([self._letter(body) for body in bodies], [tag for merge in merges for tag in merge.tags])
+        for merge in merges:
+            self.reducer.release(merge.chord, merge.tags)
+
+    def _make_room(self) -> None:
+        """Hold fewer messages, or have the broker send more ahead."""
+        if self.reducer.count * 2 < self._prefetch:
+            return
+        self._replace(self.reducer.tighten())
+        # So that this is not to be done again soon.
+        if self.reducer.count * 4 >= self._prefetch:
+            self._speak.hand_back()
+            self._limit(self._prefetch * 2)
+
+    def _letter(self, body: bytes) -> Letter:
+        return Letter(_message(body, CONTENT_TYPE), "", self.name)
+
+    def _commit(self, letters: list[Letter], tags: list[int]) -> None:
+        for letter in letters:
+            self._speak.post(self._channel, letter.message, letter.exchange, letter.routing_key)
+        if tags:
+            self._speak.acknowledge(self._channel, tags, None)
+        self._speak.commit(self._channel)
+
+
+def _message(body: Any, content_type: str | None) -> Any:
+    return amqp.Message(body, content_type=content_type, content_encoding="binary", delivery_mode=PERSISTENT)
