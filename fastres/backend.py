@@ -248,6 +248,19 @@ class AMQPBackend(Backend):  # type: ignore[misc]
         self._send(address, meta, correlation_id, {KEEP: True} if keep else {}, self._declares)
         return result
 
+    def mark_as_done(
+        self,
+        task_id: str,
+        result: Any,
+        request: Any = None,
+        store_result: bool = True,
+        state: str = states.SUCCESS,
+    ) -> None:
+        """As in Celery; the result of a chord's part is sent to its group and to its chord in one write."""
+        together = self._store.together() if request and request.chord else contextlib.nullcontext()
+        with together:
+            super().mark_as_done(task_id, result, request, store_result, state)
+
     def _get_result_meta(
         self, result: Any, state: str, traceback: Any, request: Any, format_date: bool = True, encode: bool = False
     ) -> Meta:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from fastres._protocols import Delivery, Frame
-    from fastres.transport import Message, QueueState, Receiver
+    from fastres.transport import Post, QueueState, Receiver
 
 __all__ = ("Native", "dialect")
 
@@ -65,7 +65,11 @@ class Native(Dialect):
         self._foreign = LRUCache(limit=FOREIGN)
         #: Channels to publish on, without and with confirms.
         self._outlets: dict[bool, Any] = {}
-        self._returned = False
+        #: The routing keys of what came back, of the last publish.
+        self._returned: set[str] = set()
+        #: The number of the last message that was published for a confirm, and those that are not confirmed yet.
+        self._published = 0
+        self._unconfirmed: set[int] = set()
         self._frames = Frames(connection.connection.frame_max)
         self._receivers: dict[tuple[int, str], Receiver] = {}
         self._poller: Any = None
@@ -184,41 +188,44 @@ class Native(Dialect):
         """Whether a queue that was declared is there with other arguments."""
         return name in self._foreign
 
-    def publish(
-        self,
-        message: Message,
-        exchange: str,
-        routing_key: str,
-        queue: Any = None,
-        confirm: bool = False,
-        mandatory: bool = False,
-    ) -> bool:
-        """As in ``Dialect``, in one write with the declaration of the queue, and one round trip.
+    def publish(self, posts: Sequence[Post], confirm: bool = False) -> set[str]:
+        """As in ``Dialect``, in one write with the declarations of the queues, and one round trip.
 
         Raises:
             amqp.exceptions.PreconditionFailed: the broker does not take a message of this size.
-            amqp.exceptions.MessageNacked: the broker refused the message.
+            amqp.exceptions.MessageNacked: the broker refused a message.
         """
         connection = self._connection.connection
         channel = self._outlet(confirm)
-        declaration = b""
-        if queue is not None:
-            if queue.exchange.name or queue.name in self._foreign:
-                self.declare(queue)
-            else:
-                declaration = _declaration(channel, queue)
+        frames: list[bytes] = []
+        for post in posts:
+            if post.queue is not None:
+                if post.queue.exchange.name or post.queue.name in self._foreign:
+                    self.declare(post.queue)
+                else:
+                    frames.append(_declaration(channel, post.queue))
+        declared = len(frames)
         if not confirm:
             self._heed()
-        headers = dumps("F", (message.headers,)) if message.headers else b""
-        frames = publication(
-            channel.channel_id, connection.frame_max, exchange, routing_key, mandatory, message.body,
-            message.content_type, message.content_encoding, headers, message.delivery_mode, message.correlation_id,
-        )  # fmt: skip
-        connection.transport.write(declaration + frames if declaration else frames)
-        connection.bytes_sent += 3 if declaration else 2
-        connection.bytes_sent += -(-len(message.body) // (connection.frame_max - FRAME_OVERHEAD))
-        self._returned = False
-        awaited = {DECLARE_OK: int(bool(declaration)), ACK: int(confirm)}
+        for message, exchange, routing_key, _, mandatory in posts:
+            headers = dumps("F", (message.headers,)) if message.headers else b""
+            frames.append(
+                publication(
+                    channel.channel_id, connection.frame_max, exchange, routing_key, mandatory, message.body,
+                    message.content_type, message.content_encoding, headers, message.delivery_mode,
+                    message.correlation_id,
+                )
+            )  # fmt: skip
+            connection.bytes_sent += 2 - (-len(message.body) // (connection.frame_max - FRAME_OVERHEAD))
+        connection.transport.write(b"".join(frames) if len(frames) > 1 else frames[0])
+        connection.bytes_sent += declared
+        self._returned = set()
+        self._unconfirmed = set()
+        if confirm:
+            first = self._published + 1
+            self._published += len(posts)
+            self._unconfirmed.update(range(first, self._published + 1))
+        awaited = {DECLARE_OK: declared, ACK: len(self._unconfirmed)}
         try:
             self._await(channel, awaited)
         except self._connection.channel_errors as exc:
@@ -226,22 +233,25 @@ class Native(Dialect):
             self._outlets.pop(confirm).close()
             if not isinstance(exc, PreconditionFailed) or not awaited[DECLARE_OK]:
                 raise
-            # The queue is there with other arguments: the message went down with the channel.
-            self.declare(queue)
-            return self.publish(message, exchange, routing_key, None, confirm, mandatory)
-        return not self._returned
+            # A queue is there with other arguments: the messages went down with the channel.
+            for post in posts:
+                if post.queue is not None:
+                    self.declare(post.queue)
+            return self.publish([post._replace(queue=None) for post in posts], confirm)
+        return self._returned
 
     def _outlet(self, confirm: bool) -> Any:
         channel = self._outlets.get(confirm)
         if channel is None or not is_open(channel):
             channel = self._outlets[confirm] = self.channel()
             if confirm:
+                self._published = 0
                 channel.confirm_select()
                 channel.events["basic_return"].add(self._on_return)
         return channel
 
     def _on_return(self, exc: BaseException, exchange: str, routing_key: str, message: Any) -> None:
-        self._returned = True
+        self._returned.add(routing_key)
 
     def _heed(self) -> None:
         """Notice what the broker has said unasked: that a channel is closed, or that it is short of memory."""
@@ -272,7 +282,7 @@ class Native(Dialect):
                 method = payload[:4] if kind == METHOD and channel_id == channel.channel_id else b""
                 if awaited.get(method):
                     connection.bytes_recv += 1
-                    awaited[method] -= 1
+                    awaited[method] -= self._confirmed(payload) if method == ACK else 1
                 elif method == NACK:
                     connection.bytes_recv += 1
                     self._pass_on([*left, *frames[number + 1 :]])
@@ -281,6 +291,15 @@ class Native(Dialect):
                     left.append(frames[number])
             if left:
                 self._pass_on(left)
+
+    def _confirmed(self, ack: bytes) -> int:
+        """How many messages are confirmed by a ``basic.ack``."""
+        last, several = struct.unpack_from(">QB", ack, 4)
+        before = len(self._unconfirmed)
+        self._unconfirmed = (
+            {number for number in self._unconfirmed if number > last} if several else (self._unconfirmed - {last})
+        )
+        return before - len(self._unconfirmed)
 
     def consume(
         self,

@@ -6,7 +6,7 @@ import contextlib
 import re
 import threading
 import time
-from typing import TYPE_CHECKING, Any, Callable, TypeVar
+from typing import TYPE_CHECKING, Any, Callable, NamedTuple, TypeVar
 
 from amqp.exceptions import PreconditionFailed
 from kombu.exceptions import OperationalError
@@ -16,6 +16,7 @@ from fastres.connections import abandon, establish
 from fastres.errors import ResultTooLarge
 from fastres.logs import logger
 from fastres.native import dialect
+from fastres.transport import Post
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -36,6 +37,15 @@ LARGE = 1 << 20
 
 #: How RabbitMQ words the refusal: "message size 300 is larger than configured max size 200".
 SIZE_LIMIT = re.compile(r"message size (\d+)\D+(\d+)")
+
+
+class Letter(NamedTuple):
+    """A message and where it is sent."""
+
+    address: Address
+    message: Message
+    #: Whether to create the queue if it is not there.
+    declare: bool
 
 
 class Store:
@@ -64,6 +74,7 @@ class Store:
         self._limit = limit
         self._idle: list[Writer] = []
         self._slots = threading.BoundedSemaphore(limit)
+        self._gathered = threading.local()
 
     def publish(self, address: Address, message: Message, *, declare: bool) -> None:
         """Send a message to an address, and wait for the broker's confirm.
@@ -75,7 +86,23 @@ class Store:
             fastres.errors.ResultTooLarge: the broker does not take a message of this size.
             kombu.exceptions.OperationalError: the broker was not there for as long as ``retry_policy`` says.
         """
-        self.run(lambda writer: writer.publish(address, message, declare))
+        letter = Letter(address, message, declare)
+        together = getattr(self._gathered, "letters", None)
+        if together is None:
+            self.run(lambda writer: writer.publish([letter]))
+        else:
+            together.append(letter)
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """What this thread publishes in here is sent at the end, in one write, with one wait for all confirms."""
+        letters = self._gathered.letters = []
+        try:
+            yield
+        finally:
+            del self._gathered.letters
+        if letters:
+            self.run(lambda writer: writer.publish(letters))
 
     def run(self, operation: Callable[[Writer], T]) -> T:
         """Do something with a connection of this thread's own, and again if it breaks."""
@@ -160,32 +187,39 @@ class Writer:
         self.connect().declare(self._store._addresses.queue(address))
         self.connect().purge(address.name)
 
-    def publish(self, address: Address, message: Message, declare: bool) -> None:
+    def publish(self, letters: list[Letter]) -> None:
         speak = self.connect()
-        addresses = self._store._addresses
-        confirm = speak.confirms and (self._store._confirm or len(message.body) >= LARGE)
+        confirm = speak.confirms and (
+            self._store._confirm or any(len(letter.message.body) >= LARGE for letter in letters)
+        )
         # A queue may have been deleted or have expired since this connection declared it: the broker then returns
         # the message, and it is sent again to a new one.
         for afresh in (False, True):
-            queue = addresses.queue(address) if declare and (afresh or self._is_due(address)) else None
+            posts = [self._post(letter, afresh, confirm) for letter in letters]
             try:
-                routed = speak.publish(
-                    message, addresses.exchange.name, address.name, queue, confirm, mandatory=declare and confirm
-                )
+                returned = speak.publish(posts, confirm)
             except PreconditionFailed as exc:
-                limit = SIZE_LIMIT.search(exc.reply_text or "")
-                if limit is None:
-                    raise
-                raise ResultTooLarge(
-                    f"the result of task {message.correlation_id} makes a message of {limit[1]} bytes, "
-                    f"over the broker's limit of {limit[2]} bytes (RabbitMQ's max_message_size): "
-                    "store large values elsewhere and return where they are, or raise the limit"
-                ) from exc
-            if queue is not None:
-                self._remember(address)
-            if routed:
+                if len(letters) == 1:
+                    limit = SIZE_LIMIT.search(exc.reply_text or "")
+                    if limit is None:
+                        raise
+                    raise _too_large(letters[0], *limit.groups()) from exc
+                for letter in letters:
+                    self.publish([letter])
                 return
-        raise OperationalError(f"queue {address.name!r} is deleted as often as it is declared")
+            for letter, post in zip(letters, posts):
+                if post.queue is not None:
+                    self._remember(letter.address)
+            if not returned:
+                return
+            letters = [letter for letter in letters if letter.address.name in returned]
+        raise OperationalError(f"queue {letters[0].address.name!r} is deleted as often as it is declared")
+
+    def _post(self, letter: Letter, afresh: bool, confirm: bool) -> Post:
+        address, message, declare = letter
+        addresses = self._store._addresses
+        queue = addresses.queue(address) if declare and (afresh or self._is_due(address)) else None
+        return Post(message, addresses.exchange.name, address.name, queue, mandatory=declare and confirm)
 
     def _is_due(self, address: Address) -> bool:
         """Whether a queue is to be declared, for the first time or again."""
@@ -201,3 +235,11 @@ class Writer:
         self._declared[address.name] = time.monotonic()
         if len(self._declared) > DECLARED:
             del self._declared[next(iter(self._declared))]
+
+
+def _too_large(letter: Letter, size: str, limit: str) -> ResultTooLarge:
+    return ResultTooLarge(
+        f"the result of task {letter.message.correlation_id} makes a message of {size} bytes, "
+        f"over the broker's limit of {limit} bytes (RabbitMQ's max_message_size): "
+        "store large values elsewhere and return where they are, or raise the limit"
+    )

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from fastres._protocols import Delivery as DeliveryProtocol
 
-__all__ = ("Busy", "Dialect", "Message", "QueueState")
+__all__ = ("Busy", "Dialect", "Message", "Post", "QueueState")
 
 #: Called with deliveries to one consumer, in order.
 Receiver = Callable[[list["DeliveryProtocol"]], object]
@@ -38,6 +38,18 @@ class Message(NamedTuple):
     #: 2: on disk too, 1: in memory.
     delivery_mode: int
     headers: dict[str, Any]
+
+
+class Post(NamedTuple):
+    """A message on its way."""
+
+    message: Message
+    exchange: str
+    routing_key: str
+    #: To be declared before, None: it was.
+    queue: Any = None
+    #: Whether to have it back if there is no queue for it.
+    mandatory: bool = False
 
 
 class Busy(Exception):
@@ -91,33 +103,25 @@ class Dialect:
             return None
         return QueueState(answer[1], answer[2])
 
-    def publish(
-        self,
-        message: Message,
-        exchange: str,
-        routing_key: str,
-        queue: Any = None,
-        confirm: bool = False,
-        mandatory: bool = False,
-    ) -> bool:
-        """Publish a message.
+    def publish(self, posts: Sequence[Post], confirm: bool = False) -> set[str]:
+        """Publish messages.
 
         Args:
-            queue: to declare before, None: it was.
-            confirm: wait until the broker has stored the message, where it tells.
-            mandatory: ask for the message back if there is no queue for it.
+            confirm: wait until the broker has stored them, where it tells.
 
-        Returns: False if it came back.
+        Returns: the routing keys of those that came back.
         """
-        if queue is not None:
-            self.declare(queue)
+        for post in posts:
+            if post.queue is not None:
+                self.declare(post.queue)
         if self._publishing is None or not is_open(self._publishing):
             self._publishing = self.channel()
-        properties = message._asdict()
-        Producer(self._publishing, auto_declare=False).publish(
-            properties.pop("body"), exchange=exchange, routing_key=routing_key, **properties
-        )
-        return True
+        for post in posts:
+            properties = post.message._asdict()
+            Producer(self._publishing, auto_declare=False).publish(
+                properties.pop("body"), exchange=post.exchange, routing_key=post.routing_key, **properties
+            )
+        return set()
 
     def purge(self, name: str) -> None:
         """Delete all messages of a queue."""

@@ -1,9 +1,9 @@
 """What is known of the open chords, and which messages hold it in the broker.
 
 The reducer reads events in any order and as often as they come: what it knows of a chord is the sum of them. All
-of it is in messages that were delivered and not acknowledged, so that it outlives the process. A message that waits
-for its acknowledgement is dear in the broker's memory (6 kB), so those of a chord are merged: ``MERGED`` parts into
-one batch, ``FEW`` batches into a larger one, up to ``LARGE`` bytes.
+of it is in messages that were delivered and not acknowledged, so that it outlives the process. A message that
+waits for its acknowledgement is dear in the broker's memory (6 kB), so those of a chord are merged: ``MERGED``
+parts into one batch, ``FEW`` batches into a larger one, up to ``LARGE`` bytes.
 """
 
 from __future__ import annotations
