@@ -43,6 +43,8 @@ STALLED = 1.0
 RECORD_TIMEOUT = 1.0
 #: The type of a method's frame, and the octets of a frame around its payload.
 METHOD, FRAME_OVERHEAD = 1, 8
+#: The octet that ends it, and the frame of an acknowledgement.
+FRAME_END, ACKNOWLEDGEMENT = 0xCE, struct.Struct(">BHIHHQBB")
 #: How the methods begin that answers are awaited with.
 DECLARE_OK, CONSUME_OK, ACK, NACK, COMMIT_OK = (
     struct.pack(">HH", *method)
@@ -366,7 +368,12 @@ class Native(Dialect):
         acks += [(tag, False) for tag in tags if all_up_to is None or tag > all_up_to]
         # One message that stays makes those behind it be acknowledged one by one, but not written one by one.
         connection = self._connection.connection
-        connection.transport.write(b"".join(_method(channel, spec.Basic.Ack, "Lb", ack) for ack in acks))
+        pack, channel_id = ACKNOWLEDGEMENT.pack, channel.channel_id
+        connection.transport.write(
+            b"".join(
+                [pack(METHOD, channel_id, 13, *spec.Basic.Ack, tag, several, FRAME_END) for tag, several in acks]
+            )
+        )
         connection.bytes_sent += len(acks)
 
     def post(self, channel: Any, message: Any, exchange: str, routing_key: str) -> None:
@@ -478,7 +485,7 @@ def _declaration(channel: Any, queue: Any) -> bytes:
 
 
 def _frame(kind: int, channel_id: int, payload: bytes) -> bytes:
-    return struct.pack(">BHI", kind, channel_id, len(payload)) + payload + b"\xce"
+    return struct.pack(">BHI", kind, channel_id, len(payload)) + payload + bytes((FRAME_END,))
 
 
 def _delivery(message: Any, consumer_tag: str = "") -> Delivery:

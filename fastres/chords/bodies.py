@@ -16,6 +16,7 @@ from celery.exceptions import ChordError
 from kombu import Producer
 from kombu.serialization import loads, prepare_accept_content, registry
 from kombu.utils.json import dumps as kombu_json_dumps
+from kombu.utils.json import loads as kombu_json_loads
 from kombu.utils.uuid import uuid
 
 from fastres.chords.events import JSON, UTF8, Part, unpack_part, unpack_plan
@@ -54,13 +55,11 @@ class Values(Sequence[Any]):
     """The results of a header as its body's argument: serialized as they came, decoded only if somebody looks.
 
     Args:
-        tree: parts, and lists of such.
-        decode: makes a part's result a value.
+        tree: JSON texts, and lists of such.
     """
 
-    def __init__(self, tree: list[Any], decode: Callable[[Part], Any]) -> None:
+    def __init__(self, tree: list[Any]) -> None:
         self._tree = tree
-        self._decode = decode
         #: Stands for the results, while a message is serialized, until their own bytes are put in its place.
         self._token: str | None = None
 
@@ -71,7 +70,7 @@ class Values(Sequence[Any]):
         return self._value(self._tree[index])
 
     def _value(self, item: Any) -> Any:
-        return [self._value(inner) for inner in item] if isinstance(item, list) else self._decode(item)
+        return [self._value(inner) for inner in item] if isinstance(item, list) else kombu_json_loads(item)
 
     def __repr__(self) -> str:
         shown = ", ".join(map(repr, islice(self, SHOWN)))
@@ -95,7 +94,7 @@ class Values(Sequence[Any]):
         return filled
 
     def _json(self, tree: list[Any]) -> bytes:
-        return b"[%b]" % b",".join([self._json(item) if isinstance(item, list) else item.result for item in tree])
+        return b"[%b]" % b",".join([self._json(item) if isinstance(item, list) else item for item in tree])
 
 
 class Publisher(Producer):  # type: ignore[misc]
@@ -199,17 +198,11 @@ class Bodies:
             Exception: its plan cannot be read: there is no body that could be told.
         """
         body, tree = self.plan(chord)
-        parts = {task_id: unpack_part(packed) for task_id, packed in chord.parts.items()}
-        if tree is None:
-            tree = _in_order(parts)
-        for task_id in _leaves(tree):
-            self._check(body, chord, task_id, parts.get(task_id))
-        arguments: Any = Values(_filled(tree, parts), self._decode)
-        if wants_reference(body):
-            self._app.GroupResult(chord.id, [self._app.AsyncResult(task_id) for task_id in _leaves(tree)]).save()
-            arguments = HeaderResults(chord.id, len(parts))
-        elif any(part.content_type != JSON or part.content_encoding != UTF8 for part in parts.values()):
-            arguments = list(arguments)
+        results = None if tree is not None or wants_reference(body) else _plain_results(chord)
+        if results is not None:
+            arguments: Any = Values(results)
+        else:
+            arguments = self._arguments(body, chord, tree)
         publisher.values = arguments if isinstance(arguments, Values) else None
         self._publishing.publisher = publisher
         try:
@@ -220,6 +213,19 @@ class Bodies:
         finally:
             del self._publishing.publisher
             publisher.values = None
+
+    def _arguments(self, body: Any, chord: Chord, tree: list[Any] | None) -> Any:
+        parts = {task_id: unpack_part(packed) for task_id, packed in chord.parts.items()}
+        if tree is None:
+            tree = _in_order(parts)
+        for task_id in _leaves(tree):
+            self._check(body, chord, task_id, parts.get(task_id))
+        if wants_reference(body):
+            self._app.GroupResult(chord.id, [self._app.AsyncResult(task_id) for task_id in _leaves(tree)]).save()
+            return HeaderResults(chord.id, len(parts))
+        if all(part.content_type == JSON and part.content_encoding == UTF8 for part in parts.values()):
+            return Values(_filled(tree, lambda task_id: parts[task_id].result))
+        return _filled(tree, lambda task_id: self._decode(parts[task_id]))
 
     def fail(self, failed: Failed) -> None:
         """Tell a chord's errbacks, and everybody who waits for its body."""
@@ -259,9 +265,20 @@ def _leaves(tree: list[Any]) -> Iterator[str]:
             yield item
 
 
-def _filled(tree: list[Any], parts: dict[str, Part]) -> list[Any]:
-    """Parts in the place of their task ids."""
-    return [_filled(item, parts) if isinstance(item, list) else parts[item] for item in tree]
+def _filled(tree: list[Any], of: Callable[[str], Any]) -> list[Any]:
+    """A tree of task ids with something else in the place of each."""
+    return [_filled(item, of) if isinstance(item, list) else of(item) for item in tree]
+
+
+def _plain_results(chord: Chord) -> list[bytes] | None:
+    """The results in order, if all of them are JSON, none has failed, and each has a place of its own."""
+    results: list[bytes] = [b""] * len(chord.parts)
+    for packed in chord.parts.values():
+        place, _, result = packed.partition(b"\n")
+        if not place.isdigit() or int(place) >= len(results) or results[int(place)]:
+            return None
+        results[int(place)] = result
+    return results
 
 
 @contextlib.contextmanager

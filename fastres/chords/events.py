@@ -146,8 +146,11 @@ def read_event(body: Any) -> tuple[Event, bytes]:
         event = _event.decode(head)
     except (msgspec.DecodeError, UnicodeDecodeError) as exc:
         raise MalformedEvent(f"not an event of a chord: {exc}") from exc
-    lengths = [length for _, length in event.parts]
-    if event.plan < 0 or any(length < 0 for length in lengths) or event.plan + sum(lengths) != len(rest):
+    length, shortest = event.plan, event.plan
+    for _, each in event.parts:
+        length += each
+        shortest = min(shortest, each) if each < 0 else shortest
+    if length != len(rest) or shortest < 0:
         raise MalformedEvent(f"an event of chord {event.chord} is cut off, or has bytes too many")
     if not (event.chord or event.mark or event.ask):
         raise MalformedEvent("an event of no chord")

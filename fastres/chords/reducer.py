@@ -8,6 +8,7 @@ parts into one batch, ``FEW`` batches into a larger one, up to ``LARGE`` bytes.
 
 from __future__ import annotations
 
+import math
 from itertools import count, repeat
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -40,7 +41,7 @@ class Held(NamedTuple):
     #: In bytes.
     size: int
     #: The parts that it holds, by task id.
-    parts: list[str]
+    parts: tuple[str, ...]
     #: Whether there is more than parts in it.
     more: bool
 
@@ -48,13 +49,15 @@ class Held(NamedTuple):
 class Chord:
     """What is known of a chord."""
 
-    __slots__ = ("added", "at", "held", "id", "last", "parts", "plan", "root", "since", "size")
+    __slots__ = ("added", "at", "held", "id", "last", "needed", "parts", "plan", "root", "since", "size")
 
     def __init__(self, id: str) -> None:
         self.id = id
         #: Wall clock, in seconds: when its first and its last known event were sent.
-        self.since = self.at = 0.0
+        self.since, self.at = math.inf, 0.0
         self.size: int | None = None
+        #: How many parts make it complete.
+        self.needed = math.inf
         self.added: set[str] = set()
         #: Packed; empty: not known yet.
         self.plan = b""
@@ -69,10 +72,6 @@ class Chord:
     def total(self) -> int | None:
         """How many parts it takes."""
         return None if self.size is None else self.size + len(self.added)
-
-    @property
-    def complete(self) -> bool:
-        return self.size is not None and len(self.parts) >= self.size + len(self.added) and bool(self.plan)
 
     def messages(self) -> Iterator[Held]:
         for level in self.held:
@@ -129,41 +128,49 @@ class Reducer:
             chord = chords.get(event.chord)
             if chord is None:
                 chord = chords[event.chord] = Chord(event.chord)
-            self._learn(chord, event, rest)
-            self._hold(
-                chord,
-                Held(delivery.delivery_tag, now, len(delivery.body), [p[0] for p in event.parts], _more(event)),
-            )
-            if chord.complete:
+            more = event.size is not None or bool(event.added) or bool(event.plan)
+            if more:
+                self._learn(chord, event, rest)
+            at = event.at
+            if at > chord.at:
+                chord.at = at
+            since = event.since or at
+            if since < chord.since:
+                chord.since = since
+            parts = chord.parts
+            start = event.plan
+            for task_id, length in event.parts:
+                if task_id not in parts:
+                    parts[task_id] = rest[start : start + length]
+                    chord.last, chord.root = task_id, event.root
+                start += length
+            ids = tuple([task_id for task_id, _ in event.parts])
+            self._hold(chord, Held(delivery.delivery_tag, now, len(delivery.body), ids, more))
+            if len(parts) >= chord.needed:
                 self.complete[chord.id] = chord
 
     def _learn(self, chord: Chord, event: Event, rest: bytes) -> None:
-        since = event.since or event.at
-        if not chord.since or since < chord.since:
-            chord.since = since
-        chord.at = max(chord.at, event.at)
+        """What is told of a chord beside its parts."""
         if event.size is not None:
             chord.size = event.size
             # It was sent again.
             self._fired.pop(chord.id, None)
-        if event.added:
-            chord.added.update(event.added)
-        start = event.plan
-        if start:
-            chord.plan = rest[:start]
-        for task_id, length in event.parts:
-            if task_id not in chord.parts:
-                chord.parts[task_id] = rest[start : start + length]
-                chord.last, chord.root = task_id, event.root
-            start += length
+        chord.added.update(event.added)
+        if event.plan:
+            chord.plan = rest[: event.plan]
+        if chord.size is not None and chord.plan:
+            chord.needed = chord.size + len(chord.added)
 
     def _hold(self, chord: Chord, held: Held) -> None:
-        level = _level(held)
+        level, parts = 0, len(held.parts)
+        while parts >= MERGED:
+            level, parts = level + 1, parts // FEW
         while len(chord.held) <= level:
             chord.held.append([])
-        chord.held[level].append(held)
+        messages = chord.held[level]
+        messages.append(held)
         self.count += 1
-        if _is_crowded(chord.held[level], level):
+        if len(messages) >= FEW and _is_crowded(messages, level):
             self._crowded[chord.id] = chord
 
     # -- keeping what is held small
@@ -268,19 +275,7 @@ class Reducer:
         ]  # fmt: skip
 
 
-def _more(event: Event) -> bool:
-    return event.size is not None or bool(event.added) or bool(event.plan)
-
-
 def _is_crowded(messages: list[Held], level: int) -> bool:
     if not level:
         return len(messages) >= MERGED
     return len(messages) >= FEW and sum(held.size < LARGE for held in messages) >= FEW
-
-
-def _level(held: Held) -> int:
-    """How much was merged into a message already: 0 for a single event."""
-    level, parts = 0, len(held.parts)
-    while parts >= MERGED:
-        level, parts = level + 1, parts // FEW
-    return level

@@ -48,6 +48,8 @@ class Shard:
         self.reducer = Reducer()
         self.received: list[Delivery] = []
         self.cancelled = False
+        #: The delivery tags that are not acknowledged, in order.
+        self._open: dict[int, None] = {}
         #: The mark of this reader's first event: when it has come, so has all that was in the queue before.
         self._mark = ""
         self._caught_up = False
@@ -64,6 +66,7 @@ class Shard:
 
     def _receive(self, deliveries: list[Delivery]) -> None:
         self.received += deliveries
+        self._open.update(dict.fromkeys([delivery.delivery_tag for delivery in deliveries]))
 
     def _on_cancel(self, tag: str) -> None:
         self.cancelled = True
@@ -213,7 +216,12 @@ class Shard:
         for letter in letters:
             self._speak.post(self._channel, letter.message, letter.exchange, letter.routing_key)
         if tags:
-            self._speak.acknowledge(self._channel, tags, None)
+            for tag in tags:
+                del self._open[tag]
+            lowest = next(iter(self._open), None)
+            # One frame for those before all others.
+            up_to = max(tags) if lowest is None else max((tag for tag in tags if tag < lowest), default=None)
+            self._speak.acknowledge(self._channel, tags, up_to)
         self._speak.commit(self._channel)
 
 
