@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import platform
+import signal
 import time
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Callable
 
 import amqp
@@ -16,6 +18,8 @@ from celery.exceptions import ImproperlyConfigured
 from kombu.utils.uuid import uuid
 
 import fastres as package
+from fastres.chords.joiner import Joiner
+from fastres.chords.status import ask
 from fastres.connections import establish
 from fastres.native import Native, dialect
 from fastres.transport import Message
@@ -23,6 +27,7 @@ from fastres.transport import Message
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from fastres.chords.status import ShardStatus
     from fastres.transport import Dialect
 
 #: Seconds to wait for the probe's message.
@@ -31,7 +36,7 @@ PATIENCE = 5.0
 
 @click.group(name="fastres")
 def fastres() -> None:
-    """The AMQP result backend: what is installed, and does it work here."""
+    """The AMQP result backend: does it work here, and what of its chords."""
 
 
 @fastres.command(cls=CeleryCommand)
@@ -43,6 +48,72 @@ def doctor(ctx: Any) -> None:
     with contextlib.suppress(Failed):
         examine(ctx.obj.app, check)
     ctx.exit(check.conclude())
+
+
+@fastres.command(cls=CeleryCommand)
+@click.pass_context
+@handle_preload_options
+def joiner(ctx: Any) -> None:
+    """Join chords, until told to stop (Ctrl-C, SIGTERM): as workers do, without running tasks."""
+    backend = _backend_with_chords(ctx.obj.app)
+    ctx.obj.app.log.setup(loglevel="INFO")
+    running = Joiner(backend)
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, lambda *_: running.stop())
+    ctx.obj.echo(f"Joining the chords of {', '.join(_shards(backend))} at {backend.as_uri()}")
+    running.run()
+
+
+@fastres.command(cls=CeleryCommand)
+@click.option(
+    "--timeout", type=float, default=PATIENCE, show_default=True, help="Seconds to wait for each joiner."
+)
+@click.pass_context
+@handle_preload_options
+def status(ctx: Any, timeout: float) -> None:
+    """Show the open chords: parts that came, parts that are missing, and how old they are."""
+    backend = _backend_with_chords(ctx.obj.app)
+    silent = False
+    for shard in ask(backend, timeout):
+        silent = silent or shard.open is None
+        for line in _describe(shard):
+            ctx.obj.echo(line)
+    ctx.exit(int(silent))
+
+
+def _backend_with_chords(app: Any) -> Any:
+    backend = app.backend
+    if getattr(backend, "joiner", None) is None:
+        raise click.UsageError(f"result_backend {app.conf.result_backend!r} does not join chords; fastres:// does")
+    return backend
+
+
+def _shards(backend: Any) -> list[str]:
+    return [backend.addresses.chords(number).name for number in range(backend.options.chord_shards)]
+
+
+def _describe(shard: ShardStatus) -> Iterator[str]:
+    where = f"{shard.queue}: {shard.joiners} joiners, {shard.waiting} events waiting"
+    if not shard.joiners:
+        yield f"{where}. Nobody joins these chords: start a worker, or `celery -A proj fastres joiner`."
+        return
+    if shard.open is None:
+        yield f"{where}. The joiner did not answer."
+        return
+    yield f"{where}, {shard.open.count} open chords"
+    if shard.open.chords:
+        yield f"  {'chord':<36} {'parts':>9} {'missing':>9} {'age':>10} {'last part':>12}"
+    now = time.time()
+    for chord in shard.open.chords:
+        missing = "?" if chord.total is None else f"{chord.total - chord.parts:,}"
+        age, silence = (_duration(now - then) for then in (chord.since, chord.last))
+        yield f"  {chord.id:<36} {chord.parts:>9,} {missing:>9} {age:>10} {silence + ' ago':>12}"
+    if shard.open.count > len(shard.open.chords):
+        yield f"  ... and {shard.open.count - len(shard.open.chords):,} younger ones"
+
+
+def _duration(seconds: float) -> str:
+    return str(timedelta(seconds=max(0, int(seconds))))
 
 
 class Failed(Exception):
