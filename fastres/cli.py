@@ -189,6 +189,7 @@ def examine(app: Any, check: Checkup) -> None:
         with check.step("declare", may) as say:
             queue = backend.addresses.queue(address)
             say(f"queue {address.name}, {_milliseconds(lambda: speak.declare(queue))}")
+        _tell_of_chords(backend, speak, check)
         try:
             with check.step("publish", f"{may}; is the broker out of memory or disk?") as say:
                 how = "confirmed" if speak.confirms else "sent (this transport has no confirms)"
@@ -197,6 +198,17 @@ def examine(app: Any, check: Checkup) -> None:
                 say(f"read back, {_milliseconds(lambda: _consume(connection, speak, address.name))}")
         finally:
             speak.delete(speak.channel(), [address.name])
+
+
+def _tell_of_chords(backend: Any, speak: Dialect, check: Checkup) -> None:
+    if backend.joiner is None:
+        check.tell("chords", "none with this backend")
+    elif not speak.single_active_consumer:
+        check.tell("chords", "joined by celery.chord_unlock (the broker has no single active consumers)")
+    else:
+        states = [speak.inspect(name) for name in _shards(backend)]
+        joiners = [0 if state is None else state.consumers for state in states]
+        check.tell("chords", f"{min(joiners)} workers or joiners at {', '.join(_shards(backend))}")
 
 
 def _broker(connection: Any, speak: Dialect) -> Iterator[str]:

@@ -23,7 +23,7 @@ from fastres.logs import logger
 from fastres.transport import Busy, Dialect, is_open, make_delivery
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
 
     from fastres._protocols import Delivery, Frame
     from fastres.transport import Post, QueueState, Receiver
@@ -385,7 +385,7 @@ class Native(Dialect):
         channel.send_method(spec.Tx.Commit)
         self._await(channel, {COMMIT_OK: 1})
 
-    def leave(self, channel: Any, tags: Sequence[str], unacknowledged: Sequence[Any]) -> None:
+    def leave(self, channel: Any, tags: Sequence[str], unacknowledged: Collection[Any]) -> None:
         """Stop consuming; what was not acknowledged goes back to where it was in its queue.
 
         Only if there is such is the broker's answer waited for: whoever ends a wait has no need of it.

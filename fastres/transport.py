@@ -11,7 +11,7 @@ from fastres._impl import Delivery
 from fastres._protocols import COMPRESSION, KEEP
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
 
     from fastres._protocols import Delivery as DeliveryProtocol
 
@@ -171,12 +171,12 @@ class Dialect:
             channel.basic_cancel(tag)
         channel.basic_qos(0, 0, False)
 
-    def leave(self, channel: Any, tags: Sequence[str], unacknowledged: Sequence[Any]) -> None:
+    def leave(self, channel: Any, tags: Sequence[str], unacknowledged: Collection[Any]) -> None:
         if getattr(channel, "closed", False):
             return
         for tag in tags:
             channel.basic_cancel(tag)
-        for tag in reversed(unacknowledged):
+        for tag in reversed(list(unacknowledged)):
             channel.basic_reject(tag, requeue=True)
         channel.close()
 

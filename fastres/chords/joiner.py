@@ -7,6 +7,7 @@ one joiner at a time read a shard; the others stand by.
 from __future__ import annotations
 
 import contextlib
+import math
 import socket
 import threading
 import time
@@ -16,10 +17,12 @@ from kombu.exceptions import OperationalError
 
 from fastres.chords.bodies import Bodies, Failed, Letter, Publisher
 from fastres.chords.forks import busy
+from fastres.chords.reducer import LARGE
 from fastres.chords.shard import Shard
 from fastres.connections import abandon, establish
 from fastres.logs import logger
 from fastres.native import Native, dialect
+from fastres.store import SIZE_LIMIT
 from fastres.transport import is_open
 
 if TYPE_CHECKING:
@@ -35,8 +38,8 @@ GATHER = 0.002
 PATIENCE = 30.0
 #: Seconds between two attempts to connect, the first and the longest.
 FIRST_RETRY, LONGEST_RETRY = 0.2, 10.0
-#: Seconds between two looks at chords that have grown old.
-ROUND = 1.0
+#: Seconds between two looks at chords that have grown old, and at how the shards are shared out.
+ROUND, LONG_ROUND = 1.0, 10.0
 
 
 class Joiner:
@@ -66,6 +69,8 @@ class Joiner:
         #: chord in the last one the broker closed the channel.
         self.firing: list[Chord] = []
         self.careful = False
+        #: Bytes from which messages are not merged any more.
+        self.largest = LARGE
         #: Chords that the broker refused, and how it said so.
         self._refused: dict[str, str] = {}
         #: Chords that have failed, and whether their errbacks have been told.
@@ -135,7 +140,7 @@ class Joiner:
 
     def _serve(self, shards: list[Shard]) -> None:
         options, expires = self.backend.options, self.backend.expires
-        next_round = 0.0
+        next_round, next_long_round = 0.0, time.monotonic() + LONG_ROUND
         while not self._stopping.is_set():
             # What came while a commit was waited for needs no reading.
             if not any(shard.received for shard in shards):
@@ -149,10 +154,25 @@ class Joiner:
                         shard.look_after(options.chord_renewal, expires)
                     if self._connection.heartbeat:
                         self._connection.heartbeat_check()
+                if len(shards) > 1 and time.monotonic() >= next_long_round:
+                    next_long_round = time.monotonic() + LONG_ROUND
+                    self._share_out(shards)
                 if any(shard.cancelled for shard in shards):
                     raise ConnectionResetError("the queue of a shard was deleted")
             if any(worked):
                 time.sleep(GATHER)
+
+    def _share_out(self, shards: list[Shard]) -> None:
+        """Leave shards to joiners that came later."""
+        active = [number for number, shard in enumerate(shards) if shard.active]
+        if not active:
+            return
+        self._speak.hand_back()
+        states = [self._speak.inspect(shard.name) for shard in shards]
+        joiners = max((state.consumers for state in states if state is not None), default=1)
+        for number in active[math.ceil(len(shards) / max(joiners, 1)) :]:
+            shards[number].leave()
+            shards[number] = Shard(self, self._speak, number)
 
     def _leave(self) -> None:
         connection, self._connection, self._speak = self._connection, None, None
@@ -166,6 +186,9 @@ class Joiner:
     def _complain(self, exc: Exception) -> None:
         firing, self.firing = self.firing, []
         channel_errors = getattr(self._connection, "channel_errors", ())
+        limit = SIZE_LIMIT.search(getattr(exc, "reply_text", None) or "")
+        if limit is not None:
+            self.largest = min(self.largest, int(limit[2]) // 2)
         if firing and isinstance(exc, channel_errors):
             # One of them is not to the broker's taste: which one is found out by sending them one by one.
             self.careful = len(firing) > 1

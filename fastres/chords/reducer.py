@@ -88,9 +88,14 @@ class Merge(NamedTuple):
 
 
 class Reducer:
-    """See the module."""
+    """See the module.
 
-    def __init__(self) -> None:
+    Args:
+        largest: bytes from which a message is not merged any more.
+    """
+
+    def __init__(self, largest: int = LARGE) -> None:
+        self._largest = largest
         self.chords: dict[str, Chord] = {}
         #: Chords that have all they take.
         self.complete: dict[str, Chord] = {}
@@ -170,7 +175,7 @@ class Reducer:
         messages = chord.held[level]
         messages.append(held)
         self.count += 1
-        if len(messages) >= FEW and _is_crowded(messages, level):
+        if len(messages) >= FEW and self._is_crowded(messages, level):
             self._crowded[chord.id] = chord
 
     # -- keeping what is held small
@@ -182,7 +187,7 @@ class Reducer:
             if chord.id in self.complete:
                 continue
             for level, messages in enumerate(chord.held):
-                if _is_crowded(messages, level) and (merge := self._merge(chord, messages)):
+                if self._is_crowded(messages, level) and (merge := self._merge(chord, messages)):
                     yield merge
 
     def tighten(self) -> Iterator[Merge]:
@@ -198,8 +203,13 @@ class Reducer:
             if old:
                 yield self._replace(chord, old)
 
+    def _is_crowded(self, messages: list[Held], level: int) -> bool:
+        if not level:
+            return len(messages) >= MERGED
+        return len(messages) >= FEW and sum(held.size < self._largest for held in messages) >= FEW
+
     def _merge(self, chord: Chord, messages: list[Held]) -> Merge | None:
-        mergeable = [held for held in messages if held.size < LARGE]
+        mergeable = [held for held in messages if held.size < self._largest]
         return self._replace(chord, mergeable) if len(mergeable) > 1 else None
 
     def _replace(self, chord: Chord, messages: list[Held]) -> Merge:
@@ -207,7 +217,7 @@ class Reducer:
         bodies: list[bytes] = []
         more = any(held.more for held in messages)
         ids: list[str] = []
-        size = 0
+        size = len(chord.plan) if more else 0
 
         def close() -> None:
             nonlocal ids, size, more
@@ -218,7 +228,7 @@ class Reducer:
         for task_id in dict.fromkeys(task_id for held in messages for task_id in held.parts):
             ids.append(task_id)
             size += len(chord.parts[task_id])
-            if size >= LARGE:
+            if size >= self._largest:
                 close()
         if ids or more or not bodies:
             close()
@@ -273,9 +283,3 @@ class Reducer:
             if (seconds and chord.at < wall - seconds)
             or (chord.size is None and self._fired.get(chord.id, now) < now - GRACE)
         ]  # fmt: skip
-
-
-def _is_crowded(messages: list[Held], level: int) -> bool:
-    if not level:
-        return len(messages) >= MERGED
-    return len(messages) >= FEW and sum(held.size < LARGE for held in messages) >= FEW

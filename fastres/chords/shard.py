@@ -45,7 +45,7 @@ class Shard:
         self._speak = speak
         address = joiner.addresses.chords(number)
         self.name = address.name
-        self.reducer = Reducer()
+        self.reducer = Reducer(joiner.largest)
         self.received: list[Delivery] = []
         self.cancelled = False
         #: The delivery tags that are not acknowledged, in order.
@@ -62,7 +62,18 @@ class Shard:
                 f"queue {self.name!r} is there without x-single-active-consumer, and cannot be read by one joiner "
                 "at a time: stop the workers, delete it, and start them again"
             )
-        speak.consume(self._channel, self.name, f"fastres-joiner-{number}", self._receive, self._on_cancel)
+        self._tag = f"fastres-joiner-{number}"
+        speak.consume(self._channel, self.name, self._tag, self._receive, self._on_cancel)
+
+    @property
+    def active(self) -> bool:
+        """Whether this is the joiner that reads, as far as it has noticed."""
+        return bool(self._mark)
+
+    def leave(self) -> None:
+        """Let the next one in the line read."""
+        self._speak.hand_back()
+        self._speak.leave(self._channel, [self._tag], self._open)
 
     def _receive(self, deliveries: list[Delivery]) -> None:
         self.received += deliveries
