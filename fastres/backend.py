@@ -289,11 +289,11 @@ class AMQPBackend(Backend):  # type: ignore[misc]
 
     def _outbox(self, task_id: str, state: str, request: Any) -> Address | None:
         """Where a state is sent, None: nobody wants it."""
+        if not self.options.keep_chord_results and shard_of(getattr(request, "chord", None)) is not None:
+            return None
         group_id = self._groups.in_request(request) or self._groups.find(task_id)
         if not group_id:
             return self.addresses.task(task_id)
-        if not self.options.keep_chord_results and shard_of(getattr(request, "chord", None)) is not None:
-            return None
         if state in states.READY_STATES:
             return self.addresses.group(group_id)
         # Apart from the results, so that the number of messages is the number of results.

@@ -189,8 +189,8 @@ class Joiner:
         limit = SIZE_LIMIT.search(getattr(exc, "reply_text", None) or "")
         if limit is not None:
             self.largest = min(self.largest, int(limit[2]) // 2)
-        if firing and isinstance(exc, channel_errors):
-            # One of them is not to the broker's taste: which one is found out by sending them one by one.
+        if firing and not isinstance(exc, self.lost):
+            # One of them cannot be sent, or is not to the broker's taste: sending them one by one tells which.
             self.careful = len(firing) > 1
             if not self.careful:
                 self._refused[firing[0].id] = getattr(exc, "reply_text", None) or repr(exc)
