@@ -30,7 +30,7 @@ from fastres._protocols import COMPRESSION, KEEP, Meta
 from fastres.addresses import Address, Addresses
 from fastres.connections import Connector
 from fastres.errors import BacklogLimitExceeded
-from fastres.groups import Groups, leaves, own_groups
+from fastres.groups import Groups, leaves, members_to_come, own_groups
 from fastres.join import Join, Reader
 from fastres.link import Link
 from fastres.logs import Reports
@@ -195,9 +195,17 @@ class AMQPBackend(Backend):  # type: ignore[misc]
         group_id = group_id or self._groups.find(task_id)
         return self.addresses.group(group_id) if group_id else self.addresses.task(task_id)
 
-    def _on_publish(self, sender: Any = None, headers: Any = None, **kwargs: Any) -> None:
-        """Remember which group a task that this process sends belongs to, or that it belongs to none."""
-        if not headers or headers.get("ignore_result") or "id" not in headers:
+    def _on_publish(self, sender: Any = None, headers: Any = None, body: Any = None, **kwargs: Any) -> None:
+        """Remember which group a task that this process sends belongs to, or that it is in none; and the groups
+        of the tasks that it carries along for the worker to send.
+        """
+        if not headers or "id" not in headers:
+            return
+        embedded = body[2] if isinstance(body, tuple) and len(body) == 3 else {}
+        for signature in (*(embedded.get("chain") or ()), *(embedded.get("callbacks") or ())):
+            for group_id, member in members_to_come(signature):
+                self._groups.add(group_id, (member,))
+        if headers.get("ignore_result"):
             return
         task_id = headers["id"]
         if headers.get("group_index") is not None:
@@ -630,7 +638,7 @@ class AMQPBackend(Backend):  # type: ignore[misc]
     def _save_group(self, group_id: str, result: GroupResult) -> GroupResult:
         self._groups.know(result)
         alone = [leaf.id for leaf in leaves(result.results) if self._groups.is_alone(leaf.id)]
-        self._saved.save(group_id, result, alone)
+        self._saved.save(group_id, result, alone, self._groups.elsewhere(result))
         return result
 
     def _restore_group(self, group_id: str) -> dict[str, Any] | None:
@@ -640,6 +648,8 @@ class AMQPBackend(Backend):  # type: ignore[misc]
         group = result_from_tuple((saved.identity, saved.children), self.app)
         for task_id in saved.alone:
             self._groups.add_alone(task_id)
+        for elsewhere, task_ids in saved.elsewhere.items():
+            self._groups.add(elsewhere, task_ids)
         self._groups.know(group)
         return {"result": group}
 
