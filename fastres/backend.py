@@ -199,17 +199,23 @@ class AMQPBackend(Backend):  # type: ignore[misc]
         """Remember which group a task that this process sends belongs to, or that it is in none; and the groups
         of the tasks that it carries along for the worker to send.
         """
-        if not headers or "id" not in headers:
+        if isinstance(body, dict) and "task" in body:
+            # Message protocol 1: the worker knows the parts of chords as members of their group, and no others.
+            task, embedded = body, body
+            group_id = body.get("taskset") if body.get("chord") else None
+        elif headers and "id" in headers:
+            task, embedded = headers, body[2] if isinstance(body, tuple) and len(body) == 3 else {}
+            group_id = headers["group"] if headers.get("group_index") is not None else None
+        else:
             return
-        embedded = body[2] if isinstance(body, tuple) and len(body) == 3 else {}
         for signature in (*(embedded.get("chain") or ()), *(embedded.get("callbacks") or ())):
-            for group_id, member in members_to_come(signature):
-                self._groups.add(group_id, (member,))
-        if headers.get("ignore_result"):
+            for of_group, member in members_to_come(signature):
+                self._groups.add(of_group, (member,))
+        if task.get("ignore_result"):
             return
-        task_id = headers["id"]
-        if headers.get("group_index") is not None:
-            self._groups.add(headers["group"], (task_id,))
+        task_id = task["id"]
+        if group_id is not None:
+            self._groups.add(group_id, (task_id,))
         else:
             self._groups.add_alone(task_id)
         # It may have run before: what is known of that is about to change.
@@ -418,6 +424,10 @@ class AMQPBackend(Backend):  # type: ignore[misc]
             on_message=on_message,
             ready_states=ready_states,
         ):
+            # As Celery's other backends do after each message: AsyncResult.get looks at the parents there, and
+            # raises what made a chord's header fail instead of the ChordError of its body.
+            if on_interval is not None:
+                on_interval()
             return meta
         raise AssertionError("a wait ends with a result or with an exception")
 

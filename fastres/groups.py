@@ -108,9 +108,12 @@ class Groups(GroupTable):
     def in_request(self, request: Any) -> str | None:
         """The group that the task of a request is a member of.
 
-        The body of a chord carries the group id of its header, but is no member of it: it has no index there.
+        The body of a chord carries the group id of its header, but is no member of it: it has no index there, and
+        is no part of a chord. Tasks that were sent with Celery's message protocol 1 have no index anywhere.
         """
-        if self._member_queues or getattr(request, "group_index", None) is None:
+        if self._member_queues:
+            return None
+        if getattr(request, "group_index", None) is None and not getattr(request, "chord", None):
             return None
         return getattr(request, "group", None)
 
