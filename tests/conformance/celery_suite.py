@@ -33,9 +33,10 @@ GUARD = re.compile(
 STARTUP = 60  # seconds that a process may take on top of the first test's: it imports, connects, starts its worker
 
 #: Its time limits and tries are not those of the suite, which has up to six tries of 300 seconds for many tests.
+#: The worker is there for those too that rely on a test before them to have started it.
 PYTEST = (
     "pytest -q -p celery.contrib.pytest -p no:timeout -p no:rerunfailures -p no:cacheprovider -p no:benchmark "
-    "-p no:hypothesispytest -o addopts="
+    "-p no:hypothesispytest -o addopts= -o usefixtures=celery_session_worker"
 )
 
 
@@ -188,6 +189,7 @@ def _process(suite: Suite, tests: Sequence[str], backend: str, node: Node, store
     environment = {
         "TEST_BROKER": f"amqp://guest:guest@{HOST}:{node.port}/{vhost}",
         "TEST_BACKEND": backend,
+        "WORKER_LOGLEVEL": "INFO",  # of which some tests read the log
         "REDIS_HOST": HOST,
         "REDIS_PORT": str(store.port),
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
