@@ -35,7 +35,7 @@ from fastres.chords.log import Log, shard_of
 from fastres.chords.worker import attend
 from fastres.connections import Connector
 from fastres.errors import BacklogLimitExceeded
-from fastres.groups import Groups, leaves, own_groups
+from fastres.groups import Groups, leaves, members_to_come, own_groups
 from fastres.join import Join, Reader
 from fastres.link import Link
 from fastres.logs import Reports
@@ -204,13 +204,27 @@ class AMQPBackend(Backend):  # type: ignore[misc]
         group_id = group_id or self._groups.find(task_id)
         return self.addresses.group(group_id) if group_id else self.addresses.task(task_id)
 
-    def _on_publish(self, sender: Any = None, headers: Any = None, **kwargs: Any) -> None:
-        """Remember which group a task that this process sends belongs to, or that it belongs to none."""
-        if not headers or headers.get("ignore_result") or "id" not in headers:
+    def _on_publish(self, sender: Any = None, headers: Any = None, body: Any = None, **kwargs: Any) -> None:
+        """Remember which group a task that this process sends belongs to, or that it is in none; and the groups
+        of the tasks that it carries along for the worker to send.
+        """
+        if isinstance(body, dict) and "task" in body:
+            # Message protocol 1: the worker knows the parts of chords as members of their group, and no others.
+            task, embedded = body, body
+            group_id = body.get("taskset") if body.get("chord") else None
+        elif headers and "id" in headers:
+            task, embedded = headers, body[2] if isinstance(body, tuple) and len(body) == 3 else {}
+            group_id = headers["group"] if headers.get("group_index") is not None else None
+        else:
             return
-        task_id = headers["id"]
-        if headers.get("group_index") is not None:
-            self._groups.add(headers["group"], (task_id,))
+        for signature in (*(embedded.get("chain") or ()), *(embedded.get("callbacks") or ())):
+            for of_group, member in members_to_come(signature):
+                self._groups.add(of_group, (member,))
+        if task.get("ignore_result"):
+            return
+        task_id = task["id"]
+        if group_id is not None:
+            self._groups.add(group_id, (task_id,))
         else:
             self._groups.add_alone(task_id)
         # It may have run before: what is known of that is about to change.
@@ -437,6 +451,10 @@ class AMQPBackend(Backend):  # type: ignore[misc]
             on_message=on_message,
             ready_states=ready_states,
         ):
+            # As Celery's other backends do after each message: AsyncResult.get looks at the parents there, and
+            # raises what made a chord's header fail instead of the ChordError of its body.
+            if on_interval is not None:
+                on_interval()
             return meta
         raise AssertionError("a wait ends with a result or with an exception")
 
@@ -657,7 +675,7 @@ class AMQPBackend(Backend):  # type: ignore[misc]
     def _save_group(self, group_id: str, result: GroupResult) -> GroupResult:
         self._groups.know(result)
         alone = [leaf.id for leaf in leaves(result.results) if self._groups.is_alone(leaf.id)]
-        self._saved.save(group_id, result, alone)
+        self._saved.save(group_id, result, alone, self._groups.elsewhere(result))
         return result
 
     def _restore_group(self, group_id: str) -> dict[str, Any] | None:
@@ -667,6 +685,8 @@ class AMQPBackend(Backend):  # type: ignore[misc]
         group = result_from_tuple((saved.identity, saved.children), self.app)
         for task_id in saved.alone:
             self._groups.add_alone(task_id)
+        for elsewhere, task_ids in saved.elsewhere.items():
+            self._groups.add(elsewhere, task_ids)
         self._groups.know(group)
         return {"result": group}
 
