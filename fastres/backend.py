@@ -780,6 +780,10 @@ class AMQPBackend(Backend):  # type: ignore[misc]
         """Called when a task of a chord's header has returned or raised, or was revoked."""
         self._chords.part(request, state, result)
 
+    def fail_part(self, request: Any, exc: Exception, told: list[str]) -> None:
+        """A chord in the header of a chord has failed; ``told`` are errbacks that know."""
+        self._chords.part(request, states.FAILURE, exc, told)
+
     def chord_error_from_stack(self, callback: Any, exc: BaseException | None = None) -> Any:
         """As in Celery; the failure goes to the body's address, which only its signature knows."""
         options = getattr(callback, "options", None) or {}

@@ -240,7 +240,7 @@ class Joiner:
         def tell() -> None:
             with busy():
                 try:
-                    bodies.fail(failed)
+                    bodies.fail(chord, failed)
                 except Exception:
                     logger.exception("The errbacks of chord %s could not be told of: %s", chord.id, failed)
                 if chord.id in self._told:

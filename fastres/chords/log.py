@@ -86,8 +86,12 @@ class Log:
         now = time.time()
         self._send(shard, chord_id, write_event(Event(chord_id, at=now, size=size, plan=len(plan)), plan))
 
-    def part(self, request: Any, state: str, result: Any) -> None:
-        """A task of a chord's header has returned or raised, or was revoked."""
+    def part(self, request: Any, state: str, result: Any, told: list[str] | None = None) -> None:
+        """A task of a chord's header has returned or raised, or was revoked.
+
+        Args:
+            told: errbacks that know of it already.
+        """
         shard = shard_of(request.chord)
         chord_id, task_id = request.group, request.id
         if shard is None or chord_id is None or task_id is None:
@@ -100,6 +104,8 @@ class Log:
         event = Event(
             chord_id, at=time.time(), parts=[(task_id, len(packed))], root=root if root and root != task_id else ""
         )
+        if told:
+            event.told = told
         self._send(shard, task_id, write_event(event, parts=(packed,)))
 
     def add(self, chord_id: str, task_id: str, body: Any) -> None:

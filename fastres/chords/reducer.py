@@ -49,7 +49,7 @@ class Held(NamedTuple):
 class Chord:
     """What is known of a chord."""
 
-    __slots__ = ("added", "at", "held", "id", "last", "needed", "parts", "plan", "root", "since", "size")
+    __slots__ = ("added", "at", "held", "id", "last", "needed", "parts", "plan", "root", "since", "size", "told")
 
     def __init__(self, id: str) -> None:
         self.id = id
@@ -59,6 +59,8 @@ class Chord:
         #: How many parts make it complete.
         self.needed = math.inf
         self.added: set[str] = set()
+        #: Errbacks that know already that a part has failed.
+        self.told: set[str] = set()
         #: Packed; empty: not known yet.
         self.plan = b""
         #: Packed parts by task id.
@@ -134,7 +136,7 @@ class Reducer:
                 continue
             if chord is None:
                 chord = chords[event.chord] = Chord(event.chord)
-            more = event.size is not None or bool(event.added) or bool(event.plan)
+            more = event.size is not None or bool(event.added or event.plan or event.told)
             if more:
                 self._learn(chord, event, rest)
             at = event.at
@@ -166,6 +168,7 @@ class Reducer:
             # It was sent again.
             self._fired.pop(chord.id, None)
         chord.added.update(event.added)
+        chord.told.update(event.told)
         if event.plan:
             chord.plan = rest[: event.plan]
         if chord.size is not None and chord.plan:
@@ -247,7 +250,8 @@ class Reducer:
             root=chord.root, mark=mark,
         )  # fmt: skip
         if more:
-            event.size, event.added, event.plan = chord.size, sorted(chord.added), len(chord.plan)
+            event.size, event.plan = chord.size, len(chord.plan)
+            event.added, event.told = sorted(chord.added), sorted(chord.told)
         return write_event(event, chord.plan if more else b"", packed)
 
     # -- after a commit
