@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from itertools import islice
-from operator import attrgetter
+from operator import attrgetter, itemgetter
 from typing import TYPE_CHECKING, Any
 
 from celery import states
@@ -24,10 +24,14 @@ __all__ = ("Feed", "Inbox", "Mailbox")
 
 #: Seconds between two attempts to be the one reader of a queue.
 TURN = 0.1
-#: Results that were handed over and are kept for joins that come late, in each feed.
-REMEMBERED = 1000
+#: Results that were handed over and are kept for joins that come late, in each feed: few, because while thousands
+#: rush by, each that is kept pushes out of the processor's cache what the next one needs.
+REMEMBERED = 250
 #: Whether a delivery is to stay in its queue.
 KEPT = attrgetter("keep")
+TAG = attrgetter("delivery_tag")
+#: What a result came with.
+MARK = itemgetter(0)
 #: Final results that came to the mailbox and nobody has asked for yet.
 UNCLAIMED = 8192
 
@@ -47,8 +51,7 @@ class Opening:
 
     def receive(self, deliveries: list[Delivery]) -> None:
         """Called with deliveries of one consumer."""
-        tags = [delivery.delivery_tag for delivery in deliveries]
-        self.unacknowledged.update(dict.fromkeys(tags, deliveries[0].consumer_tag))
+        self.unacknowledged.update(dict.fromkeys(map(TAG, deliveries), deliveries[0].consumer_tag))
         if self is self.inbox.opening:
             self.inbox.received.append(deliveries)
 
@@ -61,8 +64,8 @@ class Opening:
 
     def settle(self, deliveries: Iterable[Delivery]) -> list[Any]:
         """The delivery tags that were not acknowledged before, and are about to be."""
-        waiting = self.unacknowledged
-        return [delivery.delivery_tag for delivery in deliveries if waiting.pop(delivery.delivery_tag, None)]
+        settle = self.unacknowledged.pop
+        return [tag for tag in map(TAG, deliveries) if settle(tag, None)]
 
     def acknowledge(self, tags: list[Any]) -> None:
         """Acknowledge in as few frames as possible."""
@@ -251,7 +254,7 @@ class Feed(Inbox):
     def attach(self, join: Join) -> None:
         waiting = self._waiting()
         self.joins.append(join)
-        join.offer([(None, task_id, meta) for _, task_id, meta in self._last], None, None)
+        join.offer(list(self._last), None, None)
         for batch in waiting:
             join.offer(batch.arrivals, self, batch.opening)
 
@@ -284,12 +287,12 @@ class Feed(Inbox):
         opening: Opening | None = batch.opening
         if not arrivals or opening is None:
             return
-        self._last.extend(arrivals)
+        self._last.extend([(None, task_id, meta) for _, task_id, meta in arrivals[-REMEMBERED:]])
         if not self.take:
             return
         if self._alone:
             self._finished += [opening.address_of(delivery) for delivery, _, _ in arrivals]
-        taken = self._acknowledge(opening, [delivery for delivery, _, _ in arrivals])
+        taken = self._acknowledge(opening, map(MARK, arrivals))
         if not self._alone:
             self.reader.count_taken(self.addresses[-1], taken)
 
@@ -321,7 +324,7 @@ class Feed(Inbox):
             if meta["status"] in states.READY_STATES:
                 self._report_repeated(opening, delivery, task_id)
         if self.take and repeated:
-            self._acknowledge(opening, [delivery for delivery, _, _ in repeated])
+            self._acknowledge(opening, map(MARK, repeated))
         for delivery, task_id, meta in foreign:
             self._emptied = False
             if self._alone:
