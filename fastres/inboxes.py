@@ -29,7 +29,7 @@ TURN = 0.1
 REMEMBERED = 250
 #: Whether a delivery is to stay in its queue.
 KEPT = attrgetter("keep")
-TAG = attrgetter("delivery_tag")
+TAG, CONSUMER = attrgetter("delivery_tag"), attrgetter("consumer_tag")
 #: What a result came with.
 MARK = itemgetter(0)
 #: Final results that came to the mailbox and nobody has asked for yet.
@@ -50,10 +50,13 @@ class Opening:
         self.cancelled = False
 
     def receive(self, deliveries: list[Delivery]) -> None:
-        """Called with deliveries of one consumer."""
-        self.unacknowledged.update(dict.fromkeys(map(TAG, deliveries), deliveries[0].consumer_tag))
+        """Called with deliveries of the consumers."""
+        if len(self.addresses) == 1:
+            self.unacknowledged.update(dict.fromkeys(map(TAG, deliveries), deliveries[0].consumer_tag))
+        else:
+            self.unacknowledged.update(zip(map(TAG, deliveries), map(CONSUMER, deliveries)))
         if self is self.inbox.opening:
-            self.inbox.received.append(deliveries)
+            self.inbox.received += deliveries
 
     def on_cancel(self, tag: str) -> None:
         """The queue was deleted under its consumer."""
@@ -85,8 +88,8 @@ class Inbox:
         self.addresses = addresses
         self.joins: list[Join] = []
         self.opening: Opening | None = None
-        #: Deliveries that came since the last flush, those of one consumer in a list.
-        self.received: list[list[Delivery]] = []
+        #: Deliveries that came since the last flush.
+        self.received: list[Delivery] = []
         #: When to try again to be the one reader, on the monotonic clock.
         self.retry_at: float | None = None
         self._exclusive = exclusive
@@ -124,9 +127,8 @@ class Inbox:
     def flush(self) -> None:
         """Hand on what was received."""
         received, self.received = self.received, []
-        for deliveries in received:
-            if self.opening is not None:
-                self._deliver(self.opening, deliveries)
+        if received and self.opening is not None:
+            self._deliver(self.opening, received)
         if self.opening is not None and self.opening.cancelled:
             self.reader.link.attempt(self._reopen)
 

@@ -109,19 +109,23 @@ class Native(Dialect):
             (receiver,) = self._receivers.values()
             receiver(deliveries)
             return others
-        start = 0
-        for stop in range(1, len(deliveries) + 1):
-            first = deliveries[start]
-            if (
-                stop == len(deliveries)
-                or deliveries[stop].consumer_tag != first.consumer_tag
-                or deliveries[stop].channel_id != first.channel_id
-            ):
-                its = self._receivers.get((first.channel_id, first.consumer_tag))
-                # Without one it was cancelled: the messages go back when its channel is closed.
-                if its is not None:
-                    its(deliveries[start:stop])
-                start = stop
+        # What comes for one receiver is given to it together, whichever of its consumers it came for.
+        before_it: tuple[int, str] | None = None
+        its: Receiver | None = None
+        together: list[Delivery] = []
+        for delivery in deliveries:
+            consumer = delivery.channel_id, delivery.consumer_tag
+            if consumer != before_it:
+                other = self._receivers.get(consumer)
+                if other != its:
+                    if its is not None:
+                        its(together)
+                    its, together = other, []
+                before_it = consumer
+            together.append(delivery)
+        # Without one it was cancelled: the messages go back when its channel is closed.
+        if its is not None:
+            its(together)
         return others
 
     def _pass_on(self, frames: list[Frame]) -> None:
