@@ -72,9 +72,9 @@ class Opening:
 
     def acknowledge(self, tags: list[Any]) -> None:
         """Acknowledge in as few frames as possible."""
-        lowest = next(iter(self.unacknowledged), None)
-        if lowest is None:
-            all_up_to: Any = max(tags)
+        lowest, highest = next(iter(self.unacknowledged), None), max(tags)
+        if lowest is None or highest < lowest:
+            all_up_to: Any = highest
         else:
             all_up_to = max((tag for tag in tags if tag < lowest), default=None)
         self.speak.acknowledge(self.channel, tags, all_up_to)
@@ -442,29 +442,32 @@ class Mailbox(Inbox):
         ids = [task_id for _, task_id, _ in batch.arrivals[:count]]
         self._expected.difference_update(ids)
         for place in (self._arrived, self._unclaimed):
-            for task_id in ids:
-                place.pop(task_id, None)
+            if place:
+                for task_id in ids:
+                    place.pop(task_id, None)
         self._handed_over.update(dict.fromkeys(ids, True))
         self._trim()
 
     def _deliver(self, opening: Opening, deliveries: list[Delivery]) -> None:
         arrivals, _ = self._decode(opening, deliveries)
         news = []
+        came, per_group = (self._arrived, self._unclaimed, self._handed_over), self._per_group
         for arrival in arrivals:
             delivery, task_id, meta = arrival
             if meta["status"] not in states.READY_STATES:
                 self._states[task_id] = meta
-            elif task_id in self._arrived or task_id in self._unclaimed or task_id in self._handed_over:
+            elif task_id in came[0] or task_id in came[1] or task_id in came[2]:
                 self._report_repeated(opening, delivery, task_id)
                 continue
             else:
                 (self._arrived if task_id in self._expected else self._unclaimed)[task_id] = meta
-                self._states.pop(task_id, None)
+                if self._states:
+                    self._states.pop(task_id, None)
                 if self.on_final is not None:
                     self._to_tell.append((task_id, meta))
                 group_id = meta.get("group_id")
                 if group_id:
-                    self._per_group[group_id] = self._per_group.get(group_id, 0) + 1
+                    per_group[group_id] = per_group.get(group_id, 0) + 1
             news.append(arrival)
         self._trim()
         if self.joins:

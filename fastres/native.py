@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 __all__ = ("Native", "dialect")
 
-#: Bytes to read in one system call.
-CHUNK = 1 << 18
+#: Bytes to read in one system call: what is made of them should stay in the processor's cache.
+CHUNK = 1 << 17
 #: Queues that are declared and consumed from in one write: there must be room for the answers.
 PIPELINED = 200
 #: Queues with other arguments that are remembered: each is found out again at the cost of a channel.
@@ -333,7 +333,8 @@ class Native(Dialect):
     def acknowledge(self, channel: Any, tags: Sequence[int], all_up_to: int | None) -> None:
         """Acknowledge ``tags``, and everything up to and including ``all_up_to``."""
         acks = [] if all_up_to is None else [(all_up_to, True)]
-        acks += [(tag, False) for tag in tags if all_up_to is None or tag > all_up_to]
+        if all_up_to is None or all_up_to < max(tags):
+            acks += [(tag, False) for tag in tags if all_up_to is None or tag > all_up_to]
         # One message that stays makes those behind it be acknowledged one by one, but not written one by one.
         connection = self._connection.connection
         connection.transport.write(b"".join(_method(channel, spec.Basic.Ack, "Lb", ack) for ack in acks))
