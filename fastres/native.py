@@ -68,10 +68,7 @@ class Native(Dialect):
     @property
     def buffered(self) -> bool:
         """Whether there are bytes to read that the socket does not know of."""
-        transport = self._connection.connection.transport
-        return bool(transport._read_buffer) or (
-            hasattr(transport.sock, "pending") and transport.sock.pending() > 0
-        )
+        return _has_read_ahead(self._connection.connection.transport)
 
     @property
     def socket(self) -> Any:
@@ -197,7 +194,7 @@ class Native(Dialect):
             else:
                 declaration = _declaration(channel, queue)
         if not confirm:
-            self._heed()
+            self._heed(connection.transport)
         headers = dumps("F", (message.headers,)) if message.headers else b""
         frames = publication(
             channel.channel_id, connection.frame_max, exchange, routing_key, mandatory, message.body,
@@ -207,6 +204,8 @@ class Native(Dialect):
         connection.bytes_sent += 3 if declaration else 2
         connection.bytes_sent += -(-len(message.body) // (connection.frame_max - FRAME_OVERHEAD))
         self._returned = False
+        if not declaration and not confirm:
+            return True
         awaited = {DECLARE_OK: int(bool(declaration)), ACK: int(confirm)}
         try:
             self._await(channel, awaited)
@@ -232,7 +231,7 @@ class Native(Dialect):
     def _on_return(self, exc: BaseException, exchange: str, routing_key: str, message: Any) -> None:
         self._returned = True
 
-    def _heed(self) -> None:
+    def _heed(self, transport: Any) -> None:
         """Notice what the broker has said unasked: that a channel is closed, or that it is short of memory."""
         if detect_environment() != "default":
             with contextlib.suppress(socket.timeout):
@@ -241,7 +240,7 @@ class Native(Dialect):
         if self._poller is None:
             self._poller = select.poll()
             self._poller.register(self.socket, select.POLLIN)
-        while self.buffered or self._poller.poll(0):
+        while _has_read_ahead(transport) or self._poller.poll(0):
             self.drain(RECORD_TIMEOUT)
 
     def _await(self, channel: Any, awaited: dict[bytes, int]) -> None:
@@ -426,6 +425,11 @@ class Native(Dialect):
 def dialect(connection: Any) -> Dialect:
     """How to speak to the broker of an established kombu connection."""
     return Native(connection) if connection.transport.driver_name == "py-amqp" else Dialect(connection)
+
+
+def _has_read_ahead(transport: Any) -> bool:
+    """Whether there are bytes to read that the socket does not know of."""
+    return bool(transport._read_buffer) or (hasattr(transport.sock, "pending") and transport.sock.pending() > 0)
 
 
 def _method(channel: Any, signature: tuple[int, int], types: str, arguments: tuple[Any, ...]) -> bytes:
