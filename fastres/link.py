@@ -39,7 +39,7 @@ SLICE = 0.05
 BATCH = 1000
 #: While many results are awaited, bytes that a read waits for: at most, and for each result, where any has more.
 #: And for how many seconds, likewise. Fewer results than ``FEW`` are read as they come.
-PLENTY, EACH = 1 << 17, 200
+PLENTY, EACH = 1 << 18, 200
 LONGEST_GATHER, GATHER_FOR_EACH = 0.05, 5e-5
 FEW = 50
 #: Seconds after which a broker that does not answer is taken to be gone, and how far over a deadline that may go.

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 __all__ = ("Native", "dialect")
 
-#: Bytes to read in one system call: what is made of them should stay in the processor's cache.
-CHUNK = 1 << 17
+#: Bytes to read in one system call.
+CHUNK = 1 << 18
 #: Queues that are declared and consumed from in one write: there must be room for the answers.
 PIPELINED = 200
 #: Queues with other arguments that are remembered: each is found out again at the cost of a channel.
