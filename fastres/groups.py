@@ -134,11 +134,15 @@ class Groups(GroupTable):
                     break
         return group_id
 
-    def split(self, task_ids: Iterable[str]) -> tuple[list[str], dict[str, list[str]]]:
+    def split(self, task_ids: list[str]) -> tuple[list[str], dict[str, list[str]]]:
         """Task ids that are alone, and the others by their group."""
         alone: list[str] = []
         groups: dict[str, list[str]] = {}
         known = {} if self._member_queues else self._group_of
+        groups_known = set(map(known.get, task_ids))
+        if len(groups_known) == 1 and None not in groups_known:
+            # As a rule they are all of one group, and there may be a million of them.
+            return alone, {groups_known.pop(): task_ids}  # type: ignore[dict-item]
         for task_id in task_ids:
             group_id = known.get(task_id) or self.find(task_id)
             if group_id is None:
