@@ -6,6 +6,7 @@ import time
 from typing import TYPE_CHECKING, Any
 from zlib import crc32
 
+from celery import states
 from celery.canvas import _regen
 from celery.exceptions import ImproperlyConfigured
 from celery.result import GroupResult
@@ -96,6 +97,9 @@ class Log:
         chord_id, task_id = request.group, request.id
         if shard is None or chord_id is None or task_id is None:
             return
+        if wants_reference(request.chord) and state not in states.EXCEPTION_STATES:
+            # It is read from where results are.
+            result = None
         content_type, content_encoding, body = encode(
             self._backend.encode_result(result, state), self._backend.serializer
         )
