@@ -14,8 +14,9 @@ import pytest
 from backend_kit import Broker, until
 from celery import Celery, chord, uuid
 from celery.app.task import Context
+from celery.exceptions import ChordError
 from chord_kit import Unrun, finish
-from proj import dies_once, late
+from proj import dies_once, fail, late, patient_errback, tsum
 from proxy import Proxy
 from rabbitmq_node import Node
 from workers import JoinerProcess, Worker, client, start_python
@@ -266,6 +267,26 @@ def test_every_task_is_run_in_a_process_of_its_own(alive: Node, broker: Broker, 
             chord_of_late(unrun, number, size)
         assert sorted(unrun.wait(len(sizes), LONG)) == results_of(sizes)
         assert unrun.called() == []
+
+
+def test_processes_are_started_while_an_errback_takes_its_time(
+    alive: Node, options: dict[str, Any], tmp_path: Path
+) -> None:
+    gate = tmp_path / "gate"
+    with (
+        Worker(
+            alive.url, concurrency=4, worker_max_tasks_per_child=1, result_backend_transport_options=options
+        ) as worker,
+        worker.client(),
+    ):
+        errback = patient_errback.s(path=str(gate))
+        failing = chord([late.s(0, 1), fail.s("apples")])(tsum.s().on_error(errback))
+        until((tmp_path / "gate-waiting").exists, LONG)
+        # Before, each of the processes was waited for.
+        assert chord([late.s(0, 1)] * 12)(tsum.s()).get(timeout=30) == 12
+        gate.touch()
+        with pytest.raises(ChordError):
+            failing.get(timeout=LONG, follow_parents=False)
 
 
 # -- the broker, and the way to it
