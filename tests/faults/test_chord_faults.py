@@ -107,11 +107,15 @@ def killed_joiners(app: Celery, folder: Path, longest: float = 0.8) -> Iterator[
     # What is printed is shown with a failure.
     print("seed", seed)
     process = start_python(KILLED.format(seed=seed, stop=str(stop), longest=longest), app)
+    killed = ""
     try:
+        assert process.stdout
+        killed = process.stdout.readline()
         yield stop.touch
     finally:
         process.kill()
-        killed, err = process.communicate()
+        more, err = process.communicate()
+        killed += more
         print(killed.count("killed"), "joiners were killed", err)
     assert killed.count("killed") >= 5, err
 
@@ -119,6 +123,14 @@ def killed_joiners(app: Celery, folder: Path, longest: float = 0.8) -> Iterator[
 def begun(unrun: Unrun, sizes: list[int]) -> list[Context]:
     """Begin chords of these sizes, with their numbers as names; the requests of all their tasks."""
     return [request for number, size in enumerate(sizes) for request in unrun.begin(size, number)]
+
+
+def finish_in(seconds: float, unrun: Unrun, requests: list[Context]) -> None:
+    """The tasks return, one after the other, for so long."""
+    begin = time.monotonic()
+    for done, request in enumerate(requests):
+        finish(unrun, [request])
+        time.sleep(max(0.0, begin + seconds * done / len(requests) - time.monotonic()))
 
 
 def results_of(sizes: list[int]) -> list[tuple[int, list[int]]]:
@@ -135,11 +147,7 @@ def test_joiners_are_killed_at_random_moments(app: Celery, unrun: Unrun, tmp_pat
     requests += random.sample(requests, len(requests) // 50)
     order = sorted(range(len(requests)), key=lambda at: at + random.uniform(0, 300))
     with killed_joiners(app, tmp_path) as spare:
-        begin = time.monotonic()
-        for done, at in enumerate(order):
-            finish(unrun, [requests[at]])
-            # They come for long enough for many joiners to be killed.
-            time.sleep(max(0.0, begin + LONG / 4 * done / len(order) - time.monotonic()))
+        finish_in(LONG / 4, unrun, [requests[at] for at in order])
         spare()
         assert sorted(unrun.wait(CHORDS, LONG)) == results_of(sizes)
         nothing_is_open(app)
@@ -153,7 +161,7 @@ def test_joiners_are_killed_while_they_merge(app: Celery, unrun: Unrun, tmp_path
     requests = begun(unrun, sizes)
     random.shuffle(requests)
     with killed_joiners(app, tmp_path, longest=0.5) as spare:
-        finish(unrun, requests)
+        finish_in(LONG / 10, unrun, requests)
         spare()
         assert sorted(unrun.wait(len(sizes), LONG)) == results_of(sizes)
         nothing_is_open(app)
@@ -326,10 +334,7 @@ def test_connections_of_the_joiner_are_cut(
     with Proxy(alive.port, cuts) as proxy:
         with JoinerProcess(proxy.url, result_backend_transport_options=options):
             requests = begun(unrun, sizes)
-            begin = time.monotonic()
-            for done, request in enumerate(requests):
-                finish(unrun, [request])
-                time.sleep(max(0.0, begin + 8 * done / len(requests) - time.monotonic()))
+            finish_in(8, unrun, requests)
             assert sorted(unrun.wait(len(sizes), LONG)) == results_of(sizes)
             nothing_is_open(app)
             assert unrun.called() == []
