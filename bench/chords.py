@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Callable
 
 import kombu
 from celery import Celery, Task, chord
@@ -51,7 +51,7 @@ class Chords(Peer):
     def part(self, group_id: str, count: int) -> Action:
         """Results with their parts of a chord, and results without, by turns: what the parts cost."""
         # The chord is never complete.
-        requests = self.begin(group_id, count + 1)
+        requests = list(map(self.begin(group_id, count + 1), range(count)))
         plain = [request_of(task_id, group=group_id, group_index=0) for task_id in task_ids(group_id[::-1], count)]
         mark = self.app.backend.mark_as_done
 
@@ -77,15 +77,16 @@ class Chords(Peer):
 
     def fire(self, group_id: str, count: int) -> Action:
         """All parts but one have come: the last one, until the body is in its queue."""
-        *_, last = self.begin(group_id, count)
+        request = self.begin(group_id, count)
         self.gather(group_id, count - 1)
+        last = request(count - 1)
         return lambda: self.finish(last, count)
 
     def warm_fire(self) -> None:
-        requests = self.begin(self.job.warm_id, WARM)
-        for request in requests[:-1]:
-            self.app.backend.on_chord_part_return(request, "SUCCESS", part_of(request.group_index))
-        self.finish(requests[-1], WARM)
+        request = self.begin(self.job.warm_id, WARM)
+        for index in range(WARM - 1):
+            self.app.backend.on_chord_part_return(request(index), "SUCCESS", part_of(index))
+        self.finish(request(WARM - 1), WARM)
         self.channel.queue_purge(self.bodies)
 
     def finish(self, last: Any, count: int) -> int:
@@ -123,17 +124,14 @@ class Chords(Peer):
 
     # -- what they are made of
 
-    def begin(self, group_id: str, count: int) -> list[Any]:
-        """Say that a chord is sent: the requests of its header's tasks, as their worker has them."""
+    def begin(self, group_id: str, count: int) -> Callable[[int], Any]:
+        """Say that a chord is sent: what gives the requests of its header's tasks, as their worker has them."""
         body = self.body.s().set(queue=self.bodies)
         body.freeze()
         self.app.backend.apply_chord((group_id, []), body)
         self.app.backend.set_chord_size(group_id, count)
-        carried = json.loads(dumps(body))
-        return [
-            request_of(task_id, group=group_id, group_index=index, chord=carried)
-            for index, task_id in enumerate(task_ids(group_id, count))
-        ]
+        carried, ids = json.loads(dumps(body)), task_ids(group_id, count)
+        return lambda index: request_of(ids[index], group=group_id, group_index=index, chord=carried)
 
     def gather(self, group_id: str, count: int) -> None:
         """Wait until so many parts have been read by who joins them."""

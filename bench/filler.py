@@ -21,8 +21,9 @@ from fastres.chords.events import CONTENT_TYPE, PERSISTENT, Event, Part, pack_pa
 #: Bytes to write at once; commands of Redis to send at once.
 CHUNK = 1 << 18
 PIPELINED = 1_000
-#: Bytes of a message's body in one frame.
+#: Bytes of a message's body in one frame, and what ends a frame.
 PART = 131_064
+FRAME_END = b"\xce"
 #: Seconds in which the broker takes in what was sent to it.
 PATIENCE = 300
 #: Celery's default for result_expires, in seconds.
@@ -71,12 +72,18 @@ class Broker:
         """Send a log of chords, which somebody may be reading, what the workers of a header's tasks do."""
         queue(self.channel).declare()
         transport = self._connection.connection.transport
+        #: What stands before an event, by its length.
+        heads: dict[int, bytes] = {}
         waiting = bytearray()
         for index, task_id in enumerate(task_ids(group_id, count)):
             part = pack_part(Part(index, "SUCCESS", "application/json", "utf-8", to_json(part_of(index)).encode()))
             event = write_event(Event(group_id, at=time.time(), parts=[(task_id, len(part))]), parts=(part,))
-            body = Body(CONTENT_TYPE, "binary", event)
-            waiting += publication(self.channel.channel_id, queue.name, body, PERSISTENT)
+            length = len(event)
+            if length not in heads:
+                body = Body(CONTENT_TYPE, "binary", event)
+                whole = publication(self.channel.channel_id, queue.name, body, PERSISTENT)
+                heads[length] = whole[: -length - 1]
+            waiting += heads[length] + event + FRAME_END
             if len(waiting) > CHUNK:
                 transport.write(bytes(waiting))
                 waiting.clear()
@@ -129,13 +136,12 @@ def fill_redis(url: str, task_ids: Iterable[str], body: Body) -> None:
 def fill_redis_chord(backend: Any, group_id: str, count: int) -> None:
     """Record parts of a chord as the script of Celery's redis backend does."""
     ordered, seen = (backend.get_key_for_group(group_id, suffix) for suffix in (".j", ".d"))
-    pipeline = backend.client.pipeline(transaction=False)
-    for index, task_id in enumerate(task_ids(group_id, count)):
-        pipeline.zadd(ordered, {backend.encode([1, task_id, "SUCCESS", part_of(index)]): index})
-        pipeline.sadd(seen, f"{task_id}:{index}")
-        if len(pipeline) >= PIPELINED:
-            pipeline.execute()
-    pipeline.execute()
+    ids = task_ids(group_id, count)
+    for start in range(0, count, PIPELINED):
+        some = list(enumerate(ids[start : start + PIPELINED], start))
+        parts = {backend.encode([1, task_id, "SUCCESS", part_of(index)]): index for index, task_id in some}
+        backend.client.zadd(ordered, parts)
+        backend.client.sadd(seen, *(f"{task_id}:{index}" for index, task_id in some))
 
 
 def empty_redis(url: str) -> None:

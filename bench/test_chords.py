@@ -15,7 +15,7 @@ def cases(size: Size) -> list[Case]:
     both = ("fastres", "Celery redis")
     return [
         *(Case(peer, "part", size.parts, size.fast) for peer in both),
-        *(Case("fastres", "fire", count, size.fast + 1) for count in size.fired),
+        *(Case("fastres", "fire", count, size.fast) for count in size.fired),
         *(Case("Celery redis", "fire", count, size.slow) for count in size.fired),
         Case("fastres", "join", size.joined, size.fast),
         *(Case("fastres", "hold", count, size.slow) for count in size.held),

@@ -66,13 +66,13 @@ SIZES = {
     ),
     "short": Size(
         joins=(50_000,), scale=(10_000, 100_000), matrix=0, lone=500, stored=5_000, traced=2_000,
-        fired=(10_000, 100_000), joined=50_000, held=(50_000, 150_000), parts=2_000, tasks=2_000, chords=100,
+        fired=(10_000, 100_000), joined=50_000, held=(50_000, 150_000), parts=1_000, tasks=2_000, chords=100,
         fast=2, slow=1,
     ),
     "full": Size(
         joins=(10_000, 100_000, 1_000_000), scale=(10_000, 1_000_000), matrix=10_000, lone=2_000,
         stored=20_000, traced=10_000,
-        fired=(10_000, 100_000), joined=100_000, held=(100_000, 300_000), parts=10_000, tasks=10_000, chords=1_000,
+        fired=(10_000, 100_000), joined=100_000, held=(100_000, 300_000), parts=5_000, tasks=10_000, chords=1_000,
         fast=5, slow=3,
     ),
 }  # fmt: skip
