@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from types import ModuleType
 
-__all__ = ("MODULES", "Aggregate", "Decoder", "Delivery", "Frames", "encode", "impl", "load", "publication")
+__all__ = (
+    "MODULES", "Aggregate", "Decoder", "Delivery", "Frames", "encode", "fulfil", "impl", "load", "publication",
+)  # fmt: skip
 
 #: The modules that an implementation consists of.
 MODULES = ("aggregate", "decode", "frames")
@@ -59,4 +61,5 @@ Decoder = _modules["decode"].Decoder
 Delivery = _modules["frames"].Delivery
 Frames = _modules["frames"].Frames
 encode = _modules["decode"].encode
+fulfil = _modules["aggregate"].fulfil
 publication = _modules["frames"].publication

@@ -158,3 +158,9 @@ class Aggregate(Protocol):
         ``ready`` are final results that were still to come, and are not any more; ``states`` are not final;
         ``repeated`` are of ids that came before; ``foreign`` of ids that this join never waited for.
         """
+
+
+class Fulfil(Protocol):
+    """Gives a result object the final meta of its task, as ``AsyncResult._maybe_set_cache`` does."""
+
+    def __call__(self, result: Any, meta: Meta) -> None: ...

@@ -26,7 +26,7 @@ from kombu.exceptions import OperationalError
 from kombu.utils.functional import LRUCache
 from kombu.utils.url import maybe_sanitize_url
 
-from fastres._impl import Decoder, encode
+from fastres._impl import Decoder, encode, fulfil
 from fastres._protocols import COMPRESSION, KEEP, Meta
 from fastres.addresses import Address, Addresses
 from fastres.chords.joiner import Joiner
@@ -35,13 +35,13 @@ from fastres.chords.log import Log, shard_of
 from fastres.chords.worker import attend
 from fastres.connections import Connector
 from fastres.errors import BacklogLimitExceeded
-from fastres.groups import Groups, leaves, own_groups
+from fastres.groups import Groups, leaves, members_to_come, own_groups
 from fastres.join import Join, Reader
 from fastres.link import Link
 from fastres.logs import Reports
 from fastres.options import Options
 from fastres.peek import Peek
-from fastres.pending import Pending, fulfil
+from fastres.pending import Pending
 from fastres.saved import SavedGroups
 from fastres.store import Store
 from fastres.transport import Message
@@ -204,13 +204,27 @@ class AMQPBackend(Backend):  # type: ignore[misc]
         group_id = group_id or self._groups.find(task_id)
         return self.addresses.group(group_id) if group_id else self.addresses.task(task_id)
 
-    def _on_publish(self, sender: Any = None, headers: Any = None, **kwargs: Any) -> None:
-        """Remember which group a task that this process sends belongs to, or that it belongs to none."""
-        if not headers or headers.get("ignore_result") or "id" not in headers:
+    def _on_publish(self, sender: Any = None, headers: Any = None, body: Any = None, **kwargs: Any) -> None:
+        """Remember which group a task that this process sends belongs to, or that it is in none; and the groups
+        of the tasks that it carries along for the worker to send.
+        """
+        if isinstance(body, dict) and "task" in body:
+            # Message protocol 1: the worker knows the parts of chords as members of their group, and no others.
+            task, embedded = body, body
+            group_id = body.get("taskset") if body.get("chord") else None
+        elif headers and "id" in headers:
+            task, embedded = headers, body[2] if isinstance(body, tuple) and len(body) == 3 else {}
+            group_id = headers["group"] if headers.get("group_index") is not None else None
+        else:
             return
-        task_id = headers["id"]
-        if headers.get("group_index") is not None:
-            self._groups.add(headers["group"], (task_id,))
+        for signature in (*(embedded.get("chain") or ()), *(embedded.get("callbacks") or ())):
+            for of_group, member in members_to_come(signature):
+                self._groups.add(of_group, (member,))
+        if task.get("ignore_result"):
+            return
+        task_id = task["id"]
+        if group_id is not None:
+            self._groups.add(group_id, (task_id,))
         else:
             self._groups.add_alone(task_id)
         # It may have run before: what is known of that is about to change.
@@ -289,11 +303,11 @@ class AMQPBackend(Backend):  # type: ignore[misc]
 
     def _outbox(self, task_id: str, state: str, request: Any) -> Address | None:
         """Where a state is sent, None: nobody wants it."""
+        if not self.options.keep_chord_results and shard_of(getattr(request, "chord", None)) is not None:
+            return None
         group_id = self._groups.in_request(request) or self._groups.find(task_id)
         if not group_id:
             return self.addresses.task(task_id)
-        if not self.options.keep_chord_results and shard_of(getattr(request, "chord", None)) is not None:
-            return None
         if state in states.READY_STATES:
             return self.addresses.group(group_id)
         # Apart from the results, so that the number of messages is the number of results.
@@ -429,14 +443,12 @@ class AMQPBackend(Backend):  # type: ignore[misc]
         on_message: Callable[[Meta], Any] | None,
         ready_states: Iterable[str],
     ) -> Meta:
-        for _, meta in self._results(
-            [task_id],
-            timeout,
-            no_ack,
-            on_interval=on_interval,
-            on_message=on_message,
-            ready_states=ready_states,
-        ):
+        join = Join([task_id], ready_states, timeout)
+        for _, meta in self._results(join, no_ack, on_interval=on_interval, on_message=on_message):
+            # As Celery's other backends do after each message: AsyncResult.get looks at the parents there, and
+            # raises what made a chord's header fail instead of the ChordError of its body.
+            if on_interval is not None:
+                on_interval()
             return meta
         raise AssertionError("a wait ends with a result or with an exception")
 
@@ -470,18 +482,19 @@ class AMQPBackend(Backend):  # type: ignore[misc]
         Raises:
             celery.exceptions.TimeoutError: not all came in time.
         """
-        ids = list(task_ids)
-        known = set(self._cache.keys())
-        candidates = [task_id for task_id in ids if task_id in known]
-        cached = {task_id: meta for task_id in candidates if (meta := self._cached(task_id, READY_STATES))}
+        join = Join(task_ids, READY_STATES, timeout, now)
+        known = [task_id for task_id in list(self._cache.keys()) if task_id in join.aggregate]
+        cached = {task_id: meta for task_id in known if (meta := self._cached(task_id, READY_STATES))}
+        join.aggregate.feed([(None, task_id, meta) for task_id, meta in cached.items()])
         yield from cached.items()
-        if cached:
-            ids = [task_id for task_id in ids if task_id not in cached]
-        for task_id, meta in self._results(
-            ids, timeout, no_ack, now=now, on_message=on_message, on_interval=on_interval,
-            ready_states=READY_STATES, rounds=max_iterations,
-        ):  # fmt: skip
-            yield (task_id if getfields is FIELDS else getfields(meta)[1]), meta
+        results = self._results(
+            join, no_ack, on_message=on_message, on_interval=on_interval, rounds=max_iterations
+        )
+        if getfields is FIELDS:
+            yield from results
+        else:
+            for _, meta in results:
+                yield getfields(meta)[1], meta
 
     def iter_native(
         self,
@@ -500,44 +513,43 @@ class AMQPBackend(Backend):  # type: ignore[misc]
         if isinstance(result, GroupResult) and result.id:
             self._groups.know(result)
         nested = [child for child in result.results if isinstance(child, GroupResult)]
-        direct = {child.id for child in result.results if not isinstance(child, GroupResult)}
+        # Without groups in it, all that comes is the group's own.
+        direct = {child.id for child in result.results if not isinstance(child, GroupResult)} if nested else None
         waiting: dict[str, AsyncResult] = {}
         # A result may be in the group more than once.
         again: dict[str, list[AsyncResult]] = {}
-        for child in leaves(result.results):
+        for child in leaves(result.results) if nested else result.results:
             if child._cache is not None:
-                if child.id in direct:
+                if direct is None or child.id in direct:
                     yield child.id, child._cache
             elif waiting.setdefault(child.id, child) is not child:
                 again.setdefault(child.id, []).append(child)
-        for task_id, meta in self._results(
-            list(waiting), timeout, no_ack, on_message=on_message, on_interval=on_interval
-        ):
+        join = Join(waiting, timeout=timeout)
+        for pair in self._results(join, no_ack, on_message=on_message, on_interval=on_interval):
+            task_id, meta = pair
             fulfil(waiting.pop(task_id), meta)
-            for child in again.get(task_id, ()):
-                fulfil(child, meta)
-            if task_id in direct:
-                yield task_id, meta
+            if again:
+                for child in again.get(task_id, ()):
+                    fulfil(child, meta)
+            if direct is None or task_id in direct:
+                yield pair
         for child in nested:
             yield child.id, child.results
 
     def _results(
         self,
-        task_ids: list[str],
-        timeout: float | None,
+        join: Join,
         no_ack: bool,
         *,
         on_interval: Callable[[], Any] | None = None,
         on_message: Callable[[Meta], Any] | None = None,
-        ready_states: Iterable[str] = states.READY_STATES,
-        now: Callable[[], float] = time.monotonic,
         rounds: int | None = None,
     ) -> Iterator[tuple[str, Meta]]:
         """Final results of tasks as they come, each handed over when the next one is asked for."""
-        if not task_ids:
+        if not join.aggregate:
             return
-        few = len(task_ids) <= CACHED
-        join = Join(task_ids, ready_states, timeout, now)
+        few = len(join.aggregate) <= CACHED
+        failures = self.EXCEPTION_STATES
         try:
             pump = self._open_inboxes(join, no_ack and rounds is None, on_message is not None)
             for batch in self._reader.wait(join, on_interval=on_interval, pump=pump, rounds=rounds):
@@ -547,7 +559,7 @@ class AMQPBackend(Backend):  # type: ignore[misc]
                         if on_message is not None:
                             on_message(meta)
                         if batch.final:
-                            failed = meta["status"] in self.EXCEPTION_STATES
+                            failed = meta["status"] in failures
                             if failed:
                                 self._to_python(meta)
                             if failed or few:
@@ -657,7 +669,7 @@ class AMQPBackend(Backend):  # type: ignore[misc]
     def _save_group(self, group_id: str, result: GroupResult) -> GroupResult:
         self._groups.know(result)
         alone = [leaf.id for leaf in leaves(result.results) if self._groups.is_alone(leaf.id)]
-        self._saved.save(group_id, result, alone)
+        self._saved.save(group_id, result, alone, self._groups.elsewhere(result))
         return result
 
     def _restore_group(self, group_id: str) -> dict[str, Any] | None:
@@ -667,6 +679,8 @@ class AMQPBackend(Backend):  # type: ignore[misc]
         group = result_from_tuple((saved.identity, saved.children), self.app)
         for task_id in saved.alone:
             self._groups.add_alone(task_id)
+        for elsewhere, task_ids in saved.elsewhere.items():
+            self._groups.add(elsewhere, task_ids)
         self._groups.know(group)
         return {"result": group}
 
@@ -759,6 +773,10 @@ class AMQPBackend(Backend):  # type: ignore[misc]
     def on_chord_part_return(self, request: Any, state: str, result: Any, **kwargs: Any) -> None:
         """Called when a task of a chord's header has returned or raised, or was revoked."""
         self._chords.part(request, state, result)
+
+    def fail_part(self, request: Any, exc: Exception, told: list[str]) -> None:
+        """A chord in the header of a chord has failed; ``told`` are errbacks that know."""
+        self._chords.part(request, states.FAILURE, exc, told)
 
     def chord_error_from_stack(self, callback: Any, exc: BaseException | None = None) -> Any:
         """As in Celery; the failure goes to the body's address, which only its signature knows."""

@@ -16,10 +16,13 @@ if TYPE_CHECKING:
 
     from fastres.pending import Pending
 
-__all__ = ("GroupTable", "Groups", "leaves", "member_of", "own_groups")
+__all__ = ("GroupTable", "Groups", "leaves", "member_of", "members_to_come", "own_groups")
 
 #: Members that are remembered, over all groups; the newest group is kept whole however large it is.
 REMEMBERED = 1_000_000
+
+#: Where the signatures are in one that is made of others, by its type.
+INSIDE = {"group": ("tasks",), "chain": ("tasks",), "chord": ("header", "body")}
 
 #: Tasks that are known to be in no group.
 REMEMBERED_ALONE = 10_000
@@ -105,9 +108,12 @@ class Groups(GroupTable):
     def in_request(self, request: Any) -> str | None:
         """The group that the task of a request is a member of.
 
-        The body of a chord carries the group id of its header, but is no member of it: it has no index there.
+        The body of a chord carries the group id of its header, but is no member of it: it has no index there, and
+        is no part of a chord. Tasks that were sent with Celery's message protocol 1 have no index anywhere.
         """
-        if self._member_queues or getattr(request, "group_index", None) is None:
+        if self._member_queues:
+            return None
+        if getattr(request, "group_index", None) is None and not getattr(request, "chord", None):
             return None
         return getattr(request, "group", None)
 
@@ -128,11 +134,15 @@ class Groups(GroupTable):
                     break
         return group_id
 
-    def split(self, task_ids: Iterable[str]) -> tuple[list[str], dict[str, list[str]]]:
+    def split(self, task_ids: list[str]) -> tuple[list[str], dict[str, list[str]]]:
         """Task ids that are alone, and the others by their group."""
         alone: list[str] = []
         groups: dict[str, list[str]] = {}
         known = {} if self._member_queues else self._group_of
+        groups_known = set(map(known.get, task_ids))
+        if len(groups_known) == 1 and None not in groups_known:
+            # As a rule they are all of one group, and there may be a million of them.
+            return alone, {groups_known.pop(): task_ids}  # type: ignore[dict-item]
         for task_id in task_ids:
             group_id = known.get(task_id) or self.find(task_id)
             if group_id is None:
@@ -152,6 +162,17 @@ class Groups(GroupTable):
             elif result.id not in self._group_of and not self.is_alone(result.id):
                 own.append(result.id)
         self.add(group.id, own)
+
+    def elsewhere(self, group: GroupResult) -> dict[str, list[str]]:
+        """Tasks in a known result that are members of another group than the ``GroupResult`` they are in."""
+        found: dict[str, list[str]] = {}
+        for result in group.results:
+            if isinstance(result, GroupResult):
+                for group_id, task_ids in self.elsewhere(result).items():
+                    found.setdefault(group_id, []).extend(task_ids)
+            elif (own := self.group_of(result.id)) is not None and own != group.id:
+                found.setdefault(own, []).append(result.id)
+        return found
 
 
 def leaves(results: Iterable[ResultBase]) -> Iterator[Any]:
@@ -194,6 +215,27 @@ def own_groups(body: Any, header_id: str) -> None:
     elif isinstance(body, _chain):
         for task in body.tasks:
             own_groups(task, header_id)
+
+
+def members_to_come(signature: Any) -> Iterator[tuple[str, str]]:
+    """The members of groups in a signature that goes with a task for its worker to send: group id and task id.
+
+    Celery freezes a group at a chain's end with the id of the group that the chain is in. Its ``GroupResult`` has
+    another id, and may be all that is left: ``group(a | group(b, c))``, one chain in a group.
+    """
+    if not isinstance(signature, dict):
+        return
+    options, kwargs = signature.get("options") or {}, signature.get("kwargs") or {}
+    inside = INSIDE.get(signature.get("subtask_type") or "")
+    if inside is None:
+        if options.get("group_index") is not None and options.get("group_id") and options.get("task_id"):
+            yield options["group_id"], options["task_id"]
+        return
+    for name in inside:
+        tasks = kwargs.get(name)
+        # What a generator will give is left to who sends it.
+        for task in tasks if isinstance(tasks, (list, tuple)) else (tasks,):
+            yield from members_to_come(task)
 
 
 def _listeners(promise: Any) -> Sequence[Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from itertools import islice
-from operator import attrgetter
+from operator import attrgetter, itemgetter
 from typing import TYPE_CHECKING, Any
 
 from celery import states
@@ -24,10 +24,14 @@ __all__ = ("Feed", "Inbox", "Mailbox")
 
 #: Seconds between two attempts to be the one reader of a queue.
 TURN = 0.1
-#: Results that were handed over and are kept for joins that come late, in each feed.
-REMEMBERED = 1000
+#: Results that were handed over and are kept for joins that come late, in each feed: few, because while thousands
+#: rush by, each that is kept pushes out of the processor's cache what the next one needs.
+REMEMBERED = 250
 #: Whether a delivery is to stay in its queue.
 KEPT = attrgetter("keep")
+TAG, CONSUMER = attrgetter("delivery_tag"), attrgetter("consumer_tag")
+#: What a result came with.
+MARK = itemgetter(0)
 #: Final results that came to the mailbox and nobody has asked for yet.
 UNCLAIMED = 8192
 
@@ -46,11 +50,13 @@ class Opening:
         self.cancelled = False
 
     def receive(self, deliveries: list[Delivery]) -> None:
-        """Called with deliveries of one consumer."""
-        tags = [delivery.delivery_tag for delivery in deliveries]
-        self.unacknowledged.update(dict.fromkeys(tags, deliveries[0].consumer_tag))
+        """Called with deliveries of the consumers."""
+        if len(self.addresses) == 1:
+            self.unacknowledged.update(dict.fromkeys(map(TAG, deliveries), deliveries[0].consumer_tag))
+        else:
+            self.unacknowledged.update(zip(map(TAG, deliveries), map(CONSUMER, deliveries)))
         if self is self.inbox.opening:
-            self.inbox.received.append(deliveries)
+            self.inbox.received += deliveries
 
     def on_cancel(self, tag: str) -> None:
         """The queue was deleted under its consumer."""
@@ -61,14 +67,14 @@ class Opening:
 
     def settle(self, deliveries: Iterable[Delivery]) -> list[Any]:
         """The delivery tags that were not acknowledged before, and are about to be."""
-        waiting = self.unacknowledged
-        return [delivery.delivery_tag for delivery in deliveries if waiting.pop(delivery.delivery_tag, None)]
+        settle = self.unacknowledged.pop
+        return [tag for tag in map(TAG, deliveries) if settle(tag, None)]
 
     def acknowledge(self, tags: list[Any]) -> None:
         """Acknowledge in as few frames as possible."""
-        lowest = next(iter(self.unacknowledged), None)
-        if lowest is None:
-            all_up_to: Any = max(tags)
+        lowest, highest = next(iter(self.unacknowledged), None), max(tags)
+        if lowest is None or highest < lowest:
+            all_up_to: Any = highest
         else:
             all_up_to = max((tag for tag in tags if tag < lowest), default=None)
         self.speak.acknowledge(self.channel, tags, all_up_to)
@@ -82,8 +88,8 @@ class Inbox:
         self.addresses = addresses
         self.joins: list[Join] = []
         self.opening: Opening | None = None
-        #: Deliveries that came since the last flush, those of one consumer in a list.
-        self.received: list[list[Delivery]] = []
+        #: Deliveries that came since the last flush.
+        self.received: list[Delivery] = []
         #: When to try again to be the one reader, on the monotonic clock.
         self.retry_at: float | None = None
         self._exclusive = exclusive
@@ -121,9 +127,8 @@ class Inbox:
     def flush(self) -> None:
         """Hand on what was received."""
         received, self.received = self.received, []
-        for deliveries in received:
-            if self.opening is not None:
-                self._deliver(self.opening, deliveries)
+        if received and self.opening is not None:
+            self._deliver(self.opening, received)
         if self.opening is not None and self.opening.cancelled:
             self.reader.link.attempt(self._reopen)
 
@@ -251,7 +256,7 @@ class Feed(Inbox):
     def attach(self, join: Join) -> None:
         waiting = self._waiting()
         self.joins.append(join)
-        join.offer([(None, task_id, meta) for _, task_id, meta in self._last], None, None)
+        join.offer(list(self._last), None, None)
         for batch in waiting:
             join.offer(batch.arrivals, self, batch.opening)
 
@@ -284,12 +289,12 @@ class Feed(Inbox):
         opening: Opening | None = batch.opening
         if not arrivals or opening is None:
             return
-        self._last.extend(arrivals)
+        self._last.extend([(None, task_id, meta) for _, task_id, meta in arrivals[-REMEMBERED:]])
         if not self.take:
             return
         if self._alone:
             self._finished += [opening.address_of(delivery) for delivery, _, _ in arrivals]
-        taken = self._acknowledge(opening, [delivery for delivery, _, _ in arrivals])
+        taken = self._acknowledge(opening, map(MARK, arrivals))
         if not self._alone:
             self.reader.count_taken(self.addresses[-1], taken)
 
@@ -321,7 +326,7 @@ class Feed(Inbox):
             if meta["status"] in states.READY_STATES:
                 self._report_repeated(opening, delivery, task_id)
         if self.take and repeated:
-            self._acknowledge(opening, [delivery for delivery, _, _ in repeated])
+            self._acknowledge(opening, map(MARK, repeated))
         for delivery, task_id, meta in foreign:
             self._emptied = False
             if self._alone:
@@ -437,29 +442,32 @@ class Mailbox(Inbox):
         ids = [task_id for _, task_id, _ in batch.arrivals[:count]]
         self._expected.difference_update(ids)
         for place in (self._arrived, self._unclaimed):
-            for task_id in ids:
-                place.pop(task_id, None)
+            if place:
+                for task_id in ids:
+                    place.pop(task_id, None)
         self._handed_over.update(dict.fromkeys(ids, True))
         self._trim()
 
     def _deliver(self, opening: Opening, deliveries: list[Delivery]) -> None:
         arrivals, _ = self._decode(opening, deliveries)
         news = []
+        came, per_group = (self._arrived, self._unclaimed, self._handed_over), self._per_group
         for arrival in arrivals:
             delivery, task_id, meta = arrival
             if meta["status"] not in states.READY_STATES:
                 self._states[task_id] = meta
-            elif task_id in self._arrived or task_id in self._unclaimed or task_id in self._handed_over:
+            elif task_id in came[0] or task_id in came[1] or task_id in came[2]:
                 self._report_repeated(opening, delivery, task_id)
                 continue
             else:
                 (self._arrived if task_id in self._expected else self._unclaimed)[task_id] = meta
-                self._states.pop(task_id, None)
+                if self._states:
+                    self._states.pop(task_id, None)
                 if self.on_final is not None:
                     self._to_tell.append((task_id, meta))
                 group_id = meta.get("group_id")
                 if group_id:
-                    self._per_group[group_id] = self._per_group.get(group_id, 0) + 1
+                    per_group[group_id] = per_group.get(group_id, 0) + 1
             news.append(arrival)
         self._trim()
         if self.joins:

@@ -85,10 +85,7 @@ class Native(Dialect):
     @property
     def buffered(self) -> bool:
         """Whether there are bytes to read that the socket does not know of."""
-        transport = self._connection.connection.transport
-        return bool(transport._read_buffer) or (
-            hasattr(transport.sock, "pending") and transport.sock.pending() > 0
-        )
+        return _has_read_ahead(self._connection.connection.transport)
 
     @property
     def socket(self) -> Any:
@@ -126,19 +123,23 @@ class Native(Dialect):
             (receiver,) = self._receivers.values()
             receiver(deliveries)
             return others
-        start = 0
-        for stop in range(1, len(deliveries) + 1):
-            first = deliveries[start]
-            if (
-                stop == len(deliveries)
-                or deliveries[stop].consumer_tag != first.consumer_tag
-                or deliveries[stop].channel_id != first.channel_id
-            ):
-                its = self._receivers.get((first.channel_id, first.consumer_tag))
-                # Without one it was cancelled: the messages go back when its channel is closed.
-                if its is not None:
-                    its(deliveries[start:stop])
-                start = stop
+        # What comes for one receiver is given to it together, whichever of its consumers it came for.
+        before_it: tuple[int, str] | None = None
+        its: Receiver | None = None
+        together: list[Delivery] = []
+        for delivery in deliveries:
+            consumer = delivery.channel_id, delivery.consumer_tag
+            if consumer != before_it:
+                other = self._receivers.get(consumer)
+                if other != its:
+                    if its is not None:
+                        its(together)
+                    its, together = other, []
+                before_it = consumer
+            together.append(delivery)
+        # Without one it was cancelled: the messages go back when its channel is closed.
+        if its is not None:
+            its(together)
         return others
 
     def _pass_on(self, frames: list[Frame]) -> None:
@@ -208,7 +209,7 @@ class Native(Dialect):
                     frames.append(_declaration(channel, post.queue))
         declared = len(frames)
         if not confirm:
-            self._heed()
+            self._heed(connection.transport)
         for message, exchange, routing_key, _, mandatory in posts:
             headers = dumps("F", (message.headers,)) if message.headers else b""
             frames.append(
@@ -223,6 +224,8 @@ class Native(Dialect):
         connection.bytes_sent += declared
         self._returned = set()
         self._unconfirmed = set()
+        if not declared and not confirm:
+            return self._returned
         if confirm:
             first = self._published + 1
             self._published += len(posts)
@@ -255,7 +258,7 @@ class Native(Dialect):
     def _on_return(self, exc: BaseException, exchange: str, routing_key: str, message: Any) -> None:
         self._returned.add(routing_key)
 
-    def _heed(self) -> None:
+    def _heed(self, transport: Any) -> None:
         """Notice what the broker has said unasked: that a channel is closed, or that it is short of memory."""
         if detect_environment() != "default":
             with contextlib.suppress(socket.timeout):
@@ -264,7 +267,7 @@ class Native(Dialect):
         if self._poller is None:
             self._poller = select.poll()
             self._poller.register(self.socket, select.POLLIN)
-        while self.buffered or self._poller.poll(0):
+        while _has_read_ahead(transport) or self._poller.poll(0):
             self.drain(RECORD_TIMEOUT)
 
     def _await(self, channel: Any, awaited: dict[bytes, int]) -> None:
@@ -365,7 +368,8 @@ class Native(Dialect):
     def acknowledge(self, channel: Any, tags: Sequence[int], all_up_to: int | None) -> None:
         """Acknowledge ``tags``, and everything up to and including ``all_up_to``."""
         acks = [] if all_up_to is None else [(all_up_to, True)]
-        acks += [(tag, False) for tag in tags if all_up_to is None or tag > all_up_to]
+        if all_up_to is None or all_up_to < max(tags):
+            acks += [(tag, False) for tag in tags if all_up_to is None or tag > all_up_to]
         # One message that stays makes those behind it be acknowledged one by one, but not written one by one.
         connection = self._connection.connection
         pack, channel_id = ACKNOWLEDGEMENT.pack, channel.channel_id
@@ -471,6 +475,11 @@ class Native(Dialect):
 def dialect(connection: Any) -> Dialect:
     """How to speak to the broker of an established kombu connection."""
     return Native(connection) if connection.transport.driver_name == "py-amqp" else Dialect(connection)
+
+
+def _has_read_ahead(transport: Any) -> bool:
+    """Whether there are bytes to read that the socket does not know of."""
+    return bool(transport._read_buffer) or (hasattr(transport.sock, "pending") and transport.sock.pending() > 0)
 
 
 def _method(channel: Any, signature: tuple[int, int], types: str, arguments: tuple[Any, ...]) -> bytes:

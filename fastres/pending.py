@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet, WeakValueDictionary
 
-from vine import barrier
+from fastres._impl import fulfil
 
 if TYPE_CHECKING:
     from fastres._protocols import Meta
 
-__all__ = ("Pending", "fulfil")
+__all__ = ("Pending",)
 
 
 class Pending:
@@ -38,27 +38,12 @@ class Pending:
 
     def fulfil(self, task_id: str, meta: Meta) -> None:
         """Give a result to all its result objects, which call what was added with ``then``."""
-        for result in self.of(task_id):
-            fulfil(result, meta)
+        first = self._first.get(task_id)
+        if first is not None:
+            fulfil(first, meta)
+        if task_id in self._others:
+            for result in list(self._others[task_id]):
+                fulfil(result, meta)
 
     def clear(self) -> None:
         self.__init__()  # type: ignore[misc]
-
-
-def fulfil(result: Any, meta: Meta) -> None:
-    """Give a result object the final meta of its task, as ``AsyncResult._maybe_set_cache`` does."""
-    if result._cache is not None:
-        return
-    if meta.get("children"):
-        result._set_cache(meta)
-    else:
-        result._cache = meta
-    ready = result.on_ready
-    listener = ready._svpending
-    # Most members of a group have one listener, the barrier of the group: it is told without the promise between
-    # them, which is kept for whoever comes later with ``then``.
-    if isinstance(listener, barrier) and not ready._lvpending:
-        ready._svpending = None
-        listener()
-    else:
-        ready(result)

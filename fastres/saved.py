@@ -32,6 +32,8 @@ class Saved(NamedTuple):
     children: list[Any]
     #: Task ids among the children that are no members of a group.
     alone: list[str]
+    #: Task ids among the children that are members of another group than the result they are in, by that group.
+    elsewhere: dict[str, list[str]]
 
 
 class SavedGroups:
@@ -52,11 +54,11 @@ class SavedGroups:
         self._reader = reader
         self._peek = peek
 
-    def save(self, group_id: str, result: GroupResult, alone: list[str]) -> None:
+    def save(self, group_id: str, result: GroupResult, alone: list[str], elsewhere: dict[str, list[str]]) -> None:
         """Keep a group in the place of what was saved under its id before."""
         address = self._reader.addresses.saved(group_id)
         self._store.run(lambda writer: writer.clear(address))
-        for message in pack(group_id, result, alone):
+        for message in pack(group_id, result, alone, elsewhere):
             self._send(address, message, group_id)
 
     def restore(self, group_id: str) -> Saved | None:
@@ -83,7 +85,9 @@ class SavedGroups:
         return saved
 
 
-def pack(group_id: str, result: GroupResult, alone: list[str]) -> list[dict[str, Any]]:
+def pack(
+    group_id: str, result: GroupResult, alone: list[str], elsewhere: dict[str, list[str]] | None = None
+) -> list[dict[str, Any]]:
     """A group as the messages that keep it, its members in portions."""
     identity, children = result.as_tuple()
     portions = [
@@ -96,6 +100,7 @@ def pack(group_id: str, result: GroupResult, alone: list[str]) -> list[dict[str,
             "status": "SUCCESS",
             "result": (identity, portion),
             "alone": alone if number == 0 else [],
+            "elsewhere": elsewhere or {} if number == 0 else {},
             "save_id": save_id,
             "portion": number,
             "portions": len(portions),
@@ -113,5 +118,5 @@ def unpack(messages: Iterable[dict[str, Any]]) -> Saved | None:
         first = next(iter(portions.values()))
         if len(portions) == first["portions"]:
             children = [child for number in sorted(portions) for child in portions[number]["result"][1]]
-            return Saved(first["result"][0], children, portions[0]["alone"])
+            return Saved(first["result"][0], children, portions[0]["alone"], portions[0].get("elsewhere", {}))
     return None

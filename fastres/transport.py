@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ("Busy", "Dialect", "Message", "Post", "QueueState")
 
-#: Called with deliveries to one consumer, in order.
+#: Called with deliveries to its consumers, in order.
 Receiver = Callable[[list["DeliveryProtocol"]], object]
 
 

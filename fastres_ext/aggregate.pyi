@@ -1,3 +1,5 @@
 from fastres import _protocols
 
 class Aggregate(_protocols.Aggregate): ...
+
+fulfil: _protocols.Fulfil

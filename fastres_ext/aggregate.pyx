@@ -1,9 +1,11 @@
 # cython: freethreading_compatible=True
-"""The task ids that a join waits for, and which of them have come."""
+"""The task ids that a join waits for, and which of them have come; and the result objects that are told."""
+
+from vine import barrier
 
 cimport cython
 
-__all__ = ("Aggregate",)
+__all__ = ("Aggregate", "fulfil")
 
 
 cdef class Aggregate:
@@ -53,3 +55,22 @@ cdef class Aggregate:
             else:
                 states.append(arrival)
         return ready, states, repeated, foreign
+
+
+def fulfil(result, dict meta not None):
+    """See :class:`fastres._protocols.Fulfil`."""
+    if result._cache is not None:
+        return
+    if meta.get("children"):
+        result._set_cache(meta)
+    else:
+        result._cache = meta
+    ready = result.on_ready
+    listener = ready._svpending
+    # Most members of a group have one listener, the barrier of the group: it is told without the promise between
+    # them, which is kept for whoever comes later with ``then``.
+    if isinstance(listener, barrier) and not ready._lvpending:
+        ready._svpending = None
+        listener()
+    else:
+        ready(result)

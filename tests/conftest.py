@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from amqp.transport import TCPTransport
 from backend_kit import CELERY, Broker, MakeApp, Reports, close
 from celery import Celery
 from rabbitmq_node import Node
@@ -113,6 +114,26 @@ def app(make_app: MakeApp) -> Celery:
 def other(make_app: MakeApp) -> Celery:
     """An application that shares nothing with ``app`` but the broker: another process, as far as results go."""
     return make_app()
+
+
+@pytest.fixture
+def written(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
+    """What is written to the sockets of connections that are made from now on, write by write."""
+    writes: list[bytes] = []
+    setup = TCPTransport._setup_transport
+
+    def setup_and_listen(transport: Any) -> None:
+        setup(transport)
+        send = transport._write
+
+        def write(data: bytes) -> None:
+            writes.append(bytes(data))
+            send(data)
+
+        transport._write = write
+
+    monkeypatch.setattr(TCPTransport, "_setup_transport", setup_and_listen)
+    return writes
 
 
 @pytest.fixture(autouse=True)

@@ -37,6 +37,8 @@ def delivery(
 
 
 HEARTBEAT = frame(8, 0, b"")
+#: As `methods` tells them.
+QUEUE_DECLARE, BASIC_CONSUME, BASIC_PUBLISH, QUEUE_DELETE = (50, 10), (60, 20), (60, 40), (50, 40)
 
 
 def methods(stream: bytes) -> list[tuple[int, int]]:
@@ -46,5 +48,15 @@ def methods(stream: bytes) -> list[tuple[int, int]]:
         kind, _, size = struct.unpack_from(">BHI", stream)
         if kind == 1:
             found.append(struct.unpack_from(">HH", stream, 7))
+        stream = stream[size + 8 :]
+    return found
+
+
+def kinds(stream: bytes) -> list[int]:
+    """The type of each frame in a stream of whole frames."""
+    found = []
+    while stream:
+        kind, _, size = struct.unpack_from(">BHI", stream)
+        found.append(kind)
         stream = stream[size + 8 :]
     return found

@@ -1,15 +1,17 @@
-"""The task ids that a join waits for, and which of them have come."""
+"""The task ids that a join waits for, and which of them have come; and the result objects that are told."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from vine import barrier
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from fastres._protocols import Arrival, Sorted
+    from fastres._protocols import Arrival, Meta, Sorted
 
-__all__ = ("Aggregate",)
+__all__ = ("Aggregate", "fulfil")
 
 
 class Aggregate:
@@ -50,3 +52,22 @@ class Aggregate:
             else:
                 states.append(arrival)
         return ready, states, repeated, foreign
+
+
+def fulfil(result: Any, meta: Meta) -> None:
+    """See :class:`fastres._protocols.Fulfil`."""
+    if result._cache is not None:
+        return
+    if meta.get("children"):
+        result._set_cache(meta)
+    else:
+        result._cache = meta
+    ready = result.on_ready
+    listener = ready._svpending
+    # Most members of a group have one listener, the barrier of the group: it is told without the promise between
+    # them, which is kept for whoever comes later with ``then``.
+    if isinstance(listener, barrier) and not ready._lvpending:
+        ready._svpending = None
+        listener()
+    else:
+        ready(result)

@@ -5,16 +5,19 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Sequence
+from hashlib import sha1
 from itertools import islice
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Callable, NamedTuple
 
 from celery import states
 from celery._state import _task_stack
-from celery.canvas import maybe_signature
+from celery.app.task import Context
+from celery.canvas import _chain, chord, group, maybe_signature
 from celery.exceptions import ChordError
 from kombu import Producer
 from kombu.serialization import loads, prepare_accept_content, registry
+from kombu.utils.functional import maybe_list
 from kombu.utils.json import dumps as kombu_json_dumps
 from kombu.utils.json import loads as kombu_json_loads
 from kombu.utils.uuid import uuid
@@ -227,13 +230,29 @@ class Bodies:
             return Values(_filled(tree, lambda task_id: parts[task_id].result))
         return _filled(tree, lambda task_id: self._decode(parts[task_id]))
 
-    def fail(self, failed: Failed) -> None:
-        """Tell a chord's errbacks, and everybody who waits for its body."""
+    def fail(self, chord: Chord, failed: Failed) -> None:
+        """Tell a chord's errbacks, everybody who waits for its body, and the chord that it is a part of.
+
+        Celery links the errbacks of a chord to the chords in its header too: each is told once.
+        """
+        body = failed.body
+        told = set(chord.told)
+        for task in _tasks_of(body):
+            errbacks = maybe_list(task.options.get("link_error")) or []
+            left = [errback for errback in errbacks if _fingerprint(errback) not in chord.told]
+            told.update(map(_fingerprint, left))
+            if len(left) < len(errbacks):
+                task.options["link_error"] = left
         try:
             # Celery wants the traceback of an exception that is being handled.
             raise failed.error
         except ChordError as error:
-            self._backend.chord_error_from_stack(failed.body, exc=error)
+            self._backend.chord_error_from_stack(body, exc=error)
+            for task in _ends_of(body):
+                part = Context(task.options)
+                if part.chord:
+                    part.update(id=task.options.get("task_id"), group=task.options.get("group_id"))
+                    self._backend.fail_part(part, error, sorted(told))
 
     def _check(self, body: Any, chord: Chord, task_id: str, part: Part | None) -> None:
         if part is None:
@@ -245,6 +264,33 @@ class Bodies:
     def _decode(self, part: Part) -> Any:
         value = loads(part.result, part.content_type, part.content_encoding, accept=self._backend.accept)
         return self._backend.exception_to_python(value) if part.state in states.EXCEPTION_STATES else value
+
+
+def _tasks_of(body: Any) -> Iterator[Any]:
+    """A body, and the tasks in it if it is a group: what errbacks may be linked to."""
+    yield body
+    if isinstance(body, group):
+        for task in body.tasks:
+            yield from _tasks_of(task)
+
+
+def _ends_of(body: Any) -> Iterator[Any]:
+    """The tasks that a body has returned with."""
+    if isinstance(body, group):
+        for task in body.tasks:
+            yield from _ends_of(task)
+    elif isinstance(body, _chain):
+        yield from _ends_of(body.tasks[-1])
+    elif isinstance(body, chord):
+        yield from _ends_of(body.body)
+    else:
+        yield body
+
+
+def _fingerprint(errback: Any) -> str:
+    """Tells errbacks apart, and is the same for copies of one."""
+    what = errback["task"], tuple(errback["args"]), sorted(errback["kwargs"].items())
+    return sha1(repr(what).encode()).hexdigest()[:16]
 
 
 def _is_kombus_json() -> bool:

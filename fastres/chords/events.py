@@ -54,6 +54,8 @@ class Event(msgspec.Struct, omit_defaults=True):
     size: int | None = None
     #: Ids of tasks that were added since.
     added: list[str] = []
+    #: Errbacks that know already that a part has failed, which was a chord itself.
+    told: list[str] = []
     #: The length of the plan, in bytes.
     plan: int = 0
     #: Task ids of parts, and the lengths of these, in bytes.

@@ -55,6 +55,7 @@ class Joiner:
         self._app = backend.app
         self._thread: threading.Thread | None = None
         self._stopping = threading.Event()
+        self._stop_at = math.inf
         self._connection: Any = None
         self._speak: Any = None
         self._bodies: Bodies | None = None
@@ -88,6 +89,7 @@ class Joiner:
 
     def stop(self) -> None:
         """Leave the chords to another joiner."""
+        self._stop_at = time.monotonic() + PATIENCE
         self._stopping.set()
         thread, self._thread = self._thread, None
         if thread is not None:
@@ -141,7 +143,7 @@ class Joiner:
     def _serve(self, shards: list[Shard]) -> None:
         options, expires = self.backend.options, self.backend.expires
         next_round, next_long_round = 0.0, time.monotonic() + LONG_ROUND
-        while not self._stopping.is_set():
+        while not self._stopping.is_set() or self._is_telling():
             # What came while a commit was waited for needs no reading.
             if not any(shard.received for shard in shards):
                 with contextlib.suppress(socket.timeout):
@@ -161,6 +163,10 @@ class Joiner:
                     raise ConnectionResetError("the queue of a shard was deleted")
             if any(worked):
                 time.sleep(GATHER)
+
+    def _is_telling(self) -> bool:
+        """Whether a joiner that is to stop waits for errbacks that another one would tell again."""
+        return False in self._told.values() and time.monotonic() < self._stop_at
 
     def _share_out(self, shards: list[Shard]) -> None:
         """Leave shards to joiners that came later."""
@@ -189,8 +195,8 @@ class Joiner:
         limit = SIZE_LIMIT.search(getattr(exc, "reply_text", None) or "")
         if limit is not None:
             self.largest = min(self.largest, int(limit[2]) // 2)
-        if firing and isinstance(exc, channel_errors):
-            # One of them is not to the broker's taste: which one is found out by sending them one by one.
+        if firing and not isinstance(exc, self.lost):
+            # One of them cannot be sent, or is not to the broker's taste: sending them one by one tells which.
             self.careful = len(firing) > 1
             if not self.careful:
                 self._refused[firing[0].id] = getattr(exc, "reply_text", None) or repr(exc)
@@ -240,7 +246,7 @@ class Joiner:
         def tell() -> None:
             with busy():
                 try:
-                    bodies.fail(failed)
+                    bodies.fail(chord, failed)
                 except Exception:
                     logger.exception("The errbacks of chord %s could not be told of: %s", chord.id, failed)
                 if chord.id in self._told:

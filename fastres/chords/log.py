@@ -6,6 +6,7 @@ import time
 from typing import TYPE_CHECKING, Any
 from zlib import crc32
 
+from celery import states
 from celery.canvas import _regen
 from celery.exceptions import ImproperlyConfigured
 from celery.result import GroupResult
@@ -86,12 +87,19 @@ class Log:
         now = time.time()
         self._send(shard, chord_id, write_event(Event(chord_id, at=now, size=size, plan=len(plan)), plan))
 
-    def part(self, request: Any, state: str, result: Any) -> None:
-        """A task of a chord's header has returned or raised, or was revoked."""
+    def part(self, request: Any, state: str, result: Any, told: list[str] | None = None) -> None:
+        """A task of a chord's header has returned or raised, or was revoked.
+
+        Args:
+            told: errbacks that know of it already.
+        """
         shard = shard_of(request.chord)
         chord_id, task_id = request.group, request.id
         if shard is None or chord_id is None or task_id is None:
             return
+        if wants_reference(request.chord) and state not in states.EXCEPTION_STATES:
+            # It is read from where results are.
+            result = None
         content_type, content_encoding, body = encode(
             self._backend.encode_result(result, state), self._backend.serializer
         )
@@ -100,6 +108,8 @@ class Log:
         event = Event(
             chord_id, at=time.time(), parts=[(task_id, len(packed))], root=root if root and root != task_id else ""
         )
+        if told:
+            event.told = told
         self._send(shard, task_id, write_event(event, parts=(packed,)))
 
     def add(self, chord_id: str, task_id: str, body: Any) -> None:

@@ -49,7 +49,7 @@ class Held(NamedTuple):
 class Chord:
     """What is known of a chord."""
 
-    __slots__ = ("added", "at", "held", "id", "last", "needed", "parts", "plan", "root", "since", "size")
+    __slots__ = ("added", "at", "held", "id", "last", "needed", "parts", "plan", "root", "since", "size", "told")
 
     def __init__(self, id: str) -> None:
         self.id = id
@@ -59,6 +59,8 @@ class Chord:
         #: How many parts make it complete.
         self.needed = math.inf
         self.added: set[str] = set()
+        #: Errbacks that know already that a part has failed.
+        self.told: set[str] = set()
         #: Packed; empty: not known yet.
         self.plan = b""
         #: Packed parts by task id.
@@ -83,7 +85,6 @@ class Merge(NamedTuple):
 
     chord: Chord
     bodies: list[bytes]
-    marks: list[str]
     tags: list[int]
 
 
@@ -111,8 +112,8 @@ class Reducer:
         self._crowded: dict[str, Chord] = {}
         #: When chords have fired, on the monotonic clock.
         self._fired: dict[str, float] = {}
-        #: Merged events that have not come back yet, by their mark: the chord.
-        self._under_way: dict[str, str] = {}
+        #: Merged events that have not come back yet, by their mark: the chord, and which parts are in it.
+        self._under_way: dict[str, tuple[Chord, tuple[str, ...]]] = {}
         self._marks = map("{}.{}".format, repeat(uuid()), count())
 
     def feed(self, deliveries: Iterable[Delivery], now: float) -> None:
@@ -127,13 +128,15 @@ class Reducer:
             if not event.chord:
                 self.others.append((delivery.delivery_tag, event))
                 continue
-            if event.mark and self._under_way.pop(event.mark, None) in self._fired and event.chord not in chords:
+            merged = self._under_way.pop(event.mark, None) if event.mark else None
+            chord = chords.get(event.chord)
+            if merged is not None and merged[0] is not chord:
+                # It has fired meanwhile.
                 self.spent.append(delivery.delivery_tag)
                 continue
-            chord = chords.get(event.chord)
             if chord is None:
                 chord = chords[event.chord] = Chord(event.chord)
-            more = event.size is not None or bool(event.added) or bool(event.plan)
+            more = event.size is not None or bool(event.added or event.plan or event.told)
             if more:
                 self._learn(chord, event, rest)
             at = event.at
@@ -143,13 +146,17 @@ class Reducer:
             if since < chord.since:
                 chord.since = since
             parts = chord.parts
-            start = event.plan
-            for task_id, length in event.parts:
-                if task_id not in parts:
-                    parts[task_id] = rest[start : start + length]
-                    chord.last, chord.root = task_id, event.root
-                start += length
-            ids = tuple([task_id for task_id, _ in event.parts])
+            if merged is None:
+                start = event.plan
+                for task_id, length in event.parts:
+                    if task_id not in parts:
+                        parts[task_id] = rest[start : start + length]
+                        chord.last, chord.root = task_id, event.root
+                    start += length
+                ids = tuple([task_id for task_id, _ in event.parts])
+            else:
+                # All this is known: the same strings need not be there twice.
+                ids = merged[1]
             self._hold(chord, Held(delivery.delivery_tag, now, len(delivery.body), ids, more))
             if len(parts) >= chord.needed:
                 self.complete[chord.id] = chord
@@ -161,6 +168,7 @@ class Reducer:
             # It was sent again.
             self._fired.pop(chord.id, None)
         chord.added.update(event.added)
+        chord.told.update(event.told)
         if event.plan:
             chord.plan = rest[: event.plan]
         if chord.size is not None and chord.plan:
@@ -213,7 +221,6 @@ class Reducer:
         return self._replace(chord, mergeable) if len(mergeable) > 1 else None
 
     def _replace(self, chord: Chord, messages: list[Held]) -> Merge:
-        marks: list[str] = []
         bodies: list[bytes] = []
         more = any(held.more for held in messages)
         ids: list[str] = []
@@ -221,8 +228,9 @@ class Reducer:
 
         def close() -> None:
             nonlocal ids, size, more
-            marks.append(self._mark(chord))
-            bodies.append(self._batch(chord, ids, more, marks[-1]))
+            mark = next(self._marks)
+            self._under_way[mark] = chord, tuple(ids)
+            bodies.append(self._batch(chord, ids, more, mark))
             ids, size, more = [], 0, False
 
         for task_id in dict.fromkeys(task_id for held in messages for task_id in held.parts):
@@ -232,12 +240,7 @@ class Reducer:
                 close()
         if ids or more or not bodies:
             close()
-        return Merge(chord, bodies, marks, [held.tag for held in messages])
-
-    def _mark(self, chord: Chord) -> str:
-        mark = next(self._marks)
-        self._under_way[mark] = chord.id
-        return mark
+        return Merge(chord, bodies, [held.tag for held in messages])
 
     @staticmethod
     def _batch(chord: Chord, ids: list[str], more: bool, mark: str) -> bytes:
@@ -247,7 +250,8 @@ class Reducer:
             root=chord.root, mark=mark,
         )  # fmt: skip
         if more:
-            event.size, event.added, event.plan = chord.size, sorted(chord.added), len(chord.plan)
+            event.size, event.plan = chord.size, len(chord.plan)
+            event.added, event.told = sorted(chord.added), sorted(chord.told)
         return write_event(event, chord.plan if more else b"", packed)
 
     # -- after a commit

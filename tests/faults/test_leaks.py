@@ -18,6 +18,9 @@ import ctypes, gc, os, sys
 import wire
 from fastres import _impl
 
+# A page of 2 MB that the kernel puts in the place of small ones would look like growth.
+PR_SET_THP_DISABLE = 41
+ctypes.CDLL(None).prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0)
 impl, first, count, planted = _impl.load(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 ids = [f"task-{number}" for number in range(1000)]
 json = {"content_type": "application/json", "content_encoding": "utf-8"}

@@ -109,4 +109,4 @@ def test_pure_wheel(tree: Path, wheel: Path) -> None:
     assert re.fullmatch(r"fastres-[\d.]+-py3-none-any\.whl", pure.name)
     names = {name for name in contents(pure) if ".dist-info/" not in name}
     assert names == sources("fastres")
-    assert contents(pure).keys() >= {"fastres/py.typed", "fastres/_py/decode.py"}
+    assert contents(pure).keys() >= {"fastres/py.typed", "fastres/_py/decode.py", "fastres/chords/joiner.py"}

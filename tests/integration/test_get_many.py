@@ -19,9 +19,11 @@ from backend_kit import (
     store_member,
     success,
     takes,
+    until,
 )
 from celery import Celery, uuid
 from celery.exceptions import TimeoutError
+from wire import BASIC_CONSUME, QUEUE_DECLARE, QUEUE_DELETE, methods
 
 
 def store_some(app: Celery, other: Celery, ids: list[str], kind: str, only: int | None = None) -> None:
@@ -33,6 +35,25 @@ def store_some(app: Celery, other: Celery, ids: list[str], kind: str, only: int 
             group_of(made, ids, fields["group"]).save()
     for task_id in ids[:only]:
         store(other, task_id, **fields)
+
+
+@pytest.mark.timeout(120)
+def test_the_queues_of_lone_tasks_are_asked_for_in_bulk(
+    written: list[bytes], make_app: MakeApp, broker: Broker
+) -> None:
+    reader, writer = make_app(), make_app(result_backend_transport_options={"confirm": False})
+    ids = new_ids(500)
+    for task_id in ids:
+        store(writer, task_id)
+    assert len(list(reader.backend.get_many(ids[:1], timeout=ENOUGH))) == 1
+    written.clear()
+    assert len(list(reader.backend.get_many(ids[1:], timeout=ENOUGH))) == 499
+    sent = methods(b"".join(written))
+    for method in (QUEUE_DECLARE, BASIC_CONSUME, QUEUE_DELETE):
+        assert sent.count(method) == 499
+    # No round trip without a write.
+    assert len(written) < 30
+    until(lambda: broker.state(reader.backend.rkey(ids[-1])) is None)
 
 
 @pytest.mark.usefixtures("both")

@@ -19,10 +19,12 @@ from backend_kit import (
     store,
     store_member,
     success,
+    until,
 )
 from celery import Celery, states, uuid
 from celery.app.task import Context
 from rabbitmq_node import Node
+from wire import BASIC_PUBLISH, QUEUE_DECLARE, kinds, methods
 
 from fastres import AMQPBackend, ResultTooLarge
 
@@ -51,6 +53,23 @@ def test_store_result_keeps_the_latest_state_of_a_task(app: Celery, broker: Brok
         store(app, task_id, {"percent": percent}, "PROGRESS")
     assert broker.messages(app.backend.rkey(task_id)) == 1
     assert json.loads(broker.look(app.backend.rkey(task_id)).body)["result"] == {"percent": 19}
+
+
+@pytest.mark.parametrize("confirm", [True, False])
+@pytest.mark.usefixtures("both")
+def test_a_result_is_one_write(written: list[bytes], make_app: MakeApp, broker: Broker, confirm: bool) -> None:
+    app = make_app(result_backend_transport_options={"confirm": confirm})
+    group_id = uuid()
+    # The connection and its channel.
+    store(app, uuid())
+    for declared, fields in ((False, {}), (False, {"group": group_id}), (True, {"group": group_id})):
+        written.clear()
+        task_id = uuid()
+        store(app, task_id, "value", group_index=0, **fields)
+        (frames,) = written
+        assert kinds(frames) == ([1, 2, 3] if declared else [1, 1, 2, 3])
+        assert methods(frames) == [*([] if declared else [QUEUE_DECLARE]), BASIC_PUBLISH]
+    until(lambda: broker.messages(queue_of(group_id)) == 2)
 
 
 def test_store_result_with_traceback_and_request(app: Celery) -> None:

@@ -81,6 +81,15 @@ def test_wait_for_calls_on_interval(app: Celery, other: Celery) -> None:
     assert len(calls) >= 2
 
 
+def test_wait_for_calls_on_interval_for_a_result_that_is_there(app: Celery) -> None:
+    """There ``AsyncResult.get`` finds out that a chord's header has failed, and with what."""
+    task_id = uuid()
+    store(app, task_id, 1)
+    calls: list[int] = []
+    assert app.backend.wait_for(task_id, timeout=ENOUGH, on_interval=lambda: calls.append(1)) == 1
+    assert calls
+
+
 def test_wait_for_ends_with_what_on_interval_raises(app: Celery, broker: Broker) -> None:
     def on_interval() -> None:
         raise LookupError("enough")

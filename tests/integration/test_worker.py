@@ -258,6 +258,36 @@ def test_nested_groups(app: Celery) -> None:
     assert nested.results[0].get(timeout=SECONDS) == [3, 4]
 
 
+def test_groups_and_chords_in_message_protocol_1(worker: Worker) -> None:
+    """Its messages do not say which of a group a task is."""
+    with worker.client(task_protocol=1) as app:
+        assert group(adds(3)).apply_async().get(timeout=SECONDS) == sums(3)
+        result = chord(adds(3), tsum.s()).apply_async()
+        assert result.get(timeout=SECONDS) == sum(sums(3))
+        assert result.parent.get(timeout=SECONDS) == sums(3)
+        result = group(adds(3)).apply_async()
+        result.save()
+        elsewhere = f"""
+            from celery.result import GroupResult
+            print(GroupResult.restore("{result.id}").get(timeout=20))
+        """
+        assert python(elsewhere, app) == str(sums(3))
+
+
+def test_groups_at_the_end_of_chains_in_a_group(app: Celery) -> None:
+    """Their members are sent as members of the outer group, which has no result of its own if it has one chain."""
+    ending = add.s(1, 1) | group(add.s(1), add.s(2))
+    for tasks, expected in ([ending], [3, 4]), ([ending, add.s(5, 5)], [[3, 4], 10]):
+        assert group(tasks).apply_async().get(timeout=SECONDS) == expected
+        result = group(tasks).apply_async()
+        result.save()
+        elsewhere = f"""
+            from celery.result import GroupResult
+            print(GroupResult.restore("{result.id}").get(timeout=20))
+        """
+        assert python(elsewhere, app) == str(expected)
+
+
 def test_a_group_result_of_group_results(app: Celery) -> None:
     inner = [group(adds(3)).apply_async(), group(adds(2, 3)).apply_async()]
     outer = GroupResult("outer", [inner[0], add.delay(1, 1), inner[1]])

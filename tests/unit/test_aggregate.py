@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from celery import Celery
+from celery.result import GroupResult
 from celery.states import READY_STATES
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -110,3 +112,22 @@ def test_against_a_model(aggregate_class: Any, awaited: list[str], batches: list
         assert aggregate.missing() == left
         assert len(aggregate) == len(left)
         assert all(task_id in aggregate for task_id in left)
+
+
+def test_fulfil(impl: dict[str, Any]) -> None:
+    with Celery(broker="memory://", backend="fastres://", set_as_current=False) as app:
+        results = [app.AsyncResult(task_id) for task_id in "abc"]
+        group = GroupResult("g", results, app=app)
+        called: list[Any] = []
+        results[1].then(called.append)
+        metas = [arrival(task_id)[2] for task_id in "abc"]
+        metas[2]["children"] = [(("d", None), None)]
+        for result, meta in zip(results, metas):
+            assert not group.on_ready.ready
+            impl["aggregate"].fulfil(result, meta)
+            # A result that came again is not told again.
+            impl["aggregate"].fulfil(result, arrival(result.id, "FAILURE")[2])
+        assert [result._cache for result in results] == metas
+        assert called == [results[1]]
+        assert [child.id for child in results[2].children] == ["d"]
+        assert group.on_ready.ready

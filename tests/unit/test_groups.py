@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from backend_kit import in_thread
-from celery import Celery
+from celery import Celery, chain, chord, group
 from celery.result import AsyncResult, GroupResult, result_from_tuple
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,7 +16,7 @@ from kombu.serialization import dumps, loads
 
 from fastres import groups
 from fastres import saved as saved_groups
-from fastres.groups import GroupTable, leaves, member_of
+from fastres.groups import GroupTable, leaves, member_of, members_to_come
 from fastres.saved import pack, unpack
 
 
@@ -29,6 +29,19 @@ def app() -> Iterator[Celery]:
 def group_of(app: Celery, group_id: str, *members: Any, parent: Any = None) -> GroupResult:
     results = [app.AsyncResult(one) if isinstance(one, str) else one for one in members]
     return GroupResult(group_id, results, parent=parent, app=app)
+
+
+# -- what goes with a task
+
+
+def test_members_that_are_sent_later(app: Celery) -> None:
+    task = app.signature("task")
+    # Frozen, as what a task carries along is; the group itself has another id.
+    last = group([task, chord([task], task), task | task]).clone()
+    results = last.freeze(group_id="outer").results
+    assert list(members_to_come(last)) == [("outer", result.id) for result in results]
+    assert list(members_to_come(chain(task, group([task])))) == []
+    assert list(members_to_come(None)) == []
 
 
 # -- GroupTable
