@@ -46,6 +46,10 @@ class Chords(Peer):
         assert self.job.how in CHORDS
         getattr(self, f"warm_{self.job.how}", lambda: None)()
 
+    def queues(self) -> list[str]:
+        """What is left of a run."""
+        return [self.tasks, self.bodies]
+
     # -- one part
 
     def part(self, group_id: str, count: int) -> Action:
@@ -161,6 +165,11 @@ class FastresChords(Chords, Fastres):
             "result_backend_transport_options": {"namespace": f"bench-{job.oid}", "keep_chord_results": self.kept}
         }
         super().__init__(job)
+
+    def queues(self) -> list[str]:
+        addresses = self.app.backend.addresses
+        groups = [addresses.group(group_id) for group_id in (self.job.group_id, self.job.warm_id)]
+        return [*super().queues(), *(address.name for address in (addresses.chords(0), *groups))]
 
     def gather(self, group_id: str, count: int) -> None:
         end = time.monotonic() + PATIENCE
