@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Callable
 
 import pytest
+from chord_runs import run_of
 from filler import redis_version
 from machine import describe
 from rabbitmq_node import Node, Redis
@@ -62,7 +63,7 @@ def measure(benchmark: Any, bench: Bench) -> Measure:
         runs: list[Run] = []
 
         def setup() -> None:
-            runs.append(Run(bench, case))
+            runs.append(run_of(bench, case))
 
         try:
             taken = benchmark.pedantic(lambda: runs[-1].go(), setup=setup, rounds=1)

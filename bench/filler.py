@@ -12,14 +12,18 @@ import kombu
 import redis
 from amqp.basic_message import Message
 from amqp.serialization import dumps
+from kombu.utils.json import dumps as to_json
 from wire import frame, method
-from workloads import ANY_ID, Body
+from workloads import ANY_ID, Body, part_of, task_ids
+
+from fastres.chords.events import CONTENT_TYPE, PERSISTENT, Event, Part, pack_part, write_event
 
 #: Bytes to write at once; commands of Redis to send at once.
 CHUNK = 1 << 18
 PIPELINED = 1_000
-#: Bytes of a message's body in one frame.
+#: Bytes of a message's body in one frame, and what ends a frame.
 PART = 131_064
+FRAME_END = b"\xce"
 #: Seconds in which the broker takes in what was sent to it.
 PATIENCE = 300
 #: Celery's default for result_expires, in seconds.
@@ -64,6 +68,29 @@ class Broker:
         transport.write(b"".join(waiting))
         self.wait_for(queue.name, expected)
 
+    def fill_log(self, queue: kombu.Queue, group_id: str, count: int) -> None:
+        """Send a log of chords, which somebody may be reading, what the workers of a header's tasks do."""
+        queue(self.channel).declare()
+        transport = self._connection.connection.transport
+        #: What stands before an event, by its length.
+        heads: dict[int, bytes] = {}
+        waiting = bytearray()
+        for index, task_id in enumerate(task_ids(group_id, count)):
+            part = pack_part(Part(index, "SUCCESS", "application/json", "utf-8", to_json(part_of(index)).encode()))
+            event = write_event(Event(group_id, at=time.time(), parts=[(task_id, len(part))]), parts=(part,))
+            length = len(event)
+            if length not in heads:
+                body = Body(CONTENT_TYPE, "binary", event)
+                whole = publication(self.channel.channel_id, queue.name, body, PERSISTENT)
+                heads[length] = whole[: -length - 1]
+            waiting += heads[length] + event + FRAME_END
+            if len(waiting) > CHUNK:
+                transport.write(bytes(waiting))
+                waiting.clear()
+        transport.write(bytes(waiting))
+        # It answers once it has read all that.
+        self.messages(queue.name)
+
     def wait_for(self, name: str, count: int) -> None:
         """Wait until a queue has so many messages: it answers before it takes in what came earlier."""
         end = time.monotonic() + PATIENCE
@@ -79,11 +106,11 @@ class Broker:
             self.channel.queue_delete(name)
 
 
-def publication(channel_id: int, queue: str, body: Body) -> bytes:
+def publication(channel_id: int, queue: str, body: Body, delivery_mode: int = 1) -> bytes:
     """The frames of a message to a queue by its name, with the properties that Celery's worker sets."""
     properties = Message(
         b"", content_type=body.content_type, content_encoding=body.content_encoding, application_headers={},
-        delivery_mode=1, priority=0, correlation_id=ANY_ID,
+        delivery_mode=delivery_mode, priority=0, correlation_id=ANY_ID,
     )._serialize_properties()  # fmt: skip
     parts = (body.data[start : start + PART] for start in range(0, len(body.data), PART))
     return b"".join(
@@ -104,6 +131,17 @@ def fill_redis(url: str, task_ids: Iterable[str], body: Body) -> None:
             if len(pipeline) >= PIPELINED:
                 pipeline.execute()
         pipeline.execute()
+
+
+def fill_redis_chord(backend: Any, group_id: str, count: int) -> None:
+    """Record parts of a chord as the script of Celery's redis backend does."""
+    ordered, seen = (backend.get_key_for_group(group_id, suffix) for suffix in (".j", ".d"))
+    ids = task_ids(group_id, count)
+    for start in range(0, count, PIPELINED):
+        some = list(enumerate(ids[start : start + PIPELINED], start))
+        parts = {backend.encode([1, task_id, "SUCCESS", part_of(index)]): index for index, task_id in some}
+        backend.client.zadd(ordered, parts)
+        backend.client.sadd(seen, *(f"{task_id}:{index}" for index, task_id in some))
 
 
 def empty_redis(url: str) -> None:

@@ -1,4 +1,4 @@
-"""The gate: ratios between what one run has measured, against the floors in floors.toml."""
+"""The gate: ratios between what one run has measured, and numbers, against the floors in floors.toml."""
 
 from __future__ import annotations
 
@@ -55,17 +55,22 @@ def _judge(
     name: str,
     measure: str,
     of: dict[str, Any],
-    to: dict[str, Any],
     bound: str,
     floor: float,
     results: int,
+    to: dict[str, Any] | None = None,
     target: float | None = None,
     grown: Sequence[int] = (),
 ) -> Verdict:
     if bound not in ("least", "most"):
         raise ValueError(f"{name}: bound = {bound!r}, expected 'least' or 'most'")
     value = count = None
-    if of == to:
+    if to is None:
+        counts = [count for count in records.counts(**of) if count >= results]
+        if counts:
+            count = counts[0]
+            value = records.median(measure, Key(count=count, **of))
+    elif of == to:
         # The same of many and of few results.
         counts = records.counts(**of)
         if len(counts) > 1 and counts[-1] >= results:

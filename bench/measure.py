@@ -9,12 +9,13 @@ import resource
 import sys
 import time
 
-from peers import PEERS, Job
+from chords import peer_of
+from peers import Job
 
 
 def main() -> None:
     job = Job(**json.loads(sys.argv[1]))
-    peer = PEERS[job.peer](job)
+    peer = peer_of(job)
     peer.warm_up()
     start = cpu()
     action = peer.prepare()
@@ -28,9 +29,12 @@ def main() -> None:
     start, wall = cpu(), time.perf_counter()
     count = action()
     wall, used = time.perf_counter() - wall, cpu() - start
-    peak = memory("VmHWM")
+    held, peak = memory("VmRSS") - before, memory("VmHWM")
     assert count == job.count, f"{count} results instead of {job.count}"
-    taken = {"count": count, "cpu": used, "wall": wall, "prepare": prepared, "peak": peak, "growth": peak - before}
+    taken = {
+        "count": count, "cpu": used, "wall": wall, "prepare": prepared,
+        "peak": peak, "growth": peak - before, "held": held, **peer.taken,
+    }  # fmt: skip
     print(json.dumps(taken), flush=True)
     # To take a million results apart is of no use, and takes its time.
     sys.stdin.readline()

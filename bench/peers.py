@@ -47,6 +47,8 @@ class Peer:
 
     def __init__(self, job: Job) -> None:
         self.job = job
+        #: What an action has measured itself.
+        self.taken: dict[str, float] = {}
         self.app = Celery(
             "bench", broker=job.broker, backend=self.url.format(redis=job.redis), set_as_current=False
         )

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-#: What is measured, from what a process has taken: `per result` in microseconds, memory in MB, wall in seconds.
+#: What is measured, from what a process has taken: CPU per result, and per part, in microseconds; memory in MB,
+#: wall in seconds.
 MEASURES = {
     "cpu": lambda taken: taken["cpu"] / taken["count"] * 1e6,
     "prepare": lambda taken: taken["prepare"] / taken["count"] * 1e6,
@@ -18,6 +19,10 @@ MEASURES = {
     "calls": lambda taken: taken["calls"] / taken["count"],
     "peak": lambda taken: taken["peak"],
     "growth": lambda taken: taken["growth"],
+    "held": lambda taken: taken["held"],
+    "part": lambda taken: taken["part"] / taken["count"] * 1e6,
+    "stored": lambda taken: taken["stored"] / taken["count"] * 1e6,
+    "queues": lambda taken: taken["queues"],
 }
 
 

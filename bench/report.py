@@ -22,6 +22,34 @@ the ids, and for `GroupResult.get` the result objects, already there. System cal
 there is one, in a pass of its own over fewer results.
 """
 
+CHORDS = """\
+A part is what Celery calls when a task of a chord's header returns; its result is 100 bytes of JSON. The last part
+is stored when all others have come, by the method that a worker calls; the body goes to a queue that nobody reads.
+The joiner is a process that finds all parts of a chord in the log. Celery's redis backend has none: there whoever
+stores the last part joins. Memory is what is resident over what was when the joiner began. Whole chords run on
+two prefork children, with RabbitMQ for the tasks of either backend. The body of a single chord runs, and its
+result ends the time; many chords are sent one after the other, until the bodies of all are in their queue.
+"""
+
+#: What is measured of chords: the method, what the table calls it, of what, the measure, its unit and its digits.
+CHORD_ROWS = (
+    ("part", "storing a result without chord", "results", "stored", "µs of CPU", 0),
+    ("part", "a part of a chord, over that", "parts", "part", "µs of CPU", 0),
+    ("fire", "last part stored to body in its queue", "parts", "wall", "s", 3),
+    ("fire", "CPU of who stores the last part", "parts", "cpu", "µs per part", 1),
+    ("join", "CPU of the joiner", "parts", "cpu", "µs per part", 1),
+    ("hold", "CPU of the joiner while a part is missing", "parts", "cpu", "µs per part", 1),
+    ("hold", "memory of the joiner while a part is missing", "parts", "held", "MB", 1),
+    ("chord", "a chord of tasks that do nothing", "tasks", "wall", "s", 2),
+    ("small", "chords of 10 tasks", "chords", "wall", "s", 2),
+    ("small", "queues declared by chords of 10 tasks", "chords", "queues", "queues", 0),
+)
+CHORD_PEERS = {
+    "Celery redis": "Celery redis",
+    "fastres": "fastres",
+    "fastres, not kept": "fastres, results not kept",
+}
+
 #: What the measured methods are to a reader.
 WAYS = {"get": "`GroupResult.get`", "get_many": "`get_many`", "lone": "`get_many`", "store": "`store_result`"}
 
@@ -63,6 +91,9 @@ def sections(records: Records, command: str) -> Iterable[str]:
     yield lone(records)
     yield "## Storing a result"
     yield stored(records)
+    yield "## Chords"
+    yield CHORDS.strip()
+    yield chords(records)
 
 
 def machine(records: Records, command: str) -> str:
@@ -164,6 +195,16 @@ def stored(records: Records) -> str:
             for key in keys
         ],
     )
+
+
+def chords(records: Records) -> str:
+    """A row for each figure, a column for each peer."""
+    rows = []
+    for how, what, unit, measure, of, digits in CHORD_ROWS:
+        for count in sorted({key.count for key in records if key.how == how}):
+            figures = [records.median(measure, Key(peer, how, count)) for peer in CHORD_PEERS]
+            rows.append((f"{what}, {of}", f"{count:,} {unit}", *(number(figure, digits) for figure in figures)))
+    return markdown(("figure", "of", *CHORD_PEERS.values()), rows)
 
 
 def by_cpu(records: Records, keys: Iterable[Key]) -> list[Key]:

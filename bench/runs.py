@@ -65,33 +65,38 @@ class Run:
     """One measured process, ready when it is made."""
 
     def __init__(self, bench: Bench, case: Case) -> None:
-        self._bench = bench
-        self._case = case
-        self._job = Job(
+        self.bench = bench
+        self.case = case
+        self.job = Job(
             case.peer, case.how, case.workload, case.serializer, case.count,
             new_group(), new_group(), new_group(), bench.node.url, bench.redis.url,
         )  # fmt: skip
         if case.peer == "celery-amqp-backend" and find_spec("celery_amqp_backend") is None:
             raise Unavailable("celery-amqp-backend is not installed")
-        self._peer = PEERS[case.peer](self._job)
-        self._queues: set[str] = set()
-        if case.how == "store":
-            self._declare(self._job.warm_id)
-            self._declare(self._job.group_id)
+        #: To be deleted.
+        self.queues: set[str] = set()
+        self._process = self.prepare()
+
+    def prepare(self) -> Process:
+        """Fill the queues, and start the process."""
+        self._peer = PEERS[self.case.peer](self.job)
+        if self.case.how == "store":
+            self._declare(self.job.warm_id)
+            self._declare(self.job.group_id)
         else:
-            self._fill(self._job.warm_id, WARM)
-            self._fill(self._job.group_id, case.count)
-        self._process = Process(self._command(), _environment(case.peer))
+            self._store(self.job.warm_id, WARM)
+            self._store(self.job.group_id, self.case.count)
+        return Process(self.command(), environment(self.case.peer))
 
     def go(self) -> dict[str, float]:
         """Let it do its job: what that took."""
         taken = self._go()
-        if self._case.how == "store":
+        if self.case.how == "store":
             self._check()
         return taken
 
     def _go(self) -> dict[str, float]:
-        if not self._case.traced:
+        if not self.case.traced:
             return self._process.go()
         with tempfile.NamedTemporaryFile("r") as summary:
             with _traced(self._process.pid, summary.name):
@@ -100,24 +105,24 @@ class Run:
 
     def close(self) -> None:
         self._process.close()
-        self._bench.broker.delete(self._queues)
-        empty_redis(self._bench.redis.url)
+        self.bench.broker.delete(self.queues)
+        empty_redis(self.bench.redis.url)
 
-    def _command(self) -> list[str]:
-        mode = LIMIT_MODES.get(self._case.peer)
+    def command(self) -> list[str]:
+        mode = LIMIT_MODES.get(self.case.peer)
         if mode is None:
-            return [sys.executable, str(HERE / "measure.py"), json.dumps(dataclasses.asdict(self._job))]
-        if self._bench.limit is None:
+            return [sys.executable, str(HERE / "measure.py"), json.dumps(dataclasses.asdict(self.job))]
+        if self.bench.limit is None:
             raise Unavailable("bench/limit.c is not built: gcc or librabbitmq-dev is missing")
-        queue = self._peer.inbox(self._job.group_id)
-        return [str(self._bench.limit), str(self._bench.node.port), queue.name, str(self._case.count), mode]
+        queue = self._peer.inbox(self.job.group_id)
+        return [str(self.bench.limit), str(self.bench.node.port), queue.name, str(self.case.count), mode]
 
-    def _fill(self, group_id: str, count: int) -> None:
-        broker, ids = self._bench.broker, task_ids(group_id, count)
-        lone = self._case.how == "lone"
-        body = body_of(self._case.workload, self._case.serializer, None if lone else group_id)
-        if issubclass(PEERS[self._case.peer], PEERS["Celery redis"]):
-            fill_redis(self._bench.redis.url, ids, body)
+    def _store(self, group_id: str, count: int) -> None:
+        broker, ids = self.bench.broker, task_ids(group_id, count)
+        lone = self.case.how == "lone"
+        body = body_of(self.case.workload, self.case.serializer, None if lone else group_id)
+        if issubclass(PEERS[self.case.peer], PEERS["Celery redis"]):
+            fill_redis(self.bench.redis.url, ids, body)
         elif lone:
             for task_id in ids:
                 self._send(broker, self._peer.lone_inbox(task_id), [task_id], body)
@@ -125,21 +130,21 @@ class Run:
             self._send(broker, self._peer.inbox(group_id), ids, body)
 
     def _send(self, broker: Broker, queue: Any, ids: Iterable[str], body: Any) -> None:
-        self._queues.add(queue.name)
+        self.queues.add(queue.name)
         broker.fill(queue, ids, body)
 
     def _declare(self, group_id: str) -> None:
         queue = self._peer.inbox(group_id)
         if queue is not None:
-            self._queues.add(queue.name)
-            queue(self._bench.broker.channel).declare()
+            self.queues.add(queue.name)
+            queue(self.bench.broker.channel).declare()
 
     def _check(self) -> None:
         """What was stored is there; what came first may be in the same queue or in another."""
-        queue = self._peer.inbox(self._job.group_id)
+        queue = self._peer.inbox(self.job.group_id)
         if queue is not None:
-            before = WARM if len(self._queues) == 1 else 0
-            self._bench.broker.wait_for(queue.name, before + self._case.count)
+            before = WARM if len(self.queues) == 1 else 0
+            self.bench.broker.wait_for(queue.name, before + self.case.count)
 
 
 class Process:
@@ -191,7 +196,7 @@ class Process:
         return line
 
 
-def _environment(peer: str) -> dict[str, str]:
+def environment(peer: str) -> dict[str, str]:
     """Of a measured process: `FASTRES_IMPL=python ci/bench` is how to see the gate fail."""
     implementation = "python" if peer == "fastres (Python)" else os.environ.get("FASTRES_IMPL", "c")
     return {**os.environ, "FASTRES_IMPL": implementation, "PYTHONWARNINGS": "ignore"}

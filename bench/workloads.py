@@ -46,19 +46,34 @@ class Size:
     lone: int
     stored: int
     traced: int
+    #: Parts of chords: of two that are fired, of one that is joined, of two that wait, and those that are stored.
+    fired: tuple[int, int]
+    joined: int
+    held: tuple[int, int]
+    parts: int
+    #: Tasks of a whole chord, and small chords.
+    tasks: int
+    chords: int
     #: Repetitions: of what takes a second, and of what takes ten.
     fast: int
     slow: int
 
 
 SIZES = {
-    "tiny": Size(joins=(60,), scale=(60, 120), matrix=3, lone=3, stored=20, traced=60, fast=1, slow=1),
+    "tiny": Size(
+        joins=(60,), scale=(60, 120), matrix=3, lone=3, stored=20, traced=60,
+        fired=(20, 40), joined=60, held=(20, 40), parts=100, tasks=10, chords=2, fast=1, slow=1,
+    ),
     "short": Size(
-        joins=(50_000,), scale=(10_000, 100_000), matrix=0, lone=500, stored=5_000, traced=2_000, fast=2, slow=1
+        joins=(50_000,), scale=(10_000, 100_000), matrix=0, lone=500, stored=5_000, traced=2_000,
+        fired=(10_000, 100_000), joined=50_000, held=(50_000, 150_000), parts=1_000, tasks=2_000, chords=100,
+        fast=2, slow=1,
     ),
     "full": Size(
         joins=(10_000, 100_000, 1_000_000), scale=(10_000, 1_000_000), matrix=10_000, lone=2_000,
-        stored=20_000, traced=10_000, fast=5, slow=3,
+        stored=20_000, traced=10_000,
+        fired=(10_000, 100_000), joined=100_000, held=(100_000, 300_000), parts=5_000, tasks=10_000, chords=1_000,
+        fast=5, slow=3,
     ),
 }  # fmt: skip
 
@@ -81,6 +96,11 @@ def new_group() -> str:
 def task_ids(group_id: str, count: int) -> list[str]:
     """The ids of a group's members: whoever knows the group's id can tell them."""
     return [f"{group_id[:24]}{index:012x}" for index in range(count)]
+
+
+def part_of(index: int) -> str:
+    """The result of a chord's part: 100 bytes of JSON, as different as results are."""
+    return f"{index:098d}"
 
 
 def request_of(task_id: str, **fields: Any) -> Context:

@@ -1,4 +1,4 @@
-"""The demo: a broker and a worker of its own, a group of 10,000 tasks, and what joining their results costs."""
+"""The demo: a broker and a worker of its own, 10,000 tasks as a group and as a chord, what their joins cost."""
 
 from __future__ import annotations
 
@@ -6,14 +6,16 @@ import argparse
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Callable
 
-from celery import group
+from celery import chord, group
 from celery.contrib.testing.worker import start_worker
 from celery.exceptions import TimeoutError
-from demo_app import add, app
+from demo_app import add, app, total
 from rabbitmq_node import Leashed, Node, StartError, installed
 from tqdm import tqdm
 
@@ -86,51 +88,115 @@ def in_memory() -> Iterator[None]:
         yield
 
 
+@dataclass
+class Taken:
+    """What it took to send tasks and to join their results: seconds, and seconds of this process's CPU."""
+
+    sending: float
+    joining: float
+    cpu: float
+
+
 def run(tasks: int, worker: Worker | None) -> None:
     """Send the tasks, join their results, print what it took. Raises DemoError."""
-    last = time.monotonic()
-
-    def check() -> None:
-        if worker is not None and not worker.running():
-            raise DemoError("the worker has ended")
-        if time.monotonic() - last > PATIENCE:
-            raise DemoError(f"no result came for {PATIENCE} seconds")
-
+    watch = Watch(worker)
     try:  # one task first: then the worker is up and the connections are open
-        add.delay(1, 1).get(timeout=PATIENCE, on_interval=check)
+        add.delay(1, 1).get(timeout=PATIENCE, on_interval=watch)
     except TimeoutError as error:
         raise DemoError(f"the first task had no result after {PATIENCE} seconds") from error
+    columns = [run_group(tasks, watch), run_chord(tasks, watch)]
 
-    say(f"Sending {tasks:,} tasks ...")
+    def row(name: str, cell: Callable[[Taken], str], comment: str = "") -> str:
+        return f"{name:<22}{cell(columns[0]):>10}{cell(columns[1]):>10}   {comment}".rstrip()
+
+    rows = [
+        f"{'':<22}{'group':>10}{'chord':>10}",
+        row("tasks", lambda taken: f"{tasks:,}", "and the chord's body"),
+        row("sending", lambda taken: f"{taken.sending:.1f} s"),
+        row("joining", lambda taken: f"{taken.joining:.1f} s", "while the worker still runs tasks"),
+        row(
+            "tasks per second",
+            lambda taken: f"{tasks / (taken.sending + taken.joining):,.0f}",
+            "from the first task sent to the last result, or the body's",
+        ),
+        row("client CPU per result", lambda taken: f"{taken.cpu / tasks * 1e6:.0f} us", "of joining alone"),
+    ]
+    print(
+        f"\nAll {tasks:,} results are there, twice, and right.\n\n" + "\n".join(rows) + "\n\n"
+        f"implementation  {fastres.__impl__}\n"
+        f"broker          {broker_name()}"
+    )
+
+
+class Watch:
+    """Called while results are waited for: raises DemoError when none can come any more."""
+
+    def __init__(self, worker: Worker | None) -> None:
+        self._worker = worker
+        self.alive()
+
+    def alive(self) -> None:
+        """Something has come."""
+        self._last = time.monotonic()
+
+    def __call__(self, *args: Any) -> None:
+        if self._worker is not None and not self._worker.running():
+            raise DemoError("the worker has ended")
+        if time.monotonic() - self._last > PATIENCE:
+            raise DemoError(f"no result came for {PATIENCE} seconds")
+
+
+def run_group(tasks: int, watch: Watch) -> Taken:
+    """A group: this process joins the results."""
+    say(f"Sending a group of {tasks:,} tasks ...")
     start = time.perf_counter()
     result = group(add.s(i, i) for i in range(tasks)).apply_async()
     sent = time.perf_counter()
 
     expected = {child.id: i + i for i, child in enumerate(result.children)}
-    last = time.monotonic()
+    watch.alive()
     cpu = time.process_time()
-    # disable=None: no progress bar where nobody looks, in a file or a pipe.
-    for task_id, meta in tqdm(
-        result.iter_native(on_interval=check), "Joining", total=tasks, unit=" results", disable=None
-    ):
-        last = time.monotonic()
+    for task_id, meta in bar(result.iter_native(on_interval=watch), tasks):
+        watch.alive()
         if meta["result"] != expected.pop(task_id):
             raise DemoError(f"task {task_id} has the wrong result {meta['result']!r} and state {meta['status']}")
     cpu = time.process_time() - cpu
     joined = time.perf_counter()
     if expected:
         raise DemoError(f"{len(expected):,} results are missing")
+    return Taken(sent - start, joined - sent, cpu)
 
-    print(
-        f"\nAll {tasks:,} results are there, and right.\n\n"
-        f"tasks                   {tasks:,}\n"
-        f"sending                 {sent - start:.1f} s\n"
-        f"joining                 {joined - sent:.1f} s, while the worker still runs tasks\n"
-        f"results per second      {tasks / (joined - start):,.0f}, from the first task sent to the last result\n"
-        f"client CPU per result   {cpu / tasks * 1e6:.0f} us, of joining alone\n"
-        f"implementation          {fastres.__impl__}\n"
-        f"broker                  {broker_name()}"
-    )
+
+def run_chord(tasks: int, watch: Watch) -> Taken:
+    """A chord: the worker joins the results, and runs the body with them."""
+    say(f"Sending a chord of {tasks:,} tasks ...")
+    start = time.perf_counter()
+    result = chord(add.s(i, i) for i in range(tasks))(total.s())
+    sent = time.perf_counter()
+
+    there = 0
+
+    def look(*args: Any) -> None:
+        nonlocal there
+        # The results of the header are kept too, and can be counted.
+        before, there = there, app.backend.group_progress(result.parent.id)
+        if there > before:
+            watch.alive()
+        watch()
+
+    watch.alive()
+    cpu = time.process_time()
+    value = result.get(on_interval=look)
+    cpu = time.process_time() - cpu
+    joined = time.perf_counter()
+    if value != tasks * (tasks - 1):
+        raise DemoError(f"the chord's body has the wrong result {value!r}")
+    return Taken(sent - start, joined - sent, cpu)
+
+
+def bar(results: Iterable[Any], tasks: int) -> Iterable[Any]:
+    # disable=None: no progress bar where nobody looks, in a file or a pipe.
+    return tqdm(results, "Joining", total=tasks, unit=" results", disable=None)
 
 
 def broker_name() -> str:

@@ -1,5 +1,7 @@
 """The application of the demo: all that fastres needs is the name of the result backend."""
 
+from __future__ import annotations
+
 from celery import Celery
 
 app = Celery("demo_app", backend="fastres://")
@@ -8,3 +10,8 @@ app = Celery("demo_app", backend="fastres://")
 @app.task
 def add(x: int, y: int) -> int:
     return x + y
+
+
+@app.task
+def total(numbers: list[int]) -> int:
+    return sum(numbers)

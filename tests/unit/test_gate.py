@@ -16,6 +16,10 @@ OTHERS = {"peer": "Celery rpc", "how": "get"}
 
 ROW = {"name": "CPU", "measure": "cpu", "of": OTHERS, "to": OURS, "results": 1000, "bound": "least", "floor": 10}
 
+#: Without anything to compare it to.
+SMALL = {"peer": "fastres", "how": "small"}
+QUEUES = {"name": "queues", "measure": "queues", "of": SMALL, "results": 100, "bound": "most", "floor": 0}
+
 
 def taken(peer: str, cpu: float = 1.0, count: int = 1000, how: str = "get", **others: Any) -> dict[str, Any]:
     """A benchmark as pytest-benchmark writes it; `cpu` is in microseconds per result."""
@@ -92,6 +96,18 @@ def test_growth_is_that_between_two_numbers_of_results(write: Any) -> None:
     assert verdict.value == pytest.approx(20)
 
 
+@pytest.mark.parametrize(("made", "passed"), [(0, True), (1, False)])
+def test_a_number_by_itself(write: Any, made: int, passed: bool) -> None:
+    path = write(taken("fastres", queues=made, how="small"))
+    (verdict,) = judge(Records(path), [QUEUES])
+    assert (verdict.value, verdict.passed) == (made, passed)
+
+
+def test_a_number_that_was_not_measured_fails(write: Any) -> None:
+    (verdict,) = judge(Records(write()), [QUEUES])
+    assert not verdict.passed
+
+
 def test_one_number_of_results_shows_no_growth(write: Any) -> None:
     assert value_of(write(taken("fastres")), of=OURS, to=OURS).value is None
 
@@ -117,8 +133,8 @@ def test_floors_are_no_stricter_than_their_targets() -> None:
             assert kept, row["name"]
 
 
-def test_every_floor_is_of_a_ratio() -> None:
-    """Nothing in the gate is a time; what is a difference is of memory."""
+def test_no_floor_is_of_a_time() -> None:
+    """What is a difference is of memory; what is a number is of queues."""
     for row in read_floors():
-        assert {"of", "to"} <= row.keys()
-        assert ("grown" in row) == (row["measure"] == "growth")
+        assert ("to" not in row) == (row["measure"] == "queues")
+        assert ("grown" in row) == (row["measure"] in ("growth", "held"))

@@ -1,0 +1,116 @@
+"""Runs a process that is measured with chords: beside it a worker, or a joiner."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import sys
+from pathlib import Path
+
+from chords import CHORD_PEERS, CHORDS, Chords, FastresChords
+from filler import fill_redis_chord
+from kombu.utils.json import loads
+from rabbitmq_node import Leashed
+from runs import Bench, Case, Process, Run, environment
+from workloads import part_of
+
+HERE = Path(__file__).parent
+#: What runs beside the measured process, as arguments of `celery`.
+WORKER = "worker -c 2 -Q {tasks} -l WARNING --without-gossip --without-mingle --without-heartbeat"
+JOINER = "fastres joiner"
+
+
+def run_of(bench: Bench, case: Case) -> Run:
+    return (ChordRun if case.how in CHORDS else Run)(bench, case)
+
+
+class ChordRun(Run):
+    """One measured process, ready when it is made."""
+
+    peer: Chords
+
+    def prepare(self) -> Process:
+        case = self.case
+        self.peer = CHORD_PEERS[case.peer](self.job)
+        self._beside: Beside | None = None
+        arguments = None
+        if case.how in ("chord", "small"):
+            arguments = WORKER.format(tasks=self.peer.tasks)
+        elif case.how == "fire" and isinstance(self.peer, FastresChords):
+            arguments = JOINER
+        if arguments:
+            self._beside = Beside(self, arguments).start()
+        if case.how == "fire":
+            self._fill(case.count - 1)
+        process = Process(self.command(), environment(case.peer))
+        # A joiner has warmed up, and has left.
+        if case.how in ("join", "hold"):
+            self._fill(case.count)
+        return process
+
+    def _fill(self, count: int) -> None:
+        backend = self.peer.app.backend
+        if isinstance(self.peer, FastresChords):
+            log = backend.addresses.queue(backend.addresses.chords(0))
+            self.bench.broker.fill_log(log, self.job.group_id, count)
+        else:
+            fill_redis_chord(backend, self.job.group_id, count)
+
+    def go(self) -> dict[str, float]:
+        if self.case.how != "small" or not isinstance(self.peer, FastresChords):
+            taken = super().go()
+            if self.case.how in ("fire", "join"):
+                self._check_body()
+            return taken
+        before = self._created()
+        taken = super().go()
+        return {**taken, "queues": self._created() - before}
+
+    def _check_body(self) -> None:
+        """The body has all results, in order."""
+        message = self.bench.broker.channel.basic_get(self.peer.bodies, no_ack=True)
+        [results], *_ = loads(message.body)
+        assert results == [part_of(index) for index in range(self.case.count)]
+
+    def _created(self) -> int:
+        """How many queues the node has made since it was started: it counts them, and those that are gone."""
+        rows = self.bench.node.ctl("eval", "ets:tab2list(connection_churn_metrics).")
+        *_, created, _ = re.findall(r"\b\d+\b", rows.partition(",")[2])
+        return int(created)
+
+    def close(self) -> None:
+        if self._beside is not None:
+            self._beside.stop()
+        # A look at all queues takes seconds: those of a run that leaves few are told.
+        if self.case.how == "small":
+            self.queues.update(name for name in self.bench.node.queues() if self.job.oid in name)
+        else:
+            self.queues.update(self.peer.queues())
+        super().close()
+
+
+class Beside(Leashed):
+    """`celery` with the application of a run."""
+
+    name = "celery"
+
+    def __init__(self, run: ChordRun, arguments: str) -> None:
+        super().__init__()
+        self._run = run
+        self._arguments = arguments
+
+    def shell_line(self, folder: Path) -> str:
+        return f"exec '{sys.executable}' -m celery -A chord_app {self._arguments}"
+
+    def pre_start_check(self) -> bool:
+        return False
+
+    def after_start_check(self) -> bool:
+        return True  # the first chord will tell
+
+    @property
+    def envvars(self) -> dict[str, str]:
+        job = json.dumps(dataclasses.asdict(self._run.job))
+        own = {"FASTRES_BENCH_JOB": job, "PYTHONPATH": str(HERE)}
+        return {**super().envvars, **environment(self._run.case.peer), **own}

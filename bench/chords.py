@@ -1,0 +1,253 @@
+"""The peers with chords: what is done with them, and timed, in the measured process."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable
+from typing import Any, Callable
+
+import kombu
+from celery import Celery, Task, chord
+from kombu.utils.json import dumps
+from peers import PEERS, WARM, Action, Fastres, Job, Peer, Redis
+from workloads import part_of, request_of, task_ids
+
+from fastres.chords.status import ask
+
+#: What is measured of chords.
+CHORDS = ("part", "fire", "join", "hold", "chord", "small")
+#: Tasks in a small chord, and in the one that comes first, which opens the connections of both children.
+SMALL, FIRST = 10, 100
+#: Calls with a chord and without it take turns by so many.
+TURN = 50
+#: Seconds between two looks at a queue, and how long is looked at most.
+LOOK, PATIENCE = 0.002, 300
+#: Seconds that a joiner takes to write down what it has read.
+SETTLING = 1.0
+
+
+class Chords(Peer):
+    """A backend, and an application of which the bodies of chords go to a queue of their own."""
+
+    def __init__(self, job: Job) -> None:
+        super().__init__(job)
+        self.bodies = f"bench.bodies.{job.oid}"
+        self.tasks = f"bench.tasks.{job.oid}"
+        queues = [kombu.Queue(name, routing_key=name) for name in (self.tasks, self.bodies)]
+        self.app.conf.update(
+            task_queues=queues, task_default_queue=self.tasks, broker_connection_retry_on_startup=True
+        )
+        self.noop, self.count, self.body = register(self.app)
+        self._connection: Any = None
+
+    def warm_up(self) -> None:
+        """A chord that is joined, by whoever joins."""
+        assert self.job.how in CHORDS
+        getattr(self, f"warm_{self.job.how}", lambda: None)()
+
+    def queues(self) -> list[str]:
+        """What is left of a run."""
+        return [self.tasks, self.bodies]
+
+    # -- one part
+
+    def part(self, group_id: str, count: int) -> Action:
+        """Results with their parts of a chord, and results without, by turns: what the parts cost."""
+        # The chord is never complete.
+        requests = list(map(self.begin(group_id, count + 1), range(count)))
+        plain = [request_of(task_id, group=group_id, group_index=0) for task_id in task_ids(group_id[::-1], count)]
+        mark = self.app.backend.mark_as_done
+
+        def store(requests: Iterable[Any]) -> float:
+            start = time.process_time()
+            for request in requests:
+                mark(request.id, part_of(0), request)
+            return time.process_time() - start
+
+        def run() -> int:
+            turns = [slice(start, min(start + TURN, count)) for start in range(0, count, TURN)]
+            times = [(store(requests[turn]), store(plain[turn])) for turn in turns]
+            with_part, without = map(sum, zip(*times))
+            self.taken = {"part": with_part - without, "stored": without}
+            return count
+
+        return run
+
+    def warm_part(self) -> None:
+        self.part(self.job.warm_id, WARM)()
+
+    # -- the last part
+
+    def fire(self, group_id: str, count: int) -> Action:
+        """All parts but one have come: the last one, until the body is in its queue."""
+        request = self.begin(group_id, count)
+        self.gather(group_id, count - 1)
+        last = request(count - 1)
+        return lambda: self.finish(last, count)
+
+    def warm_fire(self) -> None:
+        request = self.begin(self.job.warm_id, WARM)
+        for index in range(WARM - 1):
+            self.app.backend.on_chord_part_return(request(index), "SUCCESS", part_of(index))
+        self.finish(request(WARM - 1), WARM)
+        self.channel.queue_purge(self.bodies)
+
+    def finish(self, last: Any, count: int) -> int:
+        self.app.backend.on_chord_part_return(last, "SUCCESS", part_of(count - 1))
+        self.await_bodies(1)
+        return count
+
+    # -- whole chords
+
+    def chord(self, group_id: str, count: int) -> Action:
+        """A chord of tasks that do nothing, until the result of its body is there."""
+        header = [self.noop.si() for _ in range(count)]
+        return lambda: chord(header, app=self.app)(self.count.s()).get(timeout=PATIENCE)
+
+    def warm_chord(self) -> None:
+        self.chord(self.job.warm_id, FIRST)()
+
+    def small(self, group_id: str, count: int) -> Action:
+        """Many small chords, until the bodies of all are in their queue."""
+        body = self.body.s().set(queue=self.bodies)
+        headers = [[self.noop.si() for _ in range(SMALL)] for _ in range(count)]
+
+        def run() -> int:
+            for header in headers:
+                chord(header, app=self.app)(body.clone())
+            self.await_bodies(count)
+            return count
+
+        return run
+
+    def warm_small(self) -> None:
+        self.warm_chord()
+        self.small(self.job.warm_id, 1)()
+        self.channel.queue_purge(self.bodies)
+
+    # -- what they are made of
+
+    def begin(self, group_id: str, count: int) -> Callable[[int], Any]:
+        """Say that a chord is sent: what gives the requests of its header's tasks, as their worker has them."""
+        body = self.body.s().set(queue=self.bodies)
+        body.freeze()
+        self.app.backend.apply_chord((group_id, []), body)
+        self.app.backend.set_chord_size(group_id, count)
+        carried, ids = json.loads(dumps(body)), task_ids(group_id, count)
+        return lambda index: request_of(ids[index], group=group_id, group_index=index, chord=carried)
+
+    def gather(self, group_id: str, count: int) -> None:
+        """Wait until so many parts have been read by who joins them."""
+
+    @property
+    def channel(self) -> Any:
+        """A channel to look at queues with."""
+        if self._connection is None:
+            self._connection = kombu.Connection(self.job.broker)
+            for queue in self.app.conf.task_queues:
+                queue(self._connection.default_channel).declare()
+        return self._connection.default_channel
+
+    def await_bodies(self, count: int) -> None:
+        end = time.monotonic() + PATIENCE
+        while (there := self.channel.queue_declare(self.bodies, passive=True).message_count) < count:
+            assert time.monotonic() < end, f"{there} bodies instead of {count}"
+            time.sleep(LOOK)
+
+
+class FastresChords(Chords, Fastres):
+    kept = True
+
+    def __init__(self, job: Job) -> None:
+        # The log of a run is its own.
+        self.options = {
+            "result_backend_transport_options": {"namespace": f"bench-{job.oid}", "keep_chord_results": self.kept}
+        }
+        super().__init__(job)
+
+    def queues(self) -> list[str]:
+        addresses = self.app.backend.addresses
+        groups = [addresses.group(group_id) for group_id in (self.job.group_id, self.job.warm_id)]
+        return [*super().queues(), *(address.name for address in (addresses.chords(0), *groups))]
+
+    def gather(self, group_id: str, count: int) -> None:
+        end = time.monotonic() + PATIENCE
+        while True:
+            [shard] = ask(self.app.backend, PATIENCE)
+            there = {chord.id: chord.parts for chord in shard.open.chords} if shard.open else {}
+            if there.get(group_id) == count and not shard.waiting:
+                break
+            assert time.monotonic() < end, f"{there} parts instead of {count}"
+            time.sleep(0.2)
+        time.sleep(SETTLING)
+
+    # -- the joiner alone: this process is it
+
+    def join(self, group_id: str, count: int) -> Action:
+        """A joiner finds a whole chord, until the body is in its queue."""
+        self.begin(group_id, count)
+        self.channel  # noqa: B018 - the connection is made here, not when it is timed
+
+        def run() -> int:
+            self.app.backend.joiner.start()
+            self.await_bodies(1)
+            return count
+
+        return run
+
+    def hold(self, group_id: str, count: int) -> Action:
+        """A joiner finds a chord that lacks a part."""
+        self.begin(group_id, count + 1)
+
+        def run() -> int:
+            self.app.backend.joiner.start()
+            self.gather(group_id, count)
+            return count
+
+        return run
+
+    def warm_join(self) -> None:
+        self.app.backend.joiner.start()
+        self.warm_fire()
+        self.app.backend.joiner.stop()
+
+    warm_hold = warm_join
+
+
+class FastresUnkeptChords(FastresChords):
+    kept = False
+
+
+class RedisChords(Chords, Redis):
+    pass
+
+
+def register(app: Celery) -> tuple[Task, Task, Task]:
+    """The tasks of the chords."""
+
+    @app.task(name="noop")  # type: ignore[untyped-decorator]
+    def noop() -> None:
+        pass
+
+    @app.task(name="count")  # type: ignore[untyped-decorator]
+    def count(results: list[Any]) -> int:
+        return len(results)
+
+    @app.task(name="body", ignore_result=True)  # type: ignore[untyped-decorator]
+    def body(results: list[Any]) -> None:
+        raise NotImplementedError("its messages are counted, and not consumed")
+
+    return noop, count, body
+
+
+#: By the name that the tables have.
+CHORD_PEERS: dict[str, type[Chords]] = {
+    "fastres": FastresChords,
+    "fastres, not kept": FastresUnkeptChords,
+    "Celery redis": RedisChords,
+}
+
+
+def peer_of(job: Job) -> Peer:
+    return (CHORD_PEERS if job.how in CHORDS else PEERS)[job.peer](job)

@@ -1,0 +1,31 @@
+"""Chords: what a part costs, how soon the body follows the last one, what the joiner takes, whole chords."""
+
+from __future__ import annotations
+
+from typing import Any, Callable
+
+import pytest
+from runs import Case
+from workloads import Size
+
+pytestmark = pytest.mark.timeout(1800)
+
+
+def cases(size: Size) -> list[Case]:
+    both = ("fastres", "Celery redis")
+    return [
+        *(Case(peer, "part", size.parts, size.fast) for peer in both),
+        *(Case("fastres", "fire", count, size.fast) for count in size.fired),
+        *(Case("Celery redis", "fire", count, size.slow) for count in size.fired),
+        Case("fastres", "join", size.joined, size.fast),
+        *(Case("fastres", "hold", count, size.slow) for count in size.held),
+        *(Case(peer, "chord", size.tasks, size.fast) for peer in both),
+        *(
+            Case(peer, "small", size.chords, size.fast)
+            for peer in ("fastres", "Celery redis", "fastres, not kept")
+        ),
+    ]
+
+
+def test_chord(case: Case, measure: Callable[[Case], dict[str, Any]]) -> None:
+    assert measure(case)["count"] == case.count
