@@ -127,8 +127,9 @@ class Leashed(Executor):
 class Node(Leashed, TCPExecutor):
     """A RabbitMQ node without plugins that listens on 127.0.0.1 only; a context manager.
 
-    `config` is lines of rabbitmq.conf, such as {"consumer_timeout": "5000"}. `tls` adds a listener at `tls_port`
-    whose certificate for localhost and 127.0.0.1 is signed by `ca_file` (needs trustme).
+    `config` is lines of rabbitmq.conf, such as {"consumer_timeout": "5000"}, and `advanced` parameters of RabbitMQ
+    that it has no line for, such as {"channel_tick_interval": "1000"}. `tls` adds a listener at `tls_port` whose
+    certificate for localhost and 127.0.0.1 is signed by `ca_file` (needs trustme).
 
     After kill() a durable queue may be missing that was declared less than two seconds before, with its messages:
     Mnesia, RabbitMQ 3's database, puts the last transaction on disk at once, but that it was committed only later.
@@ -137,8 +138,11 @@ class Node(Leashed, TCPExecutor):
     name = "RabbitMQ"
     hint = "Its log above has the reason: a wrong line of configuration, perhaps, or a full disk."
 
-    def __init__(self, config: dict[str, str] | None = None, tls: bool = False) -> None:
+    def __init__(
+        self, config: dict[str, str] | None = None, tls: bool = False, advanced: dict[str, str] | None = None
+    ) -> None:
         self._config = config or {}
+        self._advanced = advanced or {}
         self._tls = tls
         ports = free_ports(4)
         self.tls_port = ports.pop()
@@ -189,6 +193,8 @@ class Node(Leashed, TCPExecutor):
             conf.update(_certificates(folder), **{"listeners.ssl.1": f"{HOST}:{self.tls_port}"})
         conf.update(self._config)
         (folder / "rabbitmq.conf").write_text("".join(f"{key} = {value}\n" for key, value in conf.items()))
+        parameters = ", ".join(f"{{{key}, {value}}}" for key, value in self._advanced.items())
+        (folder / "advanced.config").write_text(f"[{{rabbit, [{parameters}]}}].\n")
         (folder / "enabled_plugins").write_text("[].\n")
         cookie = folder / ".erlang.cookie"
         if not cookie.exists():

@@ -9,10 +9,13 @@ import json
 import os
 import signal
 import time
+from datetime import date, datetime, timezone
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
-from celery import Celery, group, shared_task
+from celery import Celery, chain, chord, group, shared_task
 from celery.result import allow_join_result
 
 Json = dict[str, Any]
@@ -52,6 +55,31 @@ def echo(value: Any) -> Any:
     return value
 
 
+#: Values that serializers have ways of their own for.
+TYPED = {
+    "json": [
+        datetime(2026, 1, 2, 3, 4, 5, 6, timezone.utc),
+        Decimal("1.10"),
+        UUID(int=5),
+        date(2026, 1, 2),
+        b"\0ff",
+    ],
+    "pickle": [datetime(2026, 1, 2, 3, 4, 5, 6, timezone.utc), Decimal("1.10"), UUID(int=5), (1, 2)],
+    "yaml": [datetime(2026, 1, 2, 3, 4, 5, 6), date(2026, 1, 2)],
+    "msgpack": [b"\0ff", {"deep": [1.5]}],
+}
+
+
+@shared_task
+def typed(serializer: str, index: int) -> Any:
+    return TYPED[serializer][index]
+
+
+@shared_task
+def shown(values: list[Any], more: Any = None) -> list[str]:
+    return [repr(value) for value in (*values, *([] if more is None else [more]))]
+
+
 @shared_task
 def collect(values: list[Any], *more: Any) -> list[Any]:
     return [values, *more]
@@ -82,6 +110,42 @@ def silent(value: Any) -> Any:
 def errback(request: Any, exc: BaseException, traceback: Any, folder: str) -> None:
     """Which task failed, and how, into a file."""
     Path(folder, "told").write_text(f"{request.id} {exc!r}")
+
+
+@shared_task
+def chord_errback(request: Any, exc: BaseException, traceback: Any, folder: str) -> None:
+    """Which task failed, how and why, into a file that is there only when it is whole."""
+    telling = Path(folder, f"telling-{request.id}")
+    telling.write_text(f"{request.id}\n{exc!r}\n{exc.__cause__!r}\n{traceback}")
+    telling.rename(Path(folder, f"told-{request.id}"))
+
+
+@shared_task
+def patient_errback(request: Any, exc: BaseException, traceback: Any, path: str) -> None:
+    """Ends as soon as a file is there, and tells that it waits for it."""
+    Path(f"{path}-waiting").touch()
+    gated(path, None)
+
+
+@shared_task
+def record(values: Any, folder: str, name: str) -> None:
+    """What a body was called with: one line in a file."""
+    with open(Path(folder, "record"), "a") as file:
+        file.write(json.dumps([name, values]) + "\n")
+
+
+@shared_task
+def count_lazily(results: Any) -> list[int]:
+    """The body of a chord that gets its header's results by reference."""
+    sizes = sorted(len(value) for value in results)
+    return [len(results), sum(sizes), sizes[-1]]
+
+
+@shared_task(bind=True)
+def delivery(self: Any, values: Any) -> Json:
+    """How a body came to its worker."""
+    info = self.request.delivery_info
+    return {"values": values, "queue": info["routing_key"], "priority": info["priority"]}
 
 
 @shared_task(bind=True)
@@ -151,6 +215,32 @@ def replaced_by_group(self: Any, count: int) -> None:
 
 
 @shared_task(bind=True)
+def replaced_by_chord(self: Any, count: int) -> None:
+    raise self.replace(chord([add.s(number, number) for number in range(count)], tsum.s()))
+
+
+@shared_task(bind=True)
+def replaced_by_failure(self: Any, item: str) -> None:
+    raise self.replace(chain(add.s(1, 1), fail.si(item)))
+
+
+@shared_task(bind=True)
+def adding(self: Any, *numbers: int) -> str:
+    """Adds tasks to the chord that it is in."""
+    for number in numbers:
+        self.add_to_chord(add.si(number, number))
+    return "added"
+
+
+@shared_task(bind=True)
+def adding_more(self: Any, depth: int) -> int:
+    """Adds a task to the chord that it is in, which adds another one."""
+    if depth:
+        self.add_to_chord(adding_more.si(depth - 1))
+    return depth
+
+
+@shared_task(bind=True)
 def replaced_by_chain(self: Any, x: int) -> None:
     raise self.replace(add.s(x, 1) | add.s(10))
 
@@ -163,6 +253,13 @@ def dies_once(folder: str, number: int) -> int:
         mark.touch()
         os.kill(os.getpid(), signal.SIGKILL)
     return number
+
+
+@shared_task(acks_late=True, reject_on_worker_lost=True)
+def late(seconds: float, value: Any) -> Any:
+    """Is run again when its worker is lost."""
+    time.sleep(seconds)
+    return value
 
 
 @shared_task

@@ -74,6 +74,36 @@ class Worker(Leashed):
             yield app
 
 
+class JoinerProcess(Leashed):
+    """``celery -A proj fastres joiner``: joins chords and runs no tasks; a context manager.
+
+    It may take a moment from its start until it reads: until ``broker.wait_for_consumer()`` of a shard's queue.
+
+    Args:
+        conf: Celery's settings, as JSON can hold them.
+    """
+
+    name = "joiner"
+    hint = "The log above says why."
+
+    def __init__(self, broker: str, backend: str = "fastres://", **conf: Any) -> None:
+        super().__init__(envvars=environment(broker, backend, **conf))
+
+    def shell_line(self, folder: Path) -> str:
+        (folder / "output.log").write_text("")
+        return f"exec {sys.executable} -m celery -A proj fastres joiner"
+
+    def pre_start_check(self) -> bool:
+        return False
+
+    def after_start_check(self) -> bool:
+        return "Joining the chords" in self.log()
+
+    def log(self) -> str:
+        """All that it has logged since its start."""
+        return (self.folder / "output.log").read_text("utf-8", "replace") if self.folder else ""
+
+
 def adds(count: int, start: int = 0) -> list[Any]:
     """Tasks, and what they return."""
     return [proj.add.s(number, number) for number in range(start, start + count)]

@@ -103,8 +103,8 @@ def pack_part(part: Part) -> bytes:
 def unpack_part(packed: bytes) -> Part:
     """Raises: MalformedEvent: these bytes are no part."""
     line, _, result = packed.partition(b"\n")
-    words = line.decode().split(" ")
     try:
+        words = line.decode().split(" ")
         place = None if words[0] == "-" else int(words[0])
         state, content_type, content_encoding = words[1:] or (states.SUCCESS, JSON, UTF8)
     except ValueError:
@@ -146,7 +146,7 @@ def read_event(body: Any) -> tuple[Event, bytes]:
     head, _, rest = bytes(body).partition(b"\n")
     try:
         event = _event.decode(head)
-    except (msgspec.DecodeError, UnicodeDecodeError) as exc:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
         raise MalformedEvent(f"not an event of a chord: {exc}") from exc
     length, shortest = event.plan, event.plan
     for _, each in event.parts:
@@ -154,6 +154,8 @@ def read_event(body: Any) -> tuple[Event, bytes]:
         shortest = min(shortest, each) if each < 0 else shortest
     if length != len(rest) or shortest < 0:
         raise MalformedEvent(f"an event of chord {event.chord} is cut off, or has bytes too many")
+    if event.size is not None and event.size < 0:
+        raise MalformedEvent(f"chord {event.chord} has {event.size} parts")
     if not (event.chord or event.mark or event.ask):
         raise MalformedEvent("an event of no chord")
     return event, rest

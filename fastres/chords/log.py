@@ -10,6 +10,7 @@ from celery import states
 from celery.canvas import _regen
 from celery.exceptions import ImproperlyConfigured
 from celery.result import GroupResult
+from kombu.exceptions import EncodeError
 from kombu.serialization import dumps
 from kombu.utils.functional import LRUCache
 
@@ -72,10 +73,19 @@ class Log:
         shard = self._shard(chord_id)
         # What the tasks of the header carry is this very signature.
         body.options["headers"] = {**(body.options.get("headers") or {}), SHARD: shard}
-        serializer = body.options.get("serializer") or self._backend.app.conf.task_serializer
-        content_type, content_encoding, content = dumps((body, _structure(results)), serializer)
+        content_type, content_encoding, content = self._serialize(body, _structure(results))
         content = content.encode(content_encoding) if isinstance(content, str) else content
         self._plans[chord_id] = shard, pack_plan(Plan(content_type, content_encoding, content))
+
+    def _serialize(self, body: Any, structure: list[Any] | None) -> Any:
+        """As the tasks of the header are, which carry the body; its own serializer may not take a signature."""
+        try:
+            return dumps((body, structure), self._backend.app.conf.task_serializer)
+        except EncodeError:
+            own = body.options.get("serializer")
+            if not own:
+                raise
+            return dumps((body, structure), own)
 
     def size(self, chord_id: str, size: int) -> None:
         """How many parts a chord has that was begun before."""

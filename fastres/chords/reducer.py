@@ -49,7 +49,10 @@ class Held(NamedTuple):
 class Chord:
     """What is known of a chord."""
 
-    __slots__ = ("added", "at", "held", "id", "last", "needed", "parts", "plan", "root", "since", "size", "told")
+    __slots__ = (
+        "added", "at", "held", "id", "last", "needed", "parts", "plan", "root", "since", "size",
+        "told", "under_way",
+    )  # fmt: skip
 
     def __init__(self, id: str) -> None:
         self.id = id
@@ -69,11 +72,18 @@ class Chord:
         self.last = self.root = ""
         #: By level: single events, batches, batches of batches.
         self.held: list[list[Held]] = [[]]
+        #: How many merged events have not come back yet.
+        self.under_way = 0
 
     @property
     def total(self) -> int | None:
         """How many parts it takes."""
         return None if self.size is None else self.size + len(self.added)
+
+    @property
+    def whole(self) -> bool:
+        """Whether all that it takes is known."""
+        return len(self.parts) >= self.needed
 
     def messages(self) -> Iterator[Held]:
         for level in self.held:
@@ -98,7 +108,8 @@ class Reducer:
     def __init__(self, largest: int = LARGE) -> None:
         self._largest = largest
         self.chords: dict[str, Chord] = {}
-        #: Chords that have all they take.
+        #: Chords that have all they take, and of which all that was written is held: what comes back after a chord
+        #: has fired would be all that another joiner knows of it.
         self.complete: dict[str, Chord] = {}
         #: Events of no chord, with their delivery tags.
         self.others: list[tuple[int, Event]] = []
@@ -130,10 +141,12 @@ class Reducer:
                 continue
             merged = self._under_way.pop(event.mark, None) if event.mark else None
             chord = chords.get(event.chord)
-            if merged is not None and merged[0] is not chord:
-                # It has fired meanwhile.
-                self.spent.append(delivery.delivery_tag)
-                continue
+            if merged is not None:
+                merged[0].under_way -= 1
+                if merged[0] is not chord:
+                    # It has expired.
+                    self.spent.append(delivery.delivery_tag)
+                    continue
             if chord is None:
                 chord = chords[event.chord] = Chord(event.chord)
             more = event.size is not None or bool(event.added or event.plan or event.told)
@@ -158,8 +171,11 @@ class Reducer:
                 # All this is known: the same strings need not be there twice.
                 ids = merged[1]
             self._hold(chord, Held(delivery.delivery_tag, now, len(delivery.body), ids, more))
-            if len(parts) >= chord.needed:
+            if len(parts) >= chord.needed and not chord.under_way:
                 self.complete[chord.id] = chord
+            else:
+                # One more task was added to it.
+                self.complete.pop(chord.id, None)
 
     def _learn(self, chord: Chord, event: Event, rest: bytes) -> None:
         """What is told of a chord beside its parts."""
@@ -192,7 +208,7 @@ class Reducer:
         """What has become too many messages, merged."""
         while self._crowded:
             _, chord = self._crowded.popitem()
-            if chord.id in self.complete:
+            if chord.whole:
                 continue
             for level, messages in enumerate(chord.held):
                 if self._is_crowded(messages, level) and (merge := self._merge(chord, messages)):
@@ -221,6 +237,7 @@ class Reducer:
         return self._replace(chord, mergeable) if len(mergeable) > 1 else None
 
     def _replace(self, chord: Chord, messages: list[Held]) -> Merge:
+        self.complete.pop(chord.id, None)
         bodies: list[bytes] = []
         more = any(held.more for held in messages)
         ids: list[str] = []
@@ -230,6 +247,7 @@ class Reducer:
             nonlocal ids, size, more
             mark = next(self._marks)
             self._under_way[mark] = chord, tuple(ids)
+            chord.under_way += 1
             bodies.append(self._batch(chord, ids, more, mark))
             ids, size, more = [], 0, False
 

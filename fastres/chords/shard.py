@@ -178,7 +178,8 @@ class Shard:
     def look_after(self, renewal: float, expires: float | None) -> None:
         """Write anew what has been held for long, and drop what has expired."""
         now, wall = time.monotonic(), time.time()
-        expired = self.reducer.expired(expires, now, wall)
+        # Not before all was read: nothing that is old may be missing because it was not.
+        expired = self.reducer.expired(expires, now, wall) if self._caught_up else []
         for chord in expired:
             if chord.size is not None:
                 logger.warning(

@@ -1,0 +1,298 @@
+"""What tests of chords share: events, the log they are in as a broker keeps it, and a joiner that can be ended."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import kombu
+from backend_kit import Broker, nobodys_task, request_of, until
+from celery import Celery, chord, uuid
+from celery.app.task import Context
+
+from fastres._impl import Delivery
+from fastres.chords.bodies import Letter
+from fastres.chords.events import Event, Part, Plan, pack_part, pack_plan, write_event
+from fastres.chords.reducer import LARGE, Chord
+from fastres.chords.shard import Shard
+
+PLAN = pack_plan(Plan("application/json", "utf-8", b'"the body"'))
+
+
+def delivery(tag: int, body: bytes) -> Any:
+    return Delivery(1, "joiner", tag, False, body)
+
+
+def result(task_id: str) -> bytes:
+    """The packed part of a task."""
+    return pack_part(Part(None, "SUCCESS", "application/json", "utf-8", json.dumps(f"of {task_id}").encode()))
+
+
+def size_event(chord_id: str, size: int, at: float | None = None) -> bytes:
+    return write_event(Event(chord_id, at=at or time.time(), size=size, plan=len(PLAN)), PLAN)
+
+
+def part_event(chord_id: str, task_id: str, packed: bytes | None = None, at: float | None = None) -> bytes:
+    packed = result(task_id) if packed is None else packed
+    return write_event(Event(chord_id, at=at or time.time(), parts=[(task_id, len(packed))]), parts=[packed])
+
+
+def added_event(chord_id: str, task_id: str) -> bytes:
+    return write_event(Event(chord_id, at=time.time(), added=[task_id]))
+
+
+class Unrun:
+    """Chords that are sent for real, with headers and bodies in queues that no worker reads.
+
+    What becomes of them is done by hand; how often a body was sent, and with what, is counted exactly.
+    """
+
+    def __init__(self, app: Celery, broker: Broker) -> None:
+        self._app = app
+        self._broker = broker
+        self.task = nobodys_task(app)
+        name = uuid()
+        self.header, self.bodies = f"header-{name}", f"bodies-{name}"
+        for queue in (self.header, self.bodies):
+            broker.channel().queue_declare(queue, durable=True, auto_delete=False)
+
+    def send(self, count: int, name: Any = "body", **options: Any) -> Any:
+        """Send a chord of so many tasks; its body is known by ``name``. Returns the body's result."""
+        body = self.task.s(name=name).set(queue=self.bodies, **options)
+        return chord([self.task.s().set(queue=self.header) for _ in range(count)], app=self._app)(body)
+
+    def begin(self, count: int, name: Any = "body", **options: Any) -> list[Context]:
+        """As send(), without tasks for the header: their requests, which no broker has seen."""
+        body = self.task.s(name=name).set(queue=self.bodies, **options)
+        group_id, task_ids = uuid(), [uuid() for _ in range(count)]
+        body.freeze(group_id=group_id)
+        self._app.backend.apply_chord((group_id, [self._app.AsyncResult(each) for each in task_ids]), body)
+        self._app.backend.set_chord_size(group_id, count)
+        return [
+            request_of(task_id, group=group_id, group_index=index, chord=body, root_id=task_id)
+            for index, task_id in enumerate(task_ids)
+        ]
+
+    def requests(self, count: int) -> list[Context]:
+        """The requests of the next tasks of headers, as a worker has them, in the order they were sent."""
+        return list(self._take(self.header, count))
+
+    def _take(self, queue: str, count: int) -> Iterator[Context]:
+        for _ in range(count):
+            message = until(lambda: self._broker.channel().basic_get(queue, no_ack=True), so=f"a task in {queue}")
+            headers = message.headers
+            embedded = json.loads(message.body)[2]
+            yield Context({**headers, "correlation_id": headers["id"], "chord": embedded["chord"]})
+
+    def reconnect(self) -> None:
+        """The broker was away."""
+        until(lambda: self._broker.connection.ensure_connection(max_retries=3))
+        self._broker.connection.collect()
+
+    def part(self, request: Context, result: Any, app: Celery | None = None) -> None:
+        """A task of a header has returned."""
+        (app or self._app).backend.mark_as_done(request.id, result, request=request)
+
+    def called(self) -> list[tuple[Any, Any]]:
+        """The names of bodies that were sent and have not been asked for, with what they were called with."""
+        found = []
+        while (message := self._broker.channel().basic_get(self.bodies, no_ack=True)) is not None:
+            (values,), kwargs, _ = kombu.serialization.loads(
+                message.body, message.content_type, message.content_encoding
+            )
+            found.append((kwargs["name"], values))
+        return found
+
+    def wait(self, count: int, timeout: float = 20.0) -> list[tuple[Any, Any]]:
+        """As called(), once there are so many; AssertionError when there are more, or fewer for too long."""
+        until(lambda: (self._broker.messages(self.bodies) or 0) >= count, timeout, so=f"{count} bodies")
+        found = self.called()
+        assert len(found) == count, found
+        return found
+
+
+def finish(unrun: Unrun, requests: Iterable[Context], results: Iterable[Any] | None = None) -> None:
+    """The tasks of a header have returned: their places in it unless given."""
+    for request, result in zip(requests, results or iter(range(1_000_000))):
+        unrun.part(request, request.group_index if results is None else result)
+
+
+def results(*task_ids: str) -> dict[str, bytes]:
+    return {task_id: result(task_id) for task_id in task_ids}
+
+
+class Log:
+    """A shard's queue: what is acknowledged is gone, what is not comes again, where it was."""
+
+    def __init__(self) -> None:
+        self._published = 0
+        self._delivered = 0
+        #: By their place in the queue.
+        self.ready: dict[int, bytes] = {}
+        #: By delivery tag: the place, and the message.
+        self.unacknowledged: dict[int, tuple[int, bytes]] = {}
+
+    def __len__(self) -> int:
+        return len(self.ready) + len(self.unacknowledged)
+
+    def publish(self, body: bytes) -> None:
+        self._published += 1
+        self.ready[self._published] = body
+
+    def deliver(self, count: int) -> list[Any]:
+        """The next so many messages."""
+        deliveries = []
+        for place in sorted(self.ready)[:count]:
+            self._delivered += 1
+            body = self.ready.pop(place)
+            self.unacknowledged[self._delivered] = place, body
+            deliveries.append(delivery(self._delivered, body))
+        return deliveries
+
+    def acknowledge(self, tags: Any) -> None:
+        for tag in tags:
+            # Twice is an error to the broker.
+            del self.unacknowledged[tag]
+
+    def give_back(self) -> None:
+        """The consumer is gone."""
+        self.ready.update(self.unacknowledged.values())
+        self.unacknowledged.clear()
+
+
+class Lost(Exception):
+    """The connection broke in a commit."""
+
+
+class Lab:
+    """A shard's joiner on a queue in memory: it can end at any commit, and another one goes on.
+
+    What ``Shard`` asks of its joiner and of the broker, and no more.
+    """
+
+    careful = False
+    firing: list[Chord]
+    largest = LARGE
+    lost = (Lost,)
+
+    def __init__(self) -> None:
+        self.log = Log()
+        #: Chords that were fired, each time, with their parts.
+        self.fired: list[tuple[str, dict[str, bytes]]] = []
+        #: The next commits: None is one that succeeds, False one that does not happen, True one that happens and
+        #: is not known to have.
+        self.commits: list[bool | None] = []
+        self.ends = 0
+        self.addresses = SimpleNamespace(
+            chords=lambda number: SimpleNamespace(name=f"log.{number}"),
+            refused=lambda: SimpleNamespace(name="refused"),
+            queue=lambda address: address,
+        )
+        self.reported: list[tuple[Any, ...]] = []
+        self.backend = SimpleNamespace(reports=SimpleNamespace(add=lambda *report: self.reported.append(report)))
+        self._posted: list[Letter] = []
+        self._tags: list[int] = []
+        self.shard = self._start()
+
+    def _start(self) -> Shard:
+        self.firing = []
+        return Shard(self, self, 0)  # type: ignore[arg-type]
+
+    def step(self, count: int) -> None:
+        """Read so many messages at most, and do what follows."""
+        self._step(lambda: self._receiver(self.log.deliver(self._room(count))))
+
+    def look_after(self, renewal: float = 0.0, expires: float | None = None) -> None:
+        self._step(lambda: self.shard.look_after(renewal, expires))
+
+    def _step(self, action: Any) -> None:
+        try:
+            action()
+            self.shard.work()
+        except Lost:
+            self.end()
+
+    def leave_shard(self) -> None:
+        """The joiner leaves the shard to another one."""
+        self._step(self._leave_shard)
+
+    def _leave_shard(self) -> None:
+        self.shard.leave()
+        self.end()
+
+    def end(self) -> None:
+        """The joiner ends, and another one begins."""
+        self.ends += 1
+        self._posted, self._tags = [], []
+        self.log.give_back()
+        self.shard = self._start()
+
+    def finish(self) -> None:
+        """Read until nothing is left to read."""
+        self.commits = []
+        for _ in range(1000):
+            if not self.log.ready and not self.shard.received:
+                return
+            self.step(10)
+        raise AssertionError(f"it never ends: {self.log.ready}")
+
+    def _room(self, count: int) -> int:
+        return min(count, self._prefetch - len(self.log.unacknowledged)) if self._prefetch else count
+
+    # -- the joiner
+
+    def told(self, chord: Chord) -> bool | None:
+        return False
+
+    def call(self, chord: Chord) -> list[Letter]:
+        return [Letter(SimpleNamespace(body=b"", of=(chord.id, dict(chord.parts))), "", "bodies")]
+
+    def forget(self, chord: Chord) -> None:
+        pass
+
+    # -- the broker
+
+    def channel(self) -> Any:
+        def basic_qos(size: int, count: int, all_of_channel: bool) -> None:
+            self._prefetch = count
+
+        return SimpleNamespace(tx_select=lambda: None, basic_qos=basic_qos)
+
+    def declare(self, queue: Any) -> None:
+        pass
+
+    def has_other_arguments(self, name: str) -> bool:
+        return False
+
+    def consume(self, channel: Any, name: str, tag: str, receiver: Any, on_cancel: Any) -> None:
+        self._receiver = receiver
+
+    def hand_back(self) -> None:
+        pass
+
+    def leave(self, channel: Any, tags: Any, unacknowledged: Any) -> None:
+        assert set(unacknowledged) == set(self.log.unacknowledged)
+
+    def post(self, channel: Any, message: Any, exchange: str, routing_key: str) -> None:
+        self._posted.append(Letter(message, exchange, routing_key))
+
+    def acknowledge(self, channel: Any, tags: Any, all_up_to: int | None) -> None:
+        self._tags += tags
+        if all_up_to is not None:
+            self._tags += [tag for tag in self.log.unacknowledged if tag <= all_up_to and tag not in tags]
+
+    def commit(self, channel: Any) -> None:
+        how = self.commits.pop(0) if self.commits else None
+        posted, self._posted, tags, self._tags = self._posted, [], self._tags, []
+        if how is not False:
+            self.log.acknowledge(tags)
+            for letter in posted:
+                if letter.routing_key == "bodies":
+                    self.fired.append(letter.message.of)
+                elif letter.routing_key.startswith("log."):
+                    self.log.publish(letter.message.body)
+        if how is not None:
+            raise Lost
