@@ -24,10 +24,10 @@ BARS = [
 
 #: The panels of chords: title, method, measure, factor, label.
 CHORDS = [
-    ("last part to body, {:,} parts, s", "fire", "wall", "{:,.2f}"),
-    ("CPU of a part over its result, µs", "part", "part", "{:,.0f}"),
-    ("a chord of {:,} tasks, s", "chord", "wall", "{:,.1f}"),
-    ("{:,} chords of 10 tasks, s", "small", "wall", "{:,.1f}"),
+    ("last of {:,} parts\nto body, s", "fire", "wall", "{:,.2f}"),
+    ("CPU of a part\nover its result, µs", "part", "part", "{:,.0f}"),
+    ("a chord of\n{:,} tasks, s", "chord", "wall", "{:,.1f}"),
+    ("{:,} chords of\n10 tasks, s", "small", "wall", "{:,.1f}"),
 ]
 CHORD_BARS = [("Celery redis", OTHER), ("fastres", OURS), ("fastres, not kept", OURS)]
 
@@ -55,9 +55,9 @@ def draw(records: Records, target: Path) -> None:
     counts = records.counts(peer="fastres", how="get")
     count = next((count for count in counts if count >= SHOWN), counts[-1])
     with mpl.rc_context(STYLE):
-        whole = Figure(figsize=(9.6, 5.6), layout="constrained")
+        whole = Figure(figsize=(9.6, 5.9), layout="constrained")
         whole.get_layout_engine().set(h_pad=0.1, w_pad=0.1)
-        figure, below = whole.subfigures(2, 1, height_ratios=(3.8, 1.8))
+        figure, below = whole.subfigures(2, 1, height_ratios=(3.8, 2.1))
         left, right = figure.subplots(1, 2, sharey=True)
         panel(left, records, "cpu", count, "CPU per result, µs", "{:,.1f}")
         panel(right, records, "rate", count, "results per second, thousands", "{:,.0f}", 1e-3)

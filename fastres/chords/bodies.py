@@ -319,11 +319,16 @@ def _filled(tree: list[Any], of: Callable[[str], Any]) -> list[Any]:
 def _plain_results(chord: Chord) -> list[bytes] | None:
     """The results in order, if all of them are JSON, none has failed, and each has a place of its own."""
     results: list[bytes] = [b""] * len(chord.parts)
-    for packed in chord.parts.values():
-        place, _, result = packed.partition(b"\n")
-        if not place.isdigit() or int(place) >= len(results) or results[int(place)]:
-            return None
-        results[int(place)] = result
+    try:
+        for packed in chord.parts.values():
+            place, _, result = packed.partition(b"\n")
+            # Not a number: there is none, or more is told than a plain result needs.
+            index = int(place)
+            if index < 0 or results[index]:
+                return None
+            results[index] = result
+    except (ValueError, IndexError):
+        return None
     return results
 
 
