@@ -50,8 +50,9 @@ class Event(msgspec.Struct, omit_defaults=True):
     #: Wall clock, in seconds: when the first and the last thing happened that is told here.
     since: float = 0.0
     at: float = 0.0
-    #: How many parts the header has.
+    #: How many parts the header has, and a name for this time that the chord is sent.
     size: int | None = None
+    run: str = ""
     #: Ids of tasks that were added since.
     added: list[str] = []
     #: Errbacks that know already that a part has failed, which was a chord itself.

@@ -11,6 +11,7 @@ import math
 import socket
 import threading
 import time
+from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from kombu.exceptions import OperationalError
@@ -26,6 +27,8 @@ from fastres.store import SIZE_LIMIT
 from fastres.transport import is_open
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from fastres.chords.reducer import Chord
 
 __all__ = ("Joiner",)
@@ -40,6 +43,8 @@ PATIENCE = 30.0
 FIRST_RETRY, LONGEST_RETRY = 0.2, 10.0
 #: Seconds between two looks at chords that have grown old, and at how the shards are shared out.
 ROUND, LONG_ROUND = 1.0, 10.0
+#: Threads that tell errbacks.
+TELLERS = 8
 
 
 class Joiner:
@@ -76,6 +81,10 @@ class Joiner:
         self._refused: dict[str, str] = {}
         #: Chords that have failed, and whether their errbacks have been told.
         self._told: dict[str, bool] = {}
+        #: What is to be told, and how many threads tell.
+        self._to_tell: deque[Callable[[], None]] = deque()
+        self._tellers = 0
+        self._telling = threading.Lock()
         self._useless = False
 
     def start(self) -> None:
@@ -238,7 +247,7 @@ class Joiner:
         return None if told is False else bool(told)
 
     def tell(self, chord: Chord, failed: Failed) -> None:
-        """Tell a chord's errbacks, in a thread of their own: they are the user's, and may take their time."""
+        """Tell a chord's errbacks, in another thread: they are the user's, and may take their time."""
         bodies = self._bodies
         assert bodies is not None
         logger.error("Chord %s raised: %s", chord.id, failed, exc_info=failed.error)
@@ -253,7 +262,20 @@ class Joiner:
                     self._told[chord.id] = True
 
         self._told[chord.id] = False
-        threading.Thread(target=tell, name=f"fastres-chord-{chord.id}", daemon=True).start()
+        with self._telling:
+            self._to_tell.append(tell)
+            if self._tellers < TELLERS:
+                self._tellers += 1
+                threading.Thread(target=self._tell, name="fastres-errbacks", daemon=True).start()
+
+    def _tell(self) -> None:
+        while True:
+            with self._telling:
+                if not self._to_tell:
+                    self._tellers -= 1
+                    return
+                tell = self._to_tell.popleft()
+            tell()
 
     def forget(self, chord: Chord) -> None:
         """A chord has fired."""

@@ -13,6 +13,7 @@ from celery.result import GroupResult
 from kombu.exceptions import EncodeError
 from kombu.serialization import dumps
 from kombu.utils.functional import LRUCache
+from kombu.utils.uuid import uuid
 
 from fastres._impl import encode
 from fastres.chords.events import CONTENT_TYPE, PERSISTENT, Event, Part, Plan, pack_part, pack_plan, write_event
@@ -95,7 +96,9 @@ class Log:
             # A group inside of a header, whose parts are the chord's.
             return
         now = time.time()
-        self._send(shard, chord_id, write_event(Event(chord_id, at=now, size=size, plan=len(plan)), plan))
+        self._send(
+            shard, chord_id, write_event(Event(chord_id, at=now, size=size, run=uuid(), plan=len(plan)), plan)
+        )
 
     def part(self, request: Any, state: str, result: Any, told: list[str] | None = None) -> None:
         """A task of a chord's header has returned or raised, or was revoked.

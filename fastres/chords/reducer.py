@@ -30,6 +30,8 @@ LARGE = 1 << 22
 #: Chords that have fired and are remembered, and for how many seconds a part of one that comes late is kept: the
 #: same chord may have been sent again, which is known only when its size comes.
 REMEMBERED, GRACE = 100_000, 60.0
+#: In the place of when a chord has fired that has not.
+_NEVER = math.inf, ""
 
 
 class Held(NamedTuple):
@@ -50,8 +52,8 @@ class Chord:
     """What is known of a chord."""
 
     __slots__ = (
-        "added", "at", "held", "id", "last", "needed", "parts", "plan", "root", "since", "size",
-        "told", "under_way",
+        "added", "at", "held", "id", "last", "needed", "parts", "plan", "root", "run", "since",
+        "size", "told", "under_way",
     )  # fmt: skip
 
     def __init__(self, id: str) -> None:
@@ -59,6 +61,8 @@ class Chord:
         #: Wall clock, in seconds: when its first and its last known event were sent.
         self.since, self.at = math.inf, 0.0
         self.size: int | None = None
+        #: Names this time that it was sent.
+        self.run = ""
         #: How many parts make it complete.
         self.needed = math.inf
         self.added: set[str] = set()
@@ -121,8 +125,8 @@ class Reducer:
         self.count = 0
         #: Chords of which there are single events enough to merge.
         self._crowded: dict[str, Chord] = {}
-        #: When chords have fired, on the monotonic clock.
-        self._fired: dict[str, float] = {}
+        #: When chords have fired, on the monotonic clock, and the names of their runs.
+        self._fired: dict[str, tuple[float, str]] = {}
         #: Merged events that have not come back yet, by their mark: the chord, and which parts are in it.
         self._under_way: dict[str, tuple[Chord, tuple[str, ...]]] = {}
         self._marks = map("{}.{}".format, repeat(uuid()), count())
@@ -148,6 +152,10 @@ class Reducer:
                     self.spent.append(delivery.delivery_tag)
                     continue
             if chord is None:
+                if event.run and self._fired.get(event.chord, _NEVER)[1] == event.run:
+                    # Its sender was not sure that this had come.
+                    self.spent.append(delivery.delivery_tag)
+                    continue
                 chord = chords[event.chord] = Chord(event.chord)
             more = event.size is not None or bool(event.added or event.plan or event.told)
             if more:
@@ -180,7 +188,7 @@ class Reducer:
     def _learn(self, chord: Chord, event: Event, rest: bytes) -> None:
         """What is told of a chord beside its parts."""
         if event.size is not None:
-            chord.size = event.size
+            chord.size, chord.run = event.size, event.run
             # It was sent again.
             self._fired.pop(chord.id, None)
         chord.added.update(event.added)
@@ -268,7 +276,7 @@ class Reducer:
             root=chord.root, mark=mark,
         )  # fmt: skip
         if more:
-            event.size, event.plan = chord.size, len(chord.plan)
+            event.size, event.run, event.plan = chord.size, chord.run, len(chord.plan)
             event.added, event.told = sorted(chord.added), sorted(chord.told)
         return write_event(event, chord.plan if more else b"", packed)
 
@@ -287,9 +295,14 @@ class Reducer:
         self.chords.pop(chord.id, None)
         self._crowded.pop(chord.id, None)
         self._fired.pop(chord.id, None)
-        self._fired[chord.id] = now
+        self._fired[chord.id] = now, chord.run
         if len(self._fired) > REMEMBERED:
             del self._fired[next(iter(self._fired))]
+
+    def open(self) -> list[Chord]:
+        """The chords that are not complete, the oldest first; not those of which but a part has come too late."""
+        chords = [chord for chord in self.chords.values() if chord.size is not None or chord.id not in self._fired]
+        return sorted(chords, key=lambda chord: chord.since)
 
     # -- chords that wait in vain
 
@@ -303,5 +316,5 @@ class Reducer:
         return [
             chord for chord in self.chords.values()
             if (seconds and chord.at < wall - seconds)
-            or (chord.size is None and self._fired.get(chord.id, now) < now - GRACE)
+            or (chord.size is None and self._fired.get(chord.id, _NEVER)[0] < now - GRACE)
         ]  # fmt: skip

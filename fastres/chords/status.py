@@ -60,7 +60,7 @@ class ShardStatus(msgspec.Struct):
 
 def describe(reducer: Reducer) -> Open:
     """A joiner's answer."""
-    oldest = sorted(reducer.chords.values(), key=lambda chord: chord.since)
+    oldest = reducer.open()
     return Open(
         len(oldest),
         [

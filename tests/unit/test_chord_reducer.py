@@ -257,6 +257,26 @@ def test_a_chord_that_is_sent_again_fires_again() -> None:
     assert not reducer.chords
 
 
+def test_a_size_that_is_told_twice_opens_no_chord_again() -> None:
+    size = write_event(Event("c", at=1.0, size=1, run="first", plan=len(PLAN)), PLAN)
+    reducer = fed(size, part_event("c", "a"))
+    fire(reducer, "c")
+    reducer.feed([delivery(9, size)], NOW)
+    assert (reducer.chords, reducer.count, reducer.spent) == ({}, 0, [9])
+    again = write_event(Event("c", at=2.0, size=1, run="second", plan=len(PLAN)), PLAN)
+    reducer.feed([delivery(10, again), delivery(11, part_event("c", "a"))], NOW)
+    assert list(reducer.complete) == ["c"]
+
+
+def test_open_chords_are_told_the_oldest_first_and_without_late_parts() -> None:
+    reducer = fed(size_event("c", 1), part_event("c", "a"))
+    fire(reducer, "c")
+    for tag, (chord_id, at) in enumerate([("young", 3.0), ("old", 2.0), ("c", 1.0)], 9):
+        event = Event(chord_id, at=at, parts=[("late", 3)])
+        reducer.feed([delivery(tag, write_event(event, parts=[b"0\n1"]))], NOW)
+    assert [chord.id for chord in reducer.open()] == ["old", "young"]
+
+
 def test_a_chord_waits_for_what_was_merged_to_come_back() -> None:
     """If it fired before, a batch of it would be in the log and its end would not."""
     reducer = fed(*(part_event("c", task) for task in ids(3)))
