@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
+import time
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -12,15 +13,21 @@ if TYPE_CHECKING:
 
 __all__ = ("busy",)
 
-#: Seconds after which a fork goes ahead: a broker that does not answer must not keep a pool from its children.
+#: Seconds that forks wait for a thread, all of them together: neither a broker that does not answer nor an errback
+#: that takes its time must keep a pool from its children.
 PATIENCE = 5.0
 
 
 class _Gate:
     def __init__(self) -> None:
         self.changed = threading.Condition()
-        self.inside = 0
+        #: Since when threads are inside, on the monotonic clock.
+        self.inside: dict[object, float] = {}
         self.forking = False
+
+    def patience(self) -> float:
+        """For how many seconds a fork still waits."""
+        return max(self.inside.values(), default=float("-inf")) + PATIENCE - time.monotonic()
 
 
 _gate = _Gate()
@@ -29,15 +36,15 @@ _gate = _Gate()
 @contextlib.contextmanager
 def busy() -> Iterator[None]:
     """Locks may be held and sockets written to in here: no fork begins meanwhile."""
-    gate = _gate
+    gate, token = _gate, object()
     with gate.changed:
         gate.changed.wait_for(lambda: not gate.forking, PATIENCE)
-        gate.inside += 1
+        gate.inside[token] = time.monotonic()
     try:
         yield
     finally:
         with gate.changed:
-            gate.inside -= 1
+            del gate.inside[token]
             gate.changed.notify_all()
 
 
@@ -45,7 +52,8 @@ def _before() -> None:
     gate = _gate
     gate.changed.acquire()
     gate.forking = True
-    gate.changed.wait_for(lambda: not gate.inside, PATIENCE)
+    while (patience := gate.patience()) > 0:
+        gate.changed.wait(patience)
 
 
 def _in_parent() -> None:

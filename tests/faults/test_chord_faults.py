@@ -14,8 +14,9 @@ import pytest
 from backend_kit import Broker, until
 from celery import Celery, chord, uuid
 from celery.app.task import Context
+from celery.exceptions import ChordError
 from chord_kit import Unrun, finish
-from proj import dies_once, late
+from proj import dies_once, fail, late, patient_errback, tsum
 from proxy import Proxy
 from rabbitmq_node import Node
 from workers import JoinerProcess, Worker, client, start_python
@@ -106,11 +107,15 @@ def killed_joiners(app: Celery, folder: Path, longest: float = 0.8) -> Iterator[
     # What is printed is shown with a failure.
     print("seed", seed)
     process = start_python(KILLED.format(seed=seed, stop=str(stop), longest=longest), app)
+    killed = ""
     try:
+        assert process.stdout
+        killed = process.stdout.readline()
         yield stop.touch
     finally:
         process.kill()
-        killed, err = process.communicate()
+        more, err = process.communicate()
+        killed += more
         print(killed.count("killed"), "joiners were killed", err)
     assert killed.count("killed") >= 5, err
 
@@ -118,6 +123,14 @@ def killed_joiners(app: Celery, folder: Path, longest: float = 0.8) -> Iterator[
 def begun(unrun: Unrun, sizes: list[int]) -> list[Context]:
     """Begin chords of these sizes, with their numbers as names; the requests of all their tasks."""
     return [request for number, size in enumerate(sizes) for request in unrun.begin(size, number)]
+
+
+def finish_in(seconds: float, unrun: Unrun, requests: list[Context]) -> None:
+    """The tasks return, one after the other, for so long."""
+    begin = time.monotonic()
+    for done, request in enumerate(requests):
+        finish(unrun, [request])
+        time.sleep(max(0.0, begin + seconds * done / len(requests) - time.monotonic()))
 
 
 def results_of(sizes: list[int]) -> list[tuple[int, list[int]]]:
@@ -134,11 +147,7 @@ def test_joiners_are_killed_at_random_moments(app: Celery, unrun: Unrun, tmp_pat
     requests += random.sample(requests, len(requests) // 50)
     order = sorted(range(len(requests)), key=lambda at: at + random.uniform(0, 300))
     with killed_joiners(app, tmp_path) as spare:
-        begin = time.monotonic()
-        for done, at in enumerate(order):
-            finish(unrun, [requests[at]])
-            # They come for long enough for many joiners to be killed.
-            time.sleep(max(0.0, begin + LONG / 4 * done / len(order) - time.monotonic()))
+        finish_in(LONG / 4, unrun, [requests[at] for at in order])
         spare()
         assert sorted(unrun.wait(CHORDS, LONG)) == results_of(sizes)
         nothing_is_open(app)
@@ -152,7 +161,7 @@ def test_joiners_are_killed_while_they_merge(app: Celery, unrun: Unrun, tmp_path
     requests = begun(unrun, sizes)
     random.shuffle(requests)
     with killed_joiners(app, tmp_path, longest=0.5) as spare:
-        finish(unrun, requests)
+        finish_in(LONG / 10, unrun, requests)
         spare()
         assert sorted(unrun.wait(len(sizes), LONG)) == results_of(sizes)
         nothing_is_open(app)
@@ -268,6 +277,26 @@ def test_every_task_is_run_in_a_process_of_its_own(alive: Node, broker: Broker, 
         assert unrun.called() == []
 
 
+def test_processes_are_started_while_an_errback_takes_its_time(
+    alive: Node, options: dict[str, Any], tmp_path: Path
+) -> None:
+    gate = tmp_path / "gate"
+    with (
+        Worker(
+            alive.url, concurrency=4, worker_max_tasks_per_child=1, result_backend_transport_options=options
+        ) as worker,
+        worker.client(),
+    ):
+        errback = patient_errback.s(path=str(gate))
+        failing = chord([late.s(0, 1), fail.s("apples")])(tsum.s().on_error(errback))
+        until((tmp_path / "gate-waiting").exists, LONG)
+        # Before, each of the processes was waited for.
+        assert chord([late.s(0, 1)] * 12)(tsum.s()).get(timeout=30) == 12
+        gate.touch()
+        with pytest.raises(ChordError):
+            failing.get(timeout=LONG, follow_parents=False)
+
+
 # -- the broker, and the way to it
 
 
@@ -305,10 +334,7 @@ def test_connections_of_the_joiner_are_cut(
     with Proxy(alive.port, cuts) as proxy:
         with JoinerProcess(proxy.url, result_backend_transport_options=options):
             requests = begun(unrun, sizes)
-            begin = time.monotonic()
-            for done, request in enumerate(requests):
-                finish(unrun, [request])
-                time.sleep(max(0.0, begin + 8 * done / len(requests) - time.monotonic()))
+            finish_in(8, unrun, requests)
             assert sorted(unrun.wait(len(sizes), LONG)) == results_of(sizes)
             nothing_is_open(app)
             assert unrun.called() == []
