@@ -37,7 +37,7 @@ def size_event(chord_id: str, size: int, at: float | None = None) -> bytes:
 
 def part_event(chord_id: str, task_id: str, packed: bytes | None = None, at: float | None = None) -> bytes:
     packed = result(task_id) if packed is None else packed
-    return write_event(Event(chord_id, at=at or time.time(), parts=[(task_id, len(packed))]), parts=[packed])
+    return write_event(Event(chord_id, at=at or time.time(), part=task_id), parts=[packed])
 
 
 def added_event(chord_id: str, task_id: str) -> bytes:

@@ -8,8 +8,9 @@ once, and merged into larger ones. A message is one line of JSON, the head, then
 | head, ``\\n``         | ``Event`` as JSON                                                              |
 | ``head.plan`` bytes  | the plan: ``type encoding\\n``, then the body's signature and the structure of  |
 |                      | the header, serialized as the tasks of the application are                     |
-| each of              | a part: ``place state type encoding\\n``, then the result, serialized as        |
-| ``head.parts``       | results are; what is not given is ``-``, ``SUCCESS``, JSON in UTF-8            |
+| ``head.part``: all   | a part: ``place state type encoding\\n``, then the result, serialized as        |
+| the rest; each of    | results are; what is not given is ``-``, ``SUCCESS``, JSON in UTF-8            |
+| ``head.parts``       |                                                                                |
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ JSON = "application/json"
 UTF8 = "utf-8"
 
 
-class Event(msgspec.Struct, omit_defaults=True):
+class Event(msgspec.Struct, omit_defaults=True, gc=False):
     """The head of an event."""
 
     #: The id of the chord's header group; empty: this is about none.
@@ -59,7 +60,8 @@ class Event(msgspec.Struct, omit_defaults=True):
     told: list[str] = []
     #: The length of the plan, in bytes.
     plan: int = 0
-    #: Task ids of parts, and the lengths of these, in bytes.
+    #: The task id of the one part in it; or those of several, and the lengths of their parts, in bytes.
+    part: str = ""
     parts: list[tuple[str, int]] = []
     #: The root task of the last part, if that is another one.
     root: str = ""
@@ -149,11 +151,13 @@ def read_event(body: Any) -> tuple[Event, bytes]:
         event = _event.decode(head)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
         raise MalformedEvent(f"not an event of a chord: {exc}") from exc
+    if event.part and not event.parts and not event.plan:
+        return event, rest
     length, shortest = event.plan, event.plan
     for _, each in event.parts:
         length += each
         shortest = min(shortest, each) if each < 0 else shortest
-    if length != len(rest) or shortest < 0:
+    if length != len(rest) or shortest < 0 or event.part:
         raise MalformedEvent(f"an event of chord {event.chord} is cut off, or has bytes too many")
     if event.size is not None and event.size < 0:
         raise MalformedEvent(f"chord {event.chord} has {event.size} parts")

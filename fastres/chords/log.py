@@ -108,7 +108,7 @@ class Log:
         """
         shard = shard_of(request.chord)
         chord_id, task_id = request.group, request.id
-        if shard is None or chord_id is None or task_id is None:
+        if shard is None or not chord_id or not task_id:
             return
         if wants_reference(request.chord) and state not in states.EXCEPTION_STATES:
             # It is read from where results are.
@@ -118,9 +118,7 @@ class Log:
         )
         packed = pack_part(Part(request.group_index, state, content_type, content_encoding, body))
         root = request.root_id
-        event = Event(
-            chord_id, at=time.time(), parts=[(task_id, len(packed))], root=root if root and root != task_id else ""
-        )
+        event = Event(chord_id, at=time.time(), part=task_id, root=root if root and root != task_id else "")
         if told:
             event.told = told
         self._send(shard, task_id, write_event(event, parts=(packed,)))

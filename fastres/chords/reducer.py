@@ -167,7 +167,13 @@ class Reducer:
             if since < chord.since:
                 chord.since = since
             parts = chord.parts
-            if merged is None:
+            task_id = event.part
+            if task_id:
+                if task_id not in parts:
+                    parts[task_id] = rest
+                    chord.last, chord.root = task_id, event.root
+                ids: tuple[str, ...] = (task_id,)
+            elif merged is None:
                 start = event.plan
                 for task_id, length in event.parts:
                     if task_id not in parts:
@@ -181,7 +187,7 @@ class Reducer:
             self._hold(chord, Held(delivery.delivery_tag, now, len(delivery.body), ids, more))
             if len(parts) >= chord.needed and not chord.under_way:
                 self.complete[chord.id] = chord
-            else:
+            elif self.complete:
                 # One more task was added to it.
                 self.complete.pop(chord.id, None)
 
@@ -199,14 +205,20 @@ class Reducer:
             chord.needed = chord.size + len(chord.added)
 
     def _hold(self, chord: Chord, held: Held) -> None:
+        self.count += 1
         level, parts = 0, len(held.parts)
+        if parts < MERGED:
+            messages = chord.held[0]
+            messages.append(held)
+            if len(messages) >= MERGED:
+                self._crowded[chord.id] = chord
+            return
         while parts >= MERGED:
             level, parts = level + 1, parts // FEW
         while len(chord.held) <= level:
             chord.held.append([])
         messages = chord.held[level]
         messages.append(held)
-        self.count += 1
         if len(messages) >= FEW and self._is_crowded(messages, level):
             self._crowded[chord.id] = chord
 

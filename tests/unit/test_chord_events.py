@@ -82,6 +82,10 @@ def test_the_first_line_is_the_head() -> None:
     """Anybody can look into the log: no binary format."""
     part = pack_part(Part(3, "SUCCESS", "application/json", "utf-8", b'"value"'))
     assert part == b'3\n"value"'
+    assert read_event(write_event(Event("c", at=1.5, part="t"), parts=[part])) == (
+        Event("c", at=1.5, part="t"),
+        part,
+    )
     body = write_event(Event("c", at=1.5, parts=[("t", len(part))]), parts=[part])
     assert body == b'{"chord":"c","at":1.5,"parts":[["t",9]]}\n3\n"value"'
 
