@@ -66,7 +66,7 @@ SIZES = {
     ),
     "short": Size(
         joins=(50_000,), scale=(10_000, 100_000), matrix=0, lone=500, stored=5_000, traced=2_000,
-        fired=(10_000, 100_000), joined=50_000, held=(50_000, 150_000), parts=1_000, tasks=2_000, chords=100,
+        fired=(10_000, 100_000), joined=50_000, held=(30_000, 100_000), parts=1_000, tasks=2_000, chords=100,
         fast=2, slow=1,
     ),
     "full": Size(
