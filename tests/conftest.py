@@ -21,7 +21,8 @@ from fastres import _impl
 
 IMPLEMENTATIONS = ("python", "c")
 CHOSEN = {
-    name: getattr(_impl, name) for name in ("Aggregate", "Decoder", "Delivery", "Frames", "encode", "publication")
+    name: getattr(_impl, name)
+    for name in ("Aggregate", "Decoder", "Delivery", "Frames", "encode", "fulfil", "publication")
 }
 
 
