@@ -9,7 +9,7 @@ import textwrap
 import pytest
 
 #: Bytes that the process may have grown by since the first messages, after which everything has its place.
-LIMIT = 1_000_000
+LIMIT = 1 << 20
 FIRST = 100_000
 
 #: Reads, decodes and sorts a stream of 1,000 messages again and again; prints by how much the process has grown.
@@ -64,11 +64,20 @@ def size():
         return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
+def least():
+    # Python takes memory by the megabyte: whether it has just given one back is not what is asked.
+    sizes = []
+    for round in range(10):
+        drain()
+        sizes.append(size())
+    return min(sizes)
+
+
 for round in range(count // 1000):
     if round == first // 1000:
-        before = size()
+        before = least()
     drain()
-print(size() - before)
+print(least() - before)
 """
 
 
@@ -84,7 +93,7 @@ def grown(impl: str, count: int, planted: str = "") -> int:
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(("impl", "count"), [("c", 1_000_000), ("python", 200_000)])
 def test_messages_leave_nothing_behind(impl: str, count: int) -> None:
-    assert grown(impl, count) < LIMIT
+    assert grown(impl, count) <= LIMIT
 
 
 def test_a_leak_is_seen() -> None:
