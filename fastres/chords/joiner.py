@@ -147,6 +147,7 @@ class Joiner:
             self._letters = []
         else:
             self._tasks = self._app.connection_for_write()
+            self.lost += self._tasks.recoverable_connection_errors
         return [Shard(self, speak, number) for number in range(self.backend.options.chord_shards)]
 
     def _serve(self, shards: list[Shard]) -> None:
