@@ -18,7 +18,6 @@ from celery.exceptions import ImproperlyConfigured
 from kombu.utils.uuid import uuid
 
 import fastres as package
-from fastres.chords.joiner import Joiner
 from fastres.chords.status import ask
 from fastres.connections import establish
 from fastres.native import Native, dialect
@@ -57,11 +56,10 @@ def joiner(ctx: Any) -> None:
     """Join chords, until told to stop (Ctrl-C, SIGTERM): as workers do, without running tasks."""
     backend = _backend_with_chords(ctx.obj.app)
     ctx.obj.app.log.setup(loglevel="INFO")
-    running = Joiner(backend)
     for signum in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(signum, lambda *_: running.stop())
+        signal.signal(signum, lambda *_: backend.joiner.stop())
     ctx.obj.echo(f"Joining the chords of {', '.join(_shards(backend))} at {backend.as_uri()}")
-    running.run()
+    backend.joiner.run()
 
 
 @fastres.command(cls=CeleryCommand)
