@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from celery import states
 
-from fastres.transport import Busy
+from fastres.transport import Busy, all_up_to
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -72,12 +72,7 @@ class Opening:
 
     def acknowledge(self, tags: list[Any]) -> None:
         """Acknowledge in as few frames as possible."""
-        lowest, highest = next(iter(self.unacknowledged), None), max(tags)
-        if lowest is None or highest < lowest:
-            all_up_to: Any = highest
-        else:
-            all_up_to = max((tag for tag in tags if tag < lowest), default=None)
-        self.speak.acknowledge(self.channel, tags, all_up_to)
+        self.speak.acknowledge(self.channel, tags, all_up_to(tags, self.unacknowledged))
 
 
 class Inbox:

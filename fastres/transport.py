@@ -11,11 +11,11 @@ from fastres._impl import Delivery
 from fastres._protocols import COMPRESSION, KEEP
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
+    from collections.abc import Collection, Iterable, Sequence
 
     from fastres._protocols import Delivery as DeliveryProtocol
 
-__all__ = ("Busy", "Dialect", "Message", "Post", "QueueState")
+__all__ = ("Busy", "Dialect", "Message", "Post", "QueueState", "all_up_to")
 
 #: Called with deliveries to its consumers, in order.
 Receiver = Callable[[list["DeliveryProtocol"]], object]
@@ -228,6 +228,18 @@ class Dialect:
             # Virtual channels delete what is bound; the default exchange binds nothing.
             channel.queue_purge(name)
             channel.queue_delete(name)
+
+
+def all_up_to(tags: Sequence[Any], waiting: Iterable[Any]) -> Any:
+    """The highest of these delivery tags before which nothing else waits: one frame acknowledges so many.
+
+    Args:
+        waiting: the other delivery tags that are not acknowledged, in order.
+    """
+    lowest, highest = next(iter(waiting), None), max(tags)
+    if lowest is None or highest < lowest:
+        return highest
+    return max((tag for tag in tags if tag < lowest), default=None)
 
 
 def is_open(channel: Any) -> bool:

@@ -15,6 +15,7 @@ from fastres.chords.events import CONTENT_TYPE, PERSISTENT, Event, write_event
 from fastres.chords.reducer import Reducer
 from fastres.chords.status import describe
 from fastres.logs import logger
+from fastres.transport import all_up_to
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -230,10 +231,7 @@ class Shard:
         if tags:
             for tag in tags:
                 del self._open[tag]
-            lowest = next(iter(self._open), None)
-            # One frame for those before all others.
-            up_to = max(tags) if lowest is None else max((tag for tag in tags if tag < lowest), default=None)
-            self._speak.acknowledge(self._channel, tags, up_to)
+            self._speak.acknowledge(self._channel, tags, all_up_to(tags, self._open))
         self._speak.commit(self._channel)
 
 
