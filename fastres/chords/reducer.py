@@ -30,6 +30,8 @@ LARGE = 1 << 22
 #: Chords that have fired and are remembered, and for how many seconds a part of one that comes late is kept: the
 #: same chord may have been sent again, which is known only when its size comes.
 REMEMBERED, GRACE = 100_000, 60.0
+#: Open chords up to which it is found out which of them lacks the fewest parts.
+FEW_OPEN = 100
 #: In the place of when a chord has fired that has not.
 _NEVER = math.inf, ""
 
@@ -310,6 +312,19 @@ class Reducer:
         self._fired[chord.id] = now, chord.run
         if len(self._fired) > REMEMBERED:
             del self._fired[next(iter(self._fired))]
+
+    def nearest(self) -> float:
+        """How many parts the chord lacks at least that will be complete first; 0 where that takes long to find out.
+
+        Of how many parts a chord has is told when all its tasks were sent, at any moment: the more have come until
+        then, the more it can wait.
+        """
+        if len(self.chords) > FEW_OPEN:
+            return 0
+        return min(
+            (len(c.parts) if c.needed == math.inf else c.needed - len(c.parts) for c in self.chords.values()),
+            default=0,
+        )
 
     def open(self) -> list[Chord]:
         """The chords that are not complete, the oldest first; not those of which but a part has come too late."""

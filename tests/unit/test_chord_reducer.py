@@ -108,6 +108,17 @@ def test_what_is_no_event_and_what_is_about_no_chord() -> None:
     assert reducer.count == 1
 
 
+def test_the_next_to_be_complete_says_how_soon() -> None:
+    parts = [part_event(chord, task_id) for chord in "ab" for task_id in ids(5)]
+    assert fed().nearest() == 0
+    # How many parts it has is told at any moment now.
+    assert fed(*parts[:5]).nearest() == 5
+    assert fed(size_event("a", 9), size_event("b", 8), *parts).nearest() == 3
+    # No task is lacking of one that waits for its mark; and to look at all would take long.
+    assert fed(size_event("a", 5), *parts[:5]).nearest() == 0
+    assert fed(*(size_event(str(number), 9) for number in range(module.FEW_OPEN + 1))).nearest() == 0
+
+
 # -- in any order, as often as it comes, merged and fed back, from one reducer to the next
 
 
