@@ -36,7 +36,7 @@ __all__ = ("Joiner",)
 #: Seconds that a read waits at most: how soon a joiner that is told to stop does.
 PAUSE = 0.5
 #: Seconds between two reads while events come in: the shortest pause, the longest, and how many for each part that
-#: the next chord to be complete lacks. A read for each part takes ten times the processor that a read of many does.
+#: the next chord to be complete lacks. A part that is read by itself is several times as dear as one of many.
 GATHER, LONGEST_GATHER, PACE = 0.005, 0.05, 20e-6
 #: Seconds after which a broker that does not answer is taken to be gone.
 PATIENCE = 30.0

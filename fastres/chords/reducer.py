@@ -314,10 +314,10 @@ class Reducer:
             del self._fired[next(iter(self._fired))]
 
     def nearest(self) -> float:
-        """How many parts the chord lacks at least that will be complete first; 0 where that takes long to find out.
+        """How many parts at least the next chord to be complete lacks; 0 where that takes long to find out.
 
-        Of how many parts a chord has is told when all its tasks were sent, at any moment: the more have come until
-        then, the more it can wait.
+        A chord's size is told when all its tasks were sent, at any moment: the more parts have come until then,
+        the more it can wait.
         """
         if len(self.chords) > FEW_OPEN:
             return 0

@@ -82,9 +82,9 @@ print(least() - before)
 
 def grown(impl: str, count: int, planted: str = "") -> int:
     command = [sys.executable, "-c", textwrap.dedent(DRAIN), impl, str(FIRST), str(count), planted]
-    # Python's own allocator takes memory by the megabyte, the whole of what is allowed here, and gives one back only
-    # when nothing in it is used: the C library's has no such step.
-    env = {"PYTHONPATH": ":".join(path for path in sys.path if path), "PATH": "/usr/bin:/bin", "PYTHONMALLOC": "malloc"}
+    # Python's own allocator takes memory by the megabyte, the whole of what is allowed here, and gives one back
+    # only when nothing in it is used: the C library's has no such step.
+    env = {"PYTHONPATH": ":".join(filter(None, sys.path)), "PATH": "/usr/bin:/bin", "PYTHONMALLOC": "malloc"}
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return int(done.stdout)
