@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from types import ModuleType
 
 __all__ = (
-    "MODULES", "Aggregate", "Decoder", "Delivery", "Frames", "encode", "fulfil", "impl", "load", "publication",
+    "MODULES", "Aggregate", "Decoder", "Delivery", "Frames", "encode", "fulfil", "impl", "in_order", "load",
+    "publication",
 )  # fmt: skip
 
 #: The modules that an implementation consists of.
@@ -62,4 +63,5 @@ Delivery = _modules["frames"].Delivery
 Frames = _modules["frames"].Frames
 encode = _modules["decode"].encode
 fulfil = _modules["aggregate"].fulfil
+in_order = _modules["aggregate"].in_order
 publication = _modules["frames"].publication

@@ -164,3 +164,12 @@ class Fulfil(Protocol):
     """Gives a result object the final meta of its task, as ``AsyncResult._maybe_set_cache`` does."""
 
     def __call__(self, result: Any, meta: Meta) -> None: ...
+
+
+class InOrder(Protocol):
+    """The results of a chord's header in the order of their places."""
+
+    def __call__(self, parts: Sequence[bytes]) -> list[bytes] | None:
+        """What is behind the first line of packed parts, which is the place; None: it is more than that of one, or
+        two parts have the same place, or one has a place behind the last.
+        """

@@ -1,11 +1,17 @@
 # cython: freethreading_compatible=True
-"""The task ids that a join waits for, and which of them have come; and the result objects that are told."""
+"""The task ids that a join waits for, and which of them have come; the result objects that are told; and what the
+tasks of a chord's header have returned, in order."""
 
 from vine import barrier
 
 cimport cython
+from cpython.bytes cimport PyBytes_FromStringAndSize
 
-__all__ = ("Aggregate", "fulfil")
+__all__ = ("Aggregate", "fulfil", "in_order")
+
+#: Of a number that may be a place.
+cdef enum:
+    DIGITS = 18
 
 
 cdef class Aggregate:
@@ -74,3 +80,27 @@ def fulfil(result, dict meta not None):
         listener()
     else:
         ready(result)
+
+
+def in_order(parts):
+    """See :class:`fastres._protocols.InOrder`."""
+    cdef list given = list(parts)
+    cdef Py_ssize_t count = len(given)
+    cdef list results = [None] * count
+    cdef const char *text
+    cdef Py_ssize_t length, at, place
+    cdef bytes part
+    for part in given:
+        text = part
+        length = len(part)
+        place = at = 0
+        while at < length and at < DIGITS and c"0" <= text[at] <= c"9":
+            place = place * 10 + (text[at] - c"0")
+            if place >= count:
+                return None
+            at += 1
+        # Not a number: there is none, or more is told than a plain result needs.
+        if at == 0 or at == length or text[at] != c"\n" or results[place] is not None:
+            return None
+        results[place] = PyBytes_FromStringAndSize(text + at + 1, length - at - 1)
+    return results

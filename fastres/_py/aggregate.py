@@ -1,4 +1,5 @@
-"""The task ids that a join waits for, and which of them have come; and the result objects that are told."""
+"""The task ids that a join waits for, and which of them have come; the result objects that are told; and what the
+tasks of a chord's header have returned, in order."""
 
 from __future__ import annotations
 
@@ -11,7 +12,10 @@ if TYPE_CHECKING:
 
     from fastres._protocols import Arrival, Meta, Sorted
 
-__all__ = ("Aggregate", "fulfil")
+__all__ = ("Aggregate", "fulfil", "in_order")
+
+#: Of a number that may be a place.
+DIGITS = 18
 
 
 class Aggregate:
@@ -71,3 +75,18 @@ def fulfil(result: Any, meta: Meta) -> None:
         listener()
     else:
         ready(result)
+
+
+def in_order(parts: Sequence[bytes]) -> list[bytes] | None:
+    """See :class:`fastres._protocols.InOrder`."""
+    results: list[bytes | None] = [None] * len(parts)
+    for part in parts:
+        place, newline, result = part.partition(b"\n")
+        # Not a number: there is none, or more is told than a plain result needs.
+        if not newline or not place.isdigit() or len(place) > DIGITS:
+            return None
+        index = int(place)
+        if index >= len(results) or results[index] is not None:
+            return None
+        results[index] = result
+    return results  # type: ignore[return-value]

@@ -22,6 +22,7 @@ from kombu.utils.json import dumps as kombu_json_dumps
 from kombu.utils.json import loads as kombu_json_loads
 from kombu.utils.uuid import uuid
 
+from fastres._impl import in_order
 from fastres.chords.events import JSON, UTF8, Part, unpack_part, unpack_plan
 from fastres.chords.lazy import HeaderResults, wants_reference
 
@@ -201,7 +202,7 @@ class Bodies:
             Exception: its plan cannot be read: there is no body that could be told.
         """
         body, tree = self.plan(chord)
-        results = None if tree is not None or wants_reference(body) else _plain_results(chord)
+        results = None if tree is not None or wants_reference(body) else in_order(list(chord.parts.values()))
         if results is not None:
             arguments: Any = Values(results)
         else:
@@ -314,22 +315,6 @@ def _leaves(tree: list[Any]) -> Iterator[str]:
 def _filled(tree: list[Any], of: Callable[[str], Any]) -> list[Any]:
     """A tree of task ids with something else in the place of each."""
     return [_filled(item, of) if isinstance(item, list) else of(item) for item in tree]
-
-
-def _plain_results(chord: Chord) -> list[bytes] | None:
-    """The results in order, if all of them are JSON, none has failed, and each has a place of its own."""
-    results: list[bytes] = [b""] * len(chord.parts)
-    try:
-        for packed in chord.parts.values():
-            place, _, result = packed.partition(b"\n")
-            # Not a number: there is none, or more is told than a plain result needs.
-            index = int(place)
-            if index < 0 or results[index]:
-                return None
-            results[index] = result
-    except (ValueError, IndexError):
-        return None
-    return results
 
 
 @contextlib.contextmanager

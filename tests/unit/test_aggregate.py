@@ -11,6 +11,8 @@ from celery.states import READY_STATES
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from fastres import _impl
+
 IDS = st.sampled_from(["a", "b", "c", "d", "e"])
 STATUSES = st.sampled_from(["SUCCESS", "FAILURE", "REVOKED", "STARTED", "PROGRESS", "RETRY"])
 
@@ -131,3 +133,33 @@ def test_fulfil(impl: dict[str, Any]) -> None:
         assert called == [results[1]]
         assert [child.id for child in results[2].children] == ["d"]
         assert group.on_ready.ready
+
+
+PARTS = (b"1\n22", b"0\n1\n1", b"2\n")
+
+
+@pytest.mark.parametrize(
+    ("parts", "results"),
+    [
+        ((), []),
+        (PARTS, [b"1\n1", b"22", b""]),
+        ((b"007\n", *(b"%d\n" % place for place in range(7))), [b""] * 8),
+        *((parts, None) for parts in ((b"3\n", *PARTS[:2]), (PARTS[0], *PARTS[:2]), (PARTS[2], *PARTS[1:]))),
+        *(
+            ((part,), None)
+            for part in (
+                b"", b"\n1", b"0", b"-\n1", b"-0\n1", b"+0\n1", b" 0\n1", b"0 FAILURE a b\n1", b"0_0\n1",
+                b"0" * 19 + b"\n1", b"1" * 5000 + b"\n1", "\N{ARABIC-INDIC DIGIT ZERO}\n1".encode(),
+            )
+        ),
+    ],
+)  # fmt: skip
+def test_in_order(impl: dict[str, Any], parts: tuple[bytes, ...], results: list[bytes] | None) -> None:
+    assert impl["aggregate"].in_order(parts) == results
+
+
+@given(st.permutations(range(30)), st.lists(st.binary(), min_size=30, max_size=30))
+def test_results_are_put_in_order_by_both(places: list[int], values: list[bytes]) -> None:
+    parts = [b"%d\n%b" % pair for pair in zip(places, values)]
+    expected = [value for _, value in sorted(zip(places, values))]
+    assert all(_impl.load(name)["aggregate"].in_order(parts) == expected for name in _impl.PACKAGES)
