@@ -89,16 +89,21 @@ class Values(Sequence[Any]):
     def serialize(self, body: Any) -> bytes:
         """A message's body, which may hold these results, as JSON."""
         self._token = uuid()
-        token = b'"%b"' % self._token.encode()
+        token = f'"{self._token}"'
         try:
-            text = kombu_json_dumps(body).encode()
+            text: str = kombu_json_dumps(body)
         finally:
             self._token = None
-        filled: bytes = text.replace(token, self._json(self._tree)) if token in text else text
-        return filled
+        around = text.replace(token, f"[{token}]").encode().split(token.encode())
+        return self._json(self._tree).join(around) if len(around) > 1 else around[0]
 
     def _json(self, tree: list[Any]) -> bytes:
-        return b"[%b]" % b",".join([self._json(item) if isinstance(item, list) else item for item in tree])
+        """JSON of a list, without its brackets."""
+        try:
+            return b",".join(tree)
+        except TypeError:
+            # There are lists in it.
+            return b",".join([b"[%b]" % self._json(item) if isinstance(item, list) else item for item in tree])
 
 
 class Publisher(Producer):  # type: ignore[misc]
