@@ -18,6 +18,9 @@ from workloads import SIZES
 #: What the report says about the machine.
 MACHINE = pytest.StashKey[dict[str, Any]]()
 
+#: How RabbitMQ 4 keeps classic queues on disk, which is the only way that it knows.
+AS_IN_4 = {"classic_queue.default_version": "2"}
+
 Measure = Callable[[Case], dict[str, Any]]
 
 
@@ -48,7 +51,7 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
 
 @pytest.fixture(scope="session")
 def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
-    with Node() as node, Redis() as redis:
+    with Node(AS_IN_4) as node, Redis() as redis:
         bench = Bench(node, redis, build_limit(tmp_path_factory.mktemp("limit") / "limit"))
         request.config.stash[MACHINE] = describe(bench.broker.version(), redis_version(redis.url))
         yield bench

@@ -26,7 +26,7 @@ __all__ = ("Chord", "Held", "Merge", "Reducer")
 #: How many single events are merged into a batch, and how many batches into a larger one.
 MERGED, FEW = 1000, 10
 #: Bytes from which a message is not merged any more.
-LARGE = 1 << 22
+LARGE = 1 << 19
 #: Chords that have fired and are remembered, and for how many seconds a part of one that comes late is kept: the
 #: same chord may have been sent again, which is known only when its size comes.
 REMEMBERED, GRACE = 100_000, 60.0
