@@ -147,7 +147,8 @@ class Joiner:
         if connector.is_applications:
             self._letters = []
         else:
-            self._tasks = self._app.connection_for_write()
+            # The parts are not acknowledged by the same transaction: before, the broker must have the body.
+            self._tasks = self._app.connection_for_write(transport_options={"confirm_publish": True})
             self.lost += self._tasks.recoverable_connection_errors
         return [Shard(self, speak, number) for number in range(self.backend.options.chord_shards)]
 
