@@ -12,6 +12,8 @@ from proj import TYPED, add, collect, delivery, echo, shown, silent, tsum, typed
 from rabbitmq_node import Node
 from workers import JoinerProcess, Worker, adds, sums
 
+from fastres.chords.status import ask
+
 SECONDS = 15
 SERIALIZERS = ["json", "pickle", "msgpack", "yaml"]
 PLAIN = [None, "text ü \U0001f600", 2**40, -1.5, [1, [2]], {"key": {"deep": [True, None]}}, "", []]
@@ -212,3 +214,21 @@ def test_the_joiners_shards(node: Node) -> None:
         assert [result.get(timeout=SECONDS) for result in results] == [sum(sums(3, n)) for n in range(20)]
         assert chord([chord(adds(2), tsum.s())] * 5)(collect.s()).get(timeout=SECONDS) == [[2] * 5]
         assert {f"sharded.chords.{number}" for number in range(4)} <= set(node.queues())
+
+
+def test_a_sender_with_more_shards_than_the_workers(node: Node) -> None:
+    """What it sends waits for a joiner that reads that many, and the workers say so."""
+    options: dict[str, Any] = {"namespace": "more-shards"}
+    more = {**options, "chord_shards": 4}
+    with (
+        Worker(node.url, pool="threads", result_backend_transport_options=options) as worker,
+        worker.client(result_backend_transport_options=more) as app,
+    ):
+        results = [chord(adds(3))(tsum.s()) for _ in range(20)]
+        until(lambda: "chord_shards" in worker.log(), SECONDS, so="the worker tells of it")
+        shards = ask(app.backend, SECONDS)
+        assert [shard.joiners for shard in shards] == [1, 0, 0, 0]
+        queue = worker.conf["task_default_queue"]
+        with JoinerProcess(node.url, task_default_queue=queue, result_backend_transport_options=more):
+            assert [result.get(timeout=SECONDS) for result in results] == [6] * 20
+        assert worker.log().count("chord_shards") <= 3, "once for each shard"
