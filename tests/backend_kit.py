@@ -18,6 +18,7 @@ import kombu
 from amqp.exceptions import NotFound
 from celery import Celery, group, uuid
 from celery.app.task import Context
+from celery.backends.base import Backend
 from celery.backends.rpc import RPCBackend
 from celery.result import AsyncResult, GroupResult
 
@@ -43,6 +44,16 @@ class Impatient(AMQPBackend):
         "interval_step": 0.1,
         "interval_max": 0.1,
     }
+
+
+class Older(AMQPBackend):
+    """Sends chords as fastres did before it joined them: ``backend_kit:Older+fastres://`` is its URL."""
+
+    def apply_chord(self, header_result_args: Any, body: Any, **kwargs: Any) -> None:
+        Backend.apply_chord(self, header_result_args, body, **kwargs)
+
+    def set_chord_size(self, group_id: str, chord_size: int) -> None:
+        Backend.set_chord_size(self, group_id, chord_size)
 
 
 def close(app: Celery) -> None:

@@ -120,6 +120,16 @@ def finish(unrun: Unrun, requests: Iterable[Context], results: Iterable[Any] | N
         unrun.part(request, request.group_index if results is None else result)
 
 
+def begun(unrun: Unrun, sizes: list[int]) -> list[Context]:
+    """Begin chords of these sizes, with their numbers as names; the requests of all their tasks."""
+    return [request for number, size in enumerate(sizes) for request in unrun.begin(size, number)]
+
+
+def results_of(sizes: list[int]) -> list[tuple[int, list[int]]]:
+    """What the bodies of chords of these sizes are called with."""
+    return [(number, list(range(size))) for number, size in enumerate(sizes)]
+
+
 def results(*task_ids: str) -> dict[str, bytes]:
     return {task_id: result(task_id) for task_id in task_ids}
 

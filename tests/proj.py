@@ -128,6 +128,14 @@ def patient_errback(request: Any, exc: BaseException, traceback: Any, path: str)
 
 
 @shared_task
+def noted_errback(request: Any, exc: BaseException, traceback: Any, folder: str) -> None:
+    """One line more in a file each time that it is called; ends as soon as there is a gate."""
+    with open(Path(folder, "noted"), "a") as file:
+        file.write(f"{request.id}\n")
+    gated(str(Path(folder, "gate")), None)
+
+
+@shared_task
 def record(values: Any, folder: str, name: str) -> None:
     """What a body was called with: one line in a file."""
     with open(Path(folder, "record"), "a") as file:

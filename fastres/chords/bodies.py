@@ -35,6 +35,8 @@ __all__ = ("Bodies", "Failed", "Letter", "Publisher")
 
 #: How many results the representation of a body's arguments shows.
 SHOWN = 3
+#: Seconds after which a broker that does not confirm a body is taken to be gone.
+PATIENCE = 30.0
 
 
 class Letter(NamedTuple):
@@ -147,6 +149,8 @@ class Publisher(Producer):  # type: ignore[misc]
         if self.letters is not None:
             # Nothing is sent yet: there is nothing to try again.
             options["retry"] = False
+        else:
+            options["confirm_timeout"] = PATIENCE
         return super().publish(body, **options)
 
     def _publish(

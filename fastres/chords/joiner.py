@@ -80,8 +80,8 @@ class Joiner:
         self.largest = LARGE
         #: Chords that the broker refused, and how it said so.
         self._refused: dict[str, str] = {}
-        #: Chords that have failed, and whether their errbacks have been told.
-        self._told: dict[str, bool] = {}
+        #: Chords that have failed, each time that they were sent, and whether their errbacks have been told.
+        self._told: dict[tuple[str, str], bool] = {}
         #: What is to be told, and how many threads tell.
         self._to_tell: deque[Callable[[], None]] = deque()
         self._tellers = 0
@@ -147,7 +147,8 @@ class Joiner:
         if connector.is_applications:
             self._letters = []
         else:
-            self._tasks = self._app.connection_for_write()
+            # The parts are not acknowledged by the same transaction: before, the broker must have the body.
+            self._tasks = self._app.connection_for_write(transport_options={"confirm_publish": True})
             self.lost += self._tasks.recoverable_connection_errors
         return [Shard(self, speak, number) for number in range(self.backend.options.chord_shards)]
 
@@ -246,12 +247,12 @@ class Joiner:
 
     def told(self, chord: Chord) -> bool | None:
         """Whether a chord has failed and its errbacks were told; None: they are about to be."""
-        told = self._told.get(chord.id)
+        told = self._told.get((chord.id, chord.run))
         return None if told is False else bool(told)
 
     def tell(self, chord: Chord, failed: Failed) -> None:
         """Tell a chord's errbacks, in another thread: they are the user's, and may take their time."""
-        bodies = self._bodies
+        bodies, key = self._bodies, (chord.id, chord.run)
         assert bodies is not None
         logger.error("Chord %s raised: %s", chord.id, failed, exc_info=failed.error)
 
@@ -261,10 +262,10 @@ class Joiner:
                     bodies.fail(chord, failed)
                 except Exception:
                     logger.exception("The errbacks of chord %s could not be told of: %s", chord.id, failed)
-                if chord.id in self._told:
-                    self._told[chord.id] = True
+                if key in self._told:
+                    self._told[key] = True
 
-        self._told[chord.id] = False
+        self._told[key] = False
         with self._telling:
             self._to_tell.append(tell)
             if self._tellers < TELLERS:
@@ -282,7 +283,7 @@ class Joiner:
 
     def forget(self, chord: Chord) -> None:
         """A chord has fired."""
-        self._told.pop(chord.id, None)
+        self._told.pop((chord.id, chord.run), None)
 
 
 def _refusal(text: str) -> str:

@@ -18,6 +18,7 @@ from kombu.utils.uuid import uuid
 from fastres._impl import encode
 from fastres.chords.events import CONTENT_TYPE, PERSISTENT, Event, Part, Plan, pack_part, pack_plan, write_event
 from fastres.chords.lazy import wants_reference
+from fastres.logs import logger
 from fastres.transport import Message
 
 if TYPE_CHECKING:
@@ -53,6 +54,8 @@ class Log:
         #: Packed plans of chords by their id.
         self._plans = LRUCache(limit=BEGUN)
         self._supported: bool | None = None
+        #: Shards that joiners with the settings of this process do not read, and that were told of.
+        self._unread: set[int] = set()
 
     def supported(self) -> bool:
         """Whether the broker lets one joiner at a time read a shard."""
@@ -110,6 +113,12 @@ class Log:
         chord_id, task_id = request.group, request.id
         if shard is None or not chord_id or not task_id:
             return
+        if shard >= self._shards and shard not in self._unread and self._backend.options.chord_joiner:
+            self._unread.add(shard)
+            logger.warning(
+                "Chord %s is joined in shard %d, which workers with chord_shards=%d do not read: it was sent with "
+                "more of them, which the workers must have first.", chord_id, shard, self._shards,
+            )  # fmt: skip
         if wants_reference(request.chord) and state not in states.EXCEPTION_STATES:
             # It is read from where results are.
             result = None

@@ -15,7 +15,7 @@ from backend_kit import Broker, until
 from celery import Celery, chord, uuid
 from celery.app.task import Context
 from celery.exceptions import ChordError
-from chord_kit import Unrun, finish
+from chord_kit import Unrun, begun, finish, results_of
 from proj import dies_once, fail, late, patient_errback, tsum
 from proxy import Proxy
 from rabbitmq_node import Node
@@ -120,22 +120,12 @@ def killed_joiners(app: Celery, folder: Path, longest: float = 0.8) -> Iterator[
     assert killed.count("killed") >= 5, err
 
 
-def begun(unrun: Unrun, sizes: list[int]) -> list[Context]:
-    """Begin chords of these sizes, with their numbers as names; the requests of all their tasks."""
-    return [request for number, size in enumerate(sizes) for request in unrun.begin(size, number)]
-
-
 def finish_in(seconds: float, unrun: Unrun, requests: list[Context]) -> None:
     """The tasks return, one after the other, for so long."""
     begin = time.monotonic()
     for done, request in enumerate(requests):
         finish(unrun, [request])
         time.sleep(max(0.0, begin + seconds * done / len(requests) - time.monotonic()))
-
-
-def results_of(sizes: list[int]) -> list[tuple[int, list[int]]]:
-    """What the bodies of chords of these sizes are called with."""
-    return [(number, list(range(size))) for number, size in enumerate(sizes)]
 
 
 @pytest.mark.timeout(3 * LONG)

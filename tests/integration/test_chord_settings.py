@@ -8,9 +8,12 @@ from typing import Any
 import pytest
 from backend_kit import queue_of, until
 from celery import chain, chord, group, uuid
-from proj import TYPED, add, collect, delivery, echo, shown, silent, tsum, typed
+from celery.exceptions import ChordError
+from proj import TYPED, add, collect, delivery, echo, fail, replaced_by_chord, shown, silent, tsum, typed
 from rabbitmq_node import Node
-from workers import JoinerProcess, Worker, adds, sums
+from workers import JoinerProcess, Worker, adds, client, sums
+
+from fastres.chords.status import ask
 
 SECONDS = 15
 SERIALIZERS = ["json", "pickle", "msgpack", "yaml"]
@@ -212,3 +215,57 @@ def test_the_joiners_shards(node: Node) -> None:
         assert [result.get(timeout=SECONDS) for result in results] == [sum(sums(3, n)) for n in range(20)]
         assert chord([chord(adds(2), tsum.s())] * 5)(collect.s()).get(timeout=SECONDS) == [[2] * 5]
         assert {f"sharded.chords.{number}" for number in range(4)} <= set(node.queues())
+
+
+def test_a_sender_with_more_shards_than_the_workers(node: Node) -> None:
+    """What it sends waits for a joiner that reads that many, and the workers say so."""
+    options: dict[str, Any] = {"namespace": "more-shards"}
+    more = {**options, "chord_shards": 4}
+    with (
+        Worker(node.url, pool="threads", result_backend_transport_options=options) as worker,
+        worker.client(result_backend_transport_options=more) as app,
+    ):
+        results = [chord(adds(3))(tsum.s()) for _ in range(20)]
+        until(lambda: "chord_shards" in worker.log(), SECONDS, so="the worker tells of it")
+        shards = ask(app.backend, SECONDS)
+        assert [shard.joiners for shard in shards] == [1, 0, 0, 0]
+        queue = worker.conf["task_default_queue"]
+        with JoinerProcess(node.url, task_default_queue=queue, result_backend_transport_options=more):
+            assert [result.get(timeout=SECONDS) for result in results] == [6] * 20
+        assert worker.log().count("chord_shards") <= 3, "once for each shard"
+
+
+# -- who sends
+
+
+@pytest.fixture(params=[True, False], ids=["kept", "unkept"])
+def upgraded(node: Node, request: pytest.FixtureRequest) -> Iterator[Worker]:
+    """A worker beside clients that are of an older version."""
+    options = {"namespace": f"upgraded-{request.param}", "keep_chord_results": request.param}
+    with Worker(node.url, pool="threads", result_backend_transport_options=options) as worker:
+        yield worker
+
+
+def test_chords_of_an_older_sender(upgraded: Worker, node: Node) -> None:
+    with client(node.url, "backend_kit:Older+fastres://", **upgraded.conf) as app:
+        assert chord(adds(3))(tsum.s()).get(timeout=SECONDS) == 6
+        assert chord(adds(3))(collect.s("more") | echo.s()).get(timeout=SECONDS) == [sums(3), "more"]
+        result = chord([add.s(1, 1), fail.s("apples", 4)])(tsum.s())
+        with pytest.raises(ChordError, match="apples"):
+            result.get(timeout=SECONDS, follow_parents=False)
+        assert upgraded.log().count("Task celery.chord_unlock") >= 3
+        (shard,) = ask(app.backend, SECONDS)
+        assert shard.open is not None
+        assert shard.open.count == 0, "the joiner never heard of them"
+    # What the upgraded worker sends itself, and so does the client in the end.
+    unlocked = upgraded.log().count("Task celery.chord_unlock")
+    with upgraded.client():
+        assert chord(adds(3))(tsum.s()).get(timeout=SECONDS) == 6
+    assert upgraded.log().count("Task celery.chord_unlock") == unlocked
+
+
+def test_a_chord_that_a_worker_sends_for_an_older_client(upgraded: Worker, node: Node) -> None:
+    with client(node.url, "backend_kit:Older+fastres://", **upgraded.conf):
+        chained = chain(add.s(1, 1), group(add.s(1), add.s(2)), tsum.s())
+        assert chained.apply_async().get(timeout=SECONDS) == 7
+        assert chord([replaced_by_chord.s(3), add.s(1, 1)])(collect.s()).get(timeout=SECONDS) == [[6, 2]]

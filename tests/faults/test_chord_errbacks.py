@@ -1,0 +1,183 @@
+"""Joiners end, and connections are cut, while errbacks are told: at least once, and nobody is held up by it."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from backend_kit import Broker, until
+from celery import Celery, uuid
+from celery.app.task import Context
+from celery.exceptions import ChordError
+from chord_kit import Unrun, begun, finish, results_of
+from proj import OutOfStockError, noted_errback
+from proxy import Proxy
+from rabbitmq_node import Node
+from workers import JoinerProcess, client, start_python
+
+from fastres.chords.joiner import TELLERS
+from fastres.chords.status import ask
+
+LONG = 60
+
+
+@pytest.fixture
+def options() -> dict[str, Any]:
+    return {"namespace": uuid(), "keep_chord_results": False}
+
+
+@pytest.fixture
+def app(node: Node, options: dict[str, Any]) -> Iterator[Celery]:
+    with client(node.url, result_backend_transport_options=options) as app:
+        yield app
+
+
+@pytest.fixture
+def unrun(app: Celery, broker: Broker) -> Unrun:
+    return Unrun(app, broker)
+
+
+@contextlib.contextmanager
+def joining(app: Celery, url: str, options: dict[str, Any]) -> Iterator[JoinerProcess]:
+    """A joiner that reads, or stands by if there is one."""
+    before = ask(app.backend, 0)[0].joiners
+    with JoinerProcess(url, result_backend_transport_options=options) as joiner:
+        until(lambda: ask(app.backend, 0)[0].joiners == before + 1)
+        yield joiner
+
+
+def failing(unrun: Unrun, folder: Path) -> Context:
+    """The request of the only task of a chord, which is about to fail."""
+    (request,) = unrun.begin(1, "never", link_error=[noted_errback.s(folder=str(folder))])
+    return request
+
+
+def fail(app: Celery, request: Context) -> str:
+    """The task of a header has raised; the id of its body."""
+    app.backend.mark_as_failure(request.id, OutOfStockError("apples", 4), request=request)
+    return str(request.chord.id)
+
+
+def told(folder: Path) -> list[str]:
+    """Ids of the bodies whose errbacks were called, each time."""
+    path = folder / "noted"
+    return path.read_text().split() if path.exists() else []
+
+
+def has_failed(app: Celery, unrun: Unrun, body: str) -> None:
+    with pytest.raises(ChordError, match="apples"):
+        app.AsyncResult(body).get(timeout=LONG)
+    until(lambda: (status := ask(app.backend, LONG)[0].open) is not None and not status.count)
+    assert unrun.called() == []
+
+
+#: Ends as soon as it would commit that the errbacks of a chord have been told.
+DIES = """
+    import os, signal
+    from fastres.chords.shard import Shard
+
+    Shard._finish = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
+    app.backend.joiner.run()
+"""
+
+
+def test_a_joiner_is_killed_after_it_has_told_an_errback(
+    app: Celery, unrun: Unrun, node: Node, options: dict[str, Any], tmp_path: Path
+) -> None:
+    (tmp_path / "gate").touch()
+    body = fail(app, failing(unrun, tmp_path))
+    process = start_python(DIES, app)
+    try:
+        _, err = process.communicate(timeout=LONG)
+    finally:
+        process.kill()
+    assert process.returncode == -signal.SIGKILL, err
+    assert told(tmp_path) == [body]
+    with joining(app, node.url, options):
+        until(lambda: told(tmp_path) == [body] * 2, so="another joiner has told it")
+        has_failed(app, unrun, body)
+
+
+def test_a_joiner_is_killed_while_it_tells_an_errback(
+    app: Celery, unrun: Unrun, node: Node, options: dict[str, Any], tmp_path: Path
+) -> None:
+    with joining(app, node.url, options) as killed, joining(app, node.url, options):
+        body = fail(app, failing(unrun, tmp_path))
+        until(lambda: told(tmp_path) == [body])
+        assert not app.AsyncResult(body).ready()
+        killed.kill()
+        until(lambda: told(tmp_path) == [body] * 2, so="the other joiner tells it")
+        (tmp_path / "gate").touch()
+        has_failed(app, unrun, body)
+
+
+def test_a_joiner_has_lost_its_shard_while_it_tells_an_errback(
+    app: Celery, unrun: Unrun, node: Node, options: dict[str, Any], tmp_path: Path
+) -> None:
+    with Proxy(node.port) as proxy, joining(app, proxy.url, options) as cut, joining(app, node.url, options):
+        body = fail(app, failing(unrun, tmp_path))
+        until(lambda: told(tmp_path) == [body])
+        proxy.cut()
+        until(lambda: told(tmp_path) == [body] * 2, so="the other joiner tells it")
+        (tmp_path / "gate").touch()
+        has_failed(app, unrun, body)
+        until(lambda: ask(app.backend, LONG)[0].joiners == 2)
+        assert "starts again" not in cut.log()
+
+
+def test_a_joiner_is_connected_again_while_it_tells_an_errback(
+    app: Celery, unrun: Unrun, node: Node, options: dict[str, Any], tmp_path: Path
+) -> None:
+    """It remembers what it is about to tell."""
+    with Proxy(node.port) as proxy, joining(app, proxy.url, options) as cut:
+        body = fail(app, failing(unrun, tmp_path))
+        until(lambda: told(tmp_path) == [body])
+        proxy.cut()
+        until(lambda: "lost the broker" in cut.log())
+        # It has read the shard when it answers.
+        until(lambda: (status := ask(app.backend, LONG)[0].open) is not None and status.count == 1)
+        (tmp_path / "gate").touch()
+        has_failed(app, unrun, body)
+        assert told(tmp_path) == [body]
+
+
+def test_a_chord_is_sent_again_that_another_joiner_has_told_of(
+    app: Celery, unrun: Unrun, node: Node, options: dict[str, Any], tmp_path: Path
+) -> None:
+    """As by a task that runs again, and this time all is well: what was told is of the time before."""
+    with Proxy(node.port) as proxy, joining(app, proxy.url, options):
+        with joining(app, node.url, options) as other:
+            request = failing(unrun, tmp_path)
+            body = fail(app, request)
+            until(lambda: told(tmp_path) == [body])
+            proxy.cut()
+            until(lambda: told(tmp_path) == [body] * 2)
+            (tmp_path / "gate").touch()
+            has_failed(app, unrun, body)
+            until(lambda: ask(app.backend, LONG)[0].joiners == 2)
+            other.kill()
+        app.backend.apply_chord((request.group, [app.AsyncResult(request.id)]), request.chord)
+        app.backend.set_chord_size(request.group, 1)
+        finish(unrun, [request])
+        assert unrun.wait(1) == [("never", [0])]
+
+
+def test_errbacks_that_take_their_time_hold_up_no_chords(
+    app: Celery, unrun: Unrun, node: Node, options: dict[str, Any], tmp_path: Path
+) -> None:
+    with joining(app, node.url, options):
+        bodies = [fail(app, failing(unrun, tmp_path)) for _ in range(TELLERS + 5)]
+        until(lambda: len(told(tmp_path)) == TELLERS)
+        sizes = [3] * 10
+        finish(unrun, begun(unrun, sizes))
+        assert sorted(unrun.wait(len(sizes))) == results_of(sizes)
+        assert len(told(tmp_path)) == TELLERS, "no more at a time"
+        (tmp_path / "gate").touch()
+        for body in bodies:
+            has_failed(app, unrun, body)
+        assert Counter(told(tmp_path)) == Counter(bodies), "each was told once"

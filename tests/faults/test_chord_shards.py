@@ -1,0 +1,110 @@
+"""Shards are shared out among joiners that come and go: every chord is joined once."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from backend_kit import Broker, until
+from celery import Celery, uuid
+from celery.app.task import Context
+from chord_kit import Unrun, begun, finish, results_of
+from rabbitmq_node import Node
+from workers import client, start_python
+
+from fastres.chords.status import ask
+
+LONG = 60
+SHARDS = 3
+SIZES = [3] * 40
+
+
+@pytest.fixture
+def app(node: Node) -> Iterator[Celery]:
+    options = {"namespace": uuid(), "keep_chord_results": False, "chord_shards": SHARDS}
+    with client(node.url, result_backend_transport_options=options) as app:
+        yield app
+
+
+@pytest.fixture
+def unrun(app: Celery, broker: Broker) -> Unrun:
+    return Unrun(app, broker)
+
+
+#: Looks often at how the shards are shared out.
+JOINER = """
+    from fastres.chords import joiner
+
+    joiner.LONG_ROUND = 0.5
+    app.backend.joiner.run()
+"""
+
+
+@contextlib.contextmanager
+def joining(app: Celery) -> Iterator[Any]:
+    """A joiner in a process of its own, which has found its place in the line of each shard."""
+    before = joiners(app)
+    process = start_python(JOINER, app)
+    try:
+        until(lambda: joiners(app) == [count + 1 for count in before], LONG)
+        yield process
+    finally:
+        process.kill()
+        # What is printed is shown with a failure.
+        print(*process.communicate())
+
+
+def readers(app: Celery, node: Node) -> dict[str, str]:
+    """The connections that read the shards."""
+    rows = node.ctl("list_channels", "--no-table-headers", "pid", "connection").splitlines()
+    connections = dict(row.split("\t") for row in rows)
+    names = [app.backend.addresses.chords(number).name for number in range(SHARDS)]
+    rows = node.ctl("list_consumers", "--no-table-headers", "queue_name", "channel_pid", "active").splitlines()
+    consumers = [row.split("\t") for row in rows]
+    # A channel may have been closed between the two lists.
+    return {
+        name: connections.get(channel, "")
+        for name, channel, active in consumers
+        if name in names and active == "true"
+    }
+
+
+def joiners(app: Celery) -> list[int]:
+    """How many joiners read a shard or stand by, by shard."""
+    return [shard.joiners for shard in ask(app.backend, 0)]
+
+
+def open_chords(app: Celery) -> list[int]:
+    """How many chords are open, by shard."""
+    return [shard.open.count if shard.open else 0 for shard in ask(app.backend, LONG)]
+
+
+def nth(requests: list[Context], index: int) -> list[Context]:
+    """The task at this place of each header."""
+    return [request for request in requests if request.group_index == index]
+
+
+def test_shards_are_shared_out(app: Celery, unrun: Unrun, node: Node) -> None:
+    requests = begun(unrun, SIZES)
+    with joining(app), contextlib.ExitStack() as stack:
+        finish(unrun, nth(requests, 0))
+        until(lambda: sum(open_chords(app)) == len(SIZES), LONG)
+        assert all(open_chords(app)), "all shards are used"
+        leaving, _ = (stack.enter_context(joining(app)) for _ in range(2))
+        finish(unrun, nth(requests, 1))
+        until(lambda: len(set(readers(app, node).values())) == SHARDS, LONG, so="each joiner reads a shard")
+        shared = readers(app, node)
+        until(lambda: joiners(app) == [SHARDS] * SHARDS, LONG, so="the others stand by")
+        assert sum(open_chords(app)) == len(SIZES)
+        assert readers(app, node) == shared, "nobody leaves the only one it has"
+        assert unrun.called() == []
+        leaving.kill()
+        until(lambda: joiners(app) == [SHARDS - 1] * SHARDS, LONG)
+        finish(unrun, nth(requests, 2))
+        assert sorted(unrun.wait(len(SIZES), LONG)) == results_of(SIZES)
+        left = readers(app, node)
+        assert (len(left), len(set(left.values()))) == (SHARDS, SHARDS - 1)
+        assert open_chords(app) == [0] * SHARDS
+        assert unrun.called() == []
