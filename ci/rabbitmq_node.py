@@ -218,8 +218,6 @@ class Node(Leashed, TCPExecutor):
         """Environment of the node and of rabbitmqctl: nothing of the machine's own RabbitMQ reaches them."""
         folder = str(self.folder)
         only_loopback = "-kernel inet_dist_use_interface {127,0,0,1}"
-        # Its threads do not spin for a while when they have nothing to do: here others need the processor.
-        no_spinning = "+sbwt none +sbwtdcpu none +sbwtdio none"
         others = ("RABBITMQ_", "ERL_", "NOTIFY_SOCKET")
         inherited = {key: value for key, value in super().envvars.items() if not key.startswith(others)}
         return {
@@ -230,7 +228,7 @@ class Node(Leashed, TCPExecutor):
             "ERL_EPMD_ADDRESS": HOST,
             "RABBITMQ_NODENAME": f"node-{self.port}@localhost",
             "RABBITMQ_DIST_PORT": str(self._distribution_port),
-            "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": f"{only_loopback} {no_spinning}",
+            "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": only_loopback,
             "RABBITMQ_CTL_ERL_ARGS": only_loopback,
             "RABBITMQ_CONF_ENV_FILE": f"{folder}/no-rabbitmq-env.conf",
             "RABBITMQ_CONFIG_FILE": f"{folder}/rabbitmq.conf",
