@@ -19,9 +19,9 @@ def cases(size: Size) -> list[Case]:
         *(Case("Celery redis", "fire", count, size.slow) for count in size.fired),
         Case("fastres", "join", size.joined, size.fast),
         *(Case("fastres", "hold", count, size.slow) for count in size.held),
-        *(Case(peer, "chord", size.tasks, size.slow) for peer in both),
         *(
-            Case(peer, "small", size.chords, size.slow)
+            Case(peer, how, count, size.slow)
+            for how, count in (("chord", size.tasks), ("small", size.chords))
             for peer in ("fastres", "Celery redis", "fastres, not kept")
         ),
     ]
