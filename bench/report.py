@@ -18,8 +18,9 @@ Results are stored ahead; what is measured is reading them, each time in a proce
 connected before. Peers take turns (A B C, A B C); figures are medians. CPU is the reading process's own, kernel
 included. The broker keeps its queues as RabbitMQ 4 does (`classic_queue.default_version = 2`). All AMQP peers
 read the same bytes: what Celery's worker writes, 320 bytes of JSON unless a table says otherwise, in transient
-messages. Growth is the peak memory over what the process had when the join began, with the ids, and for `GroupResult.get` the result objects, already there. System calls are counted by strace, where
-there is one, in a pass of its own over fewer results.
+messages. Growth is the peak memory over what the process had when the join began, with the ids, and for
+`GroupResult.get` the result objects, already there. System calls are counted by strace, where there is one, in a
+pass of its own over fewer results.
 """
 
 CHORDS = """\
