@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from types import ModuleType
 
 __all__ = (
-    "MODULES", "Aggregate", "Decoder", "Delivery", "Frames", "encode", "fulfil", "impl", "in_order", "load",
-    "publication",
+    "MODULES", "Aggregate", "Decoder", "Delivery", "Frames", "encode", "fulfil", "impl", "in_order", "listed",
+    "load", "publication",
 )  # fmt: skip
 
 #: The modules that an implementation consists of.
@@ -64,4 +64,5 @@ Frames = _modules["frames"].Frames
 encode = _modules["decode"].encode
 fulfil = _modules["aggregate"].fulfil
 in_order = _modules["aggregate"].in_order
+listed = _modules["aggregate"].listed
 publication = _modules["frames"].publication

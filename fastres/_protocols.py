@@ -167,9 +167,20 @@ class Fulfil(Protocol):
 
 
 class InOrder(Protocol):
-    """The results of a chord's header in the order of their places."""
+    """The parts of a chord's header in the order of their places."""
 
     def __call__(self, parts: Sequence[bytes]) -> list[bytes] | None:
-        """What is behind the first line of packed parts, which is the place; None: it is more than that of one, or
-        two parts have the same place, or one has a place behind the last.
+        """Packed parts whose first line is the place; None: one has more than a place there, or none, or one
+        behind the last, or that of another part.
+        """
+
+
+class Listed(Protocol):
+    """The results in packed parts, as they are, one after the other."""
+
+    def __call__(self, parts: Sequence[bytes]) -> bytes:
+        """What is behind the first line of each, with commas between.
+
+        Raises:
+            TypeError: there is something else than parts.
         """

@@ -4,3 +4,4 @@ class Aggregate(_protocols.Aggregate): ...
 
 fulfil: _protocols.Fulfil
 in_order: _protocols.InOrder
+listed: _protocols.Listed

@@ -5,9 +5,10 @@ tasks of a chord's header have returned, in order."""
 from vine import barrier
 
 cimport cython
-from cpython.bytes cimport PyBytes_FromStringAndSize
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+from libc.string cimport memchr, memcpy
 
-__all__ = ("Aggregate", "fulfil", "in_order")
+__all__ = ("Aggregate", "fulfil", "in_order", "listed")
 
 #: Of a number that may be a place.
 cdef enum:
@@ -86,9 +87,9 @@ def in_order(parts):
     """See :class:`fastres._protocols.InOrder`."""
     cdef list given = list(parts)
     cdef Py_ssize_t count = len(given)
-    cdef list results = [None] * count
-    cdef const char *text
-    cdef Py_ssize_t length, at, place
+    cdef list ordered = [None] * count
+    cdef const char* text
+    cdef Py_ssize_t at, place, length
     cdef bytes part
     for part in given:
         text = part
@@ -100,7 +101,43 @@ def in_order(parts):
                 return None
             at += 1
         # Not a number: there is none, or more is told than a plain result needs.
-        if at == 0 or at == length or text[at] != c"\n" or results[place] is not None:
+        if at == 0 or at == length or text[at] != c"\n" or ordered[place] is not None:
             return None
-        results[place] = PyBytes_FromStringAndSize(text + at + 1, length - at - 1)
-    return results
+        ordered[place] = part
+    return ordered
+
+
+def listed(parts):
+    """See :class:`fastres._protocols.Listed`."""
+    cdef list given = list(parts)
+    cdef Py_ssize_t size = 0
+    cdef Py_ssize_t length
+    cdef const char* result
+    cdef bytes part
+    for part in given:
+        size += result_of(part, &result) + 1
+    if size == 0:
+        return b""
+    # A comma behind each but the last.
+    cdef bytes whole = PyBytes_FromStringAndSize(NULL, size - 1)
+    cdef char* to = PyBytes_AS_STRING(whole)
+    cdef const char* end = to + size - 1
+    for part in given:
+        length = result_of(part, &result)
+        memcpy(to, result, length)
+        to += length
+        if to < end:
+            to[0] = c","
+            to += 1
+    return whole
+
+
+cdef Py_ssize_t result_of(bytes part, const char** result):
+    """The length of what is behind the first line of a part, and where it is."""
+    cdef const char* text = part
+    cdef const char* newline = <const char*>memchr(text, c"\n", PyBytes_GET_SIZE(part))
+    if newline == NULL:
+        result[0] = text
+        return 0
+    result[0] = newline + 1
+    return PyBytes_GET_SIZE(part) - (newline + 1 - text)

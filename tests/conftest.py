@@ -22,7 +22,17 @@ from fastres import _impl
 IMPLEMENTATIONS = ("python", "c")
 CHOSEN = {
     name: getattr(_impl, name)
-    for name in ("Aggregate", "Decoder", "Delivery", "Frames", "encode", "fulfil", "in_order", "publication")
+    for name in (
+        "Aggregate",
+        "Decoder",
+        "Delivery",
+        "Frames",
+        "encode",
+        "fulfil",
+        "in_order",
+        "listed",
+        "publication",
+    )
 }
 
 

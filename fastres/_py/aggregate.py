@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from fastres._protocols import Arrival, Meta, Sorted
 
-__all__ = ("Aggregate", "fulfil", "in_order")
+__all__ = ("Aggregate", "fulfil", "in_order", "listed")
 
 #: Of a number that may be a place.
 DIGITS = 18
@@ -79,14 +79,19 @@ def fulfil(result: Any, meta: Meta) -> None:
 
 def in_order(parts: Sequence[bytes]) -> list[bytes] | None:
     """See :class:`fastres._protocols.InOrder`."""
-    results: list[bytes | None] = [None] * len(parts)
+    ordered: list[bytes | None] = [None] * len(parts)
     for part in parts:
-        place, newline, result = part.partition(b"\n")
+        place, newline, _ = part.partition(b"\n")
         # Not a number: there is none, or more is told than a plain result needs.
         if not newline or not place.isdigit() or len(place) > DIGITS:
             return None
         index = int(place)
-        if index >= len(results) or results[index] is not None:
+        if index >= len(ordered) or ordered[index] is not None:
             return None
-        results[index] = result
-    return results  # type: ignore[return-value]
+        ordered[index] = part
+    return ordered  # type: ignore[return-value]
+
+
+def listed(parts: Sequence[bytes]) -> bytes:
+    """See :class:`fastres._protocols.Listed`."""
+    return b",".join([bytes.partition(part, b"\n")[2] for part in parts])

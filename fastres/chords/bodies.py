@@ -22,7 +22,7 @@ from kombu.utils.json import dumps as kombu_json_dumps
 from kombu.utils.json import loads as kombu_json_loads
 from kombu.utils.uuid import uuid
 
-from fastres._impl import in_order
+from fastres._impl import in_order, listed
 from fastres.chords.events import JSON, UTF8, Part, unpack_part, unpack_plan
 from fastres.chords.lazy import HeaderResults, wants_reference
 
@@ -61,7 +61,7 @@ class Values(Sequence[Any]):
     """The results of a header as its body's argument: serialized as they came, decoded only if somebody looks.
 
     Args:
-        tree: JSON texts, and lists of such.
+        tree: packed parts whose results are JSON, and lists of such.
     """
 
     def __init__(self, tree: list[Any]) -> None:
@@ -76,7 +76,9 @@ class Values(Sequence[Any]):
         return self._value(self._tree[index])
 
     def _value(self, item: Any) -> Any:
-        return [self._value(inner) for inner in item] if isinstance(item, list) else kombu_json_loads(item)
+        return (
+            [self._value(inner) for inner in item] if isinstance(item, list) else kombu_json_loads(listed([item]))
+        )
 
     def __repr__(self) -> str:
         shown = ", ".join(map(repr, islice(self, SHOWN)))
@@ -102,10 +104,12 @@ class Values(Sequence[Any]):
     def _json(self, tree: list[Any]) -> bytes:
         """JSON of a list, without its brackets."""
         try:
-            return b",".join(tree)
+            flat: bytes = listed(tree)
         except TypeError:
             # There are lists in it.
-            return b",".join([b"[%b]" % self._json(item) if isinstance(item, list) else item for item in tree])
+            items = (b"[%b]" % self._json(item) if isinstance(item, list) else listed([item]) for item in tree)
+            return b",".join(items)
+        return flat
 
 
 class Publisher(Producer):  # type: ignore[misc]
@@ -211,9 +215,9 @@ class Bodies:
             Exception: its plan cannot be read: there is no body that could be told.
         """
         body, tree = self.plan(chord)
-        results = None if tree is not None or wants_reference(body) else in_order(list(chord.parts.values()))
-        if results is not None:
-            arguments: Any = Values(results)
+        parts = None if tree is not None or wants_reference(body) else in_order(list(chord.parts.values()))
+        if parts is not None:
+            arguments: Any = Values(parts)
         else:
             arguments = self._arguments(body, chord, tree)
         publisher.values = arguments if isinstance(arguments, Values) else None
@@ -237,7 +241,7 @@ class Bodies:
             self._app.GroupResult(chord.id, [self._app.AsyncResult(task_id) for task_id in _leaves(tree)]).save()
             return HeaderResults(chord.id, len(parts))
         if all(part.content_type == JSON and part.content_encoding == UTF8 for part in parts.values()):
-            return Values(_filled(tree, lambda task_id: parts[task_id].result))
+            return Values(_filled(tree, lambda task_id: chord.parts[task_id]))
         return _filled(tree, lambda task_id: self._decode(parts[task_id]))
 
     def fail(self, chord: Chord, failed: Failed) -> None:

@@ -139,11 +139,11 @@ PARTS = (b"1\n22", b"0\n1\n1", b"2\n")
 
 
 @pytest.mark.parametrize(
-    ("parts", "results"),
+    ("parts", "ordered"),
     [
         ((), []),
-        (PARTS, [b"1\n1", b"22", b""]),
-        ((b"007\n", *(b"%d\n" % place for place in range(7))), [b""] * 8),
+        (PARTS, [PARTS[1], PARTS[0], PARTS[2]]),
+        ((b"01\n", b"00\n"), [b"00\n", b"01\n"]),
         *((parts, None) for parts in ((b"3\n", *PARTS[:2]), (PARTS[0], *PARTS[:2]), (PARTS[2], *PARTS[1:]))),
         *(
             ((part,), None)
@@ -154,12 +154,32 @@ PARTS = (b"1\n22", b"0\n1\n1", b"2\n")
         ),
     ],
 )  # fmt: skip
-def test_in_order(impl: dict[str, Any], parts: tuple[bytes, ...], results: list[bytes] | None) -> None:
-    assert impl["aggregate"].in_order(parts) == results
+def test_in_order(impl: dict[str, Any], parts: tuple[bytes, ...], ordered: list[bytes] | None) -> None:
+    assert impl["aggregate"].in_order(parts) == ordered
+
+
+@pytest.mark.parametrize(
+    ("parts", "listed"),
+    [
+        ((), b""), ((b"0\n",), b""), (PARTS, b"22,1\n1,"), ((b"0\n", b"1\n", b"2\n"), b",,"),
+        ((b"", b"1", b"\n1"), b",,1"),
+    ],
+)  # fmt: skip
+def test_listed(impl: dict[str, Any], parts: tuple[bytes, ...], listed: bytes) -> None:
+    assert impl["aggregate"].listed(parts) == listed
+
+
+@pytest.mark.parametrize("other", [None, "0\n1", [], [b"0\n1"], bytearray(b"0\n1")])
+def test_only_parts_are_listed(impl: dict[str, Any], other: Any) -> None:
+    with pytest.raises(TypeError):
+        impl["aggregate"].listed([b"0\n1", other])
 
 
 @given(st.permutations(range(30)), st.lists(st.binary(), min_size=30, max_size=30))
 def test_results_are_put_in_order_by_both(places: list[int], values: list[bytes]) -> None:
     parts = [b"%d\n%b" % pair for pair in zip(places, values)]
-    expected = [value for _, value in sorted(zip(places, values))]
-    assert all(_impl.load(name)["aggregate"].in_order(parts) == expected for name in _impl.PACKAGES)
+    ordered = sorted(parts, key=lambda part: int(part.partition(b"\n")[0]))
+    for name in _impl.PACKAGES:
+        aggregate = _impl.load(name)["aggregate"]
+        assert aggregate.in_order(parts) == ordered
+        assert aggregate.listed(parts) == b",".join(values)
