@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Iterable
 from typing import Any, Callable
+from uuid import NAMESPACE_OID, uuid5
 
 import kombu
 from celery import Celery, Task, chord
@@ -56,7 +57,8 @@ class Chords(Peer):
         """Results with their parts of a chord, and results without, by turns: what the parts cost."""
         # The chord is never complete.
         requests = list(map(self.begin(group_id, count + 1), range(count)))
-        plain = [request_of(task_id, group=group_id, group_index=0) for task_id in task_ids(group_id[::-1], count)]
+        others = task_ids(str(uuid5(NAMESPACE_OID, group_id)), count)
+        plain = [request_of(task_id, group=group_id, group_index=0) for task_id in others]
         mark = self.app.backend.mark_as_done
 
         def store(requests: Iterable[Any]) -> float:
@@ -232,15 +234,15 @@ class RedisChords(Chords, Redis):
 def register(app: Celery) -> tuple[Task, Task, Task]:
     """The tasks of the chords."""
 
-    @app.task(name="noop")  # type: ignore[untyped-decorator]
+    @app.task(name="noop", shared=False)  # type: ignore[untyped-decorator]
     def noop() -> None:
         pass
 
-    @app.task(name="count")  # type: ignore[untyped-decorator]
+    @app.task(name="count", shared=False)  # type: ignore[untyped-decorator]
     def count(results: list[Any]) -> int:
         return len(results)
 
-    @app.task(name="body", ignore_result=True)  # type: ignore[untyped-decorator]
+    @app.task(name="body", ignore_result=True, shared=False)  # type: ignore[untyped-decorator]
     def body(results: list[Any]) -> None:
         raise NotImplementedError("its messages are counted, and not consumed")
 

@@ -8,8 +8,7 @@ from typing import Any, Callable
 import kombu
 from celery import Celery
 from celery.result import GroupResult
-from celery.signals import before_task_publish
-from workloads import SERIALIZERS, WORKLOADS, request_of, task_ids
+from workloads import SERIALIZERS, WORKLOADS, lone_ids, request_of, task_ids
 
 #: What is timed: it returns how many results it has read or stored.
 Action = Callable[[], int]
@@ -74,24 +73,19 @@ class Peer:
         """The queue of a lone task's result."""
         return None
 
-    def sent(self, group_id: str, ids: list[str]) -> None:
-        """Do what sending these tasks does to a process, as far as reading their results depends on it."""
-
     # -- what is timed
 
     def get(self, group_id: str, count: int) -> Action:
         ids = task_ids(group_id, count)
-        self.sent(group_id, ids)
         result = GroupResult(group_id, [self.app.AsyncResult(task_id) for task_id in ids], app=self.app)
         return lambda: len(result.get(propagate=False))
 
     def get_many(self, group_id: str, count: int) -> Action:
         ids = task_ids(group_id, count)
-        self.sent(group_id, ids)
         return lambda: sum(1 for _ in self.app.backend.get_many(ids))
 
     def lone(self, group_id: str, count: int) -> Action:
-        ids = task_ids(group_id, count)
+        ids = lone_ids(group_id, count)
         return lambda: sum(1 for _ in self.app.backend.get_many(ids))
 
     def store(self, group_id: str, count: int) -> Action:
@@ -119,13 +113,7 @@ class Fastres(Peer):
 
     def lone_inbox(self, task_id: str) -> kombu.Queue:
         addresses = self.app.backend.addresses
-        return addresses.queue(addresses.task(task_id))
-
-    def sent(self, group_id: str, ids: list[str]) -> None:
-        self.app.backend  # noqa: B018 - it listens from when it is made
-        for index, task_id in enumerate(ids):
-            headers = {"id": task_id, "group": group_id, "group_index": index}
-            before_task_publish.send(sender="task", headers=headers)
+        return addresses.queue(addresses.result(task_id))
 
 
 class FastresUnconfirmed(Fastres):

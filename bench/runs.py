@@ -19,7 +19,7 @@ from typing import Any
 from filler import Broker, empty_redis, fill_redis
 from peers import PEERS, WARM, Job
 from rabbitmq_node import Node, Redis
-from workloads import body_of, new_group, task_ids
+from workloads import body_of, lone_ids, new_group, task_ids
 
 HERE = Path(__file__).parent
 LIMIT_MODES = {"rabbitmq-c": "no-ack", "rabbitmq-c, acknowledging": "ack"}
@@ -118,8 +118,8 @@ class Run:
         return [str(self.bench.limit), str(self.bench.node.port), queue.name, str(self.case.count), mode]
 
     def _store(self, group_id: str, count: int) -> None:
-        broker, ids = self.bench.broker, task_ids(group_id, count)
-        lone = self.case.how == "lone"
+        broker, lone = self.bench.broker, self.case.how == "lone"
+        ids = lone_ids(group_id, count) if lone else task_ids(group_id, count)
         body = body_of(self.case.workload, self.case.serializer, None if lone else group_id)
         if issubclass(PEERS[self.case.peer], PEERS["Celery redis"]):
             fill_redis(self.bench.redis.url, ids, body)

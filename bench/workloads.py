@@ -12,6 +12,8 @@ from celery.app.task import Context
 from celery.backends.base import Backend
 from kombu.serialization import dumps
 
+from fastres.canvas import PAGE_SIZE
+
 SERIALIZERS = ("json", "msgpack", "pickle")
 
 #: Stands for a task's id in a body that is made once for all results of a run; as long as any id.
@@ -95,7 +97,12 @@ def new_group() -> str:
 
 def task_ids(group_id: str, count: int) -> list[str]:
     """The ids of a group's members: whoever knows the group's id can tell them."""
-    return [f"{group_id[:24]}{index:012x}" for index in range(count)]
+    return [f"{group_id[:14]}8{group_id[15:18]}-8000-{index:012x}" for index in range(count)]
+
+
+def lone_ids(group_id: str, count: int) -> list[str]:
+    """Ids of lone tasks as a process gives them that sends them one after the other."""
+    return [f"{group_id[:14]}8{index // PAGE_SIZE:03x}-a000-{index:012x}" for index in range(count)]
 
 
 def part_of(index: int) -> str:
