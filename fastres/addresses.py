@@ -1,28 +1,31 @@
 """Where a result lives: the names of queues, and what they are declared with.
 
-| result of             | address                                                       |
-| --------------------- | ------------------------------------------------------------- |
-| a lone task           | ``rkey(task_id)``, the contract of Celery 3.1                 |
-| a member of a group   | ``fastres.group.<group id>``; its states before the last one: |
-|                       | ``fastres.states.<group id>``                                 |
-| a client's (rpc)      | the client's reply queue                                      |
-| a saved group         | ``fastres.saved.<group id>``                                  |
-| a part of a chord     | ``fastres.chords.<shard>``, and where its task's result goes  |
+| result of                   | address                                                         |
+| --------------------------- | --------------------------------------------------------------- |
+| a task                      | its id says it: ``fastres.ids``                                 |
+| a client's (rpc)            | the client's reply queue                                        |
+| a saved group               | ``fastres.saved.<quoted group id>``                             |
+| a part of a chord           | ``fastres.chords.<shard>``, and where its task's result goes    |
 
-A namespace replaces ``fastres``, and stands before the names of lone tasks too.
+A namespace replaces ``fastres``.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from celery.exceptions import ImproperlyConfigured
+
+from fastres import ids
 
 __all__ = ("Address", "Addresses")
 
 #: RabbitMQ's longest time, in milliseconds: a larger x-expires is refused.
 MAX_EXPIRES = 2**32 - 1
+
+#: How many states on the way are kept: of a task with a queue of its own, and of all tasks of a kin together.
+STATES_OF_ONE, STATES_OF_ALL = 1, 10_000
 
 #: Celery's own default for ``result_exchange``, which every application has without asking for it.
 CELERY_EXCHANGE = "celeryresults"
@@ -33,8 +36,13 @@ class Address:
     """A queue that results are sent to."""
 
     name: str
-    #: How many messages it keeps, None: all. A lone task's keeps its latest state.
+    #: How many messages it keeps, None: all.
     max_length: int | None = None
+    #: The task that it is for, None: several. It may be used again and again, and not expire as a whole: each of
+    #: its messages does.
+    of_task: str | None = None
+    #: Whether tasks that are still to be sent will share it.
+    is_page: bool = False
     #: Whether it is there for good, and read by one consumer at a time while others stand by.
     is_log: bool = False
 
@@ -43,7 +51,7 @@ class Addresses:
     """Names and queues of one backend.
 
     Args:
-        namespace: prefix of every name, None for the default names.
+        namespace: prefix of every name, None: ``fastres``.
         exchange: exchange that carries results; Celery's default means the default exchange.
         exchange_type: ``direct`` or ``topic``.
         expires: seconds after which an unused queue goes away with its results; None: never.
@@ -60,8 +68,7 @@ class Addresses:
         queue_class: Any,
         exchange_class: Any,
     ) -> None:
-        self._prefix = f"{namespace}." if namespace else ""
-        self._family = namespace or "fastres"
+        self._prefix = namespace or ids.PREFIX
         self._queue_class = queue_class
         self.expires = expires
         named = exchange if exchange and exchange != CELERY_EXCHANGE else ""
@@ -73,33 +80,47 @@ class Addresses:
         self.exchange = exchange_class(named, type=exchange_type if named else "direct")
 
     def rkey(self, task_id: str) -> str:
-        return self._prefix + task_id.replace("-", "")
+        """The name of the queue of a task's result."""
+        return ids.queue_name(task_id, self._prefix)
 
-    def task(self, task_id: str) -> Address:
-        return Address(self.rkey(task_id), max_length=1)
+    def result(self, task_id: str) -> Address:
+        """Where a task's result is."""
+        kin = ids.parse(task_id)
+        if kin is None:
+            return Address(self.rkey(task_id), of_task=task_id)
+        return Address(self.rkey(task_id), is_page=kin.kind == ids.Kind.PAGE)
+
+    def states(self, task_id: str) -> Address:
+        """Where the states of a task are that are not final: apart, so that results can be counted."""
+        result = self.result(task_id)
+        kept = STATES_OF_ALL if result.of_task is None else STATES_OF_ONE
+        return replace(result, name=result.name + ids.STATES, max_length=kept)
+
+    def by_result(self, task_ids: list[str]) -> dict[str, list[str]]:
+        """Task ids by the name of the queue of their results."""
+        return ids.by_queue(task_ids, self._prefix)
 
     def group(self, group_id: str) -> Address:
-        return Address(f"{self._family}.group.{group_id}")
-
-    def states(self, group_id: str) -> Address:
-        return Address(f"{self._family}.states.{group_id}")
+        """Where the results of a group's members are, if they have ids of its kin."""
+        kin = ids.parse(group_id)
+        return self.result(ids.new_id(ids.kin_of(group_id), ids.Kind.MEMBER if kin is None else kin.kind))
 
     def saved(self, group_id: str) -> Address:
-        return Address(f"{self._family}.saved.{group_id}")
+        return Address(ids.quoted_name("saved", group_id, self._prefix))
 
     def chords(self, shard: int) -> Address:
-        return Address(f"{self._family}.chords.{shard}", is_log=True)
+        return Address(f"{self._prefix}.chords.{shard}", is_log=True)
 
     def refused(self) -> Address:
         """Where messages are put that came to a shard and are no events of chords."""
-        return Address(f"{self._family}.chords.refused")
+        return Address(f"{self._prefix}.chords.refused")
 
     def mailbox(self, oid: str) -> Address:
         return Address(oid)
 
     def probe(self, name: str) -> Address:
         """A queue to try the broker with."""
-        return Address(f"{self._family}.probe.{name}")
+        return Address(f"{self._prefix}.probe.{name}")
 
     def queue(self, address: Address) -> Any:
         """The queue at an address: durable, classic, never auto-delete (RabbitMQ 4.3 refuses transient
@@ -110,6 +131,8 @@ class Addresses:
             arguments["x-single-active-consumer"] = True
         elif self.expires:
             arguments["x-expires"] = min(max(int(self.expires * 1000), 1), MAX_EXPIRES)
+            if address.of_task is not None:
+                arguments["x-message-ttl"] = arguments["x-expires"]
         if address.max_length is not None:
             arguments["x-max-length"] = address.max_length
         return self._queue_class(

@@ -18,7 +18,6 @@ from celery._state import get_current_task
 from celery.backends.base import Backend
 from celery.exceptions import ImproperlyConfigured, TimeoutError
 from celery.result import AsyncResult, GroupResult, result_from_tuple
-from celery.signals import before_task_publish
 from kombu.compression import compress
 from kombu.compression import encoders as compression_encoders
 from kombu.compression import get_encoder as get_compression_encoder
@@ -26,6 +25,7 @@ from kombu.exceptions import OperationalError
 from kombu.utils.functional import LRUCache
 from kombu.utils.url import maybe_sanitize_url
 
+from fastres import canvas, ids
 from fastres._impl import Decoder, encode, fulfil
 from fastres._protocols import COMPRESSION, KEEP, Meta
 from fastres.addresses import Address, Addresses
@@ -35,14 +35,13 @@ from fastres.chords.log import Log, shard_of
 from fastres.chords.worker import attend
 from fastres.connections import Connector
 from fastres.errors import BacklogLimitExceeded
-from fastres.groups import Groups, leaves, members_to_come, own_groups
+from fastres.groups import Groups, leaves
 from fastres.join import Join, Reader
 from fastres.link import Link
 from fastres.logs import Reports
+from fastres.look import Looks
 from fastres.options import Options
-from fastres.peek import Peek
 from fastres.pending import Pending
-from fastres.saved import SavedGroups
 from fastres.store import Store
 from fastres.transport import Message
 
@@ -50,10 +49,10 @@ __all__ = ("AMQPBackend",)
 
 #: Results that this process has read and can be asked for again: Celery 3.1's default for result_cache_max.
 CACHED = 100
+#: Characters of a correlation id at most: a property has 255 bytes, and a character up to 4.
+LONGEST_CORRELATION_ID = 63
 #: State and task id of a meta.
 FIELDS = itemgetter("status", "task_id")
-#: Seconds between two looks at the results of single members of a group: the first, and the longest pause.
-FIRST_PAUSE, LONGEST_PAUSE = 0.01, 0.25
 
 _backends: WeakSet[AMQPBackend] = WeakSet()
 
@@ -68,7 +67,7 @@ attend()
 
 
 class AMQPBackend(Backend):  # type: ignore[misc]
-    """Results as messages: a lone task's in a queue of its own, a group's in one queue, for any process to read.
+    """Results as messages, for any process to read: the id of a task says which queue its result is in.
 
     The API is that of ``celery.backends.amqp.AMQPBackend`` of Celery 3.1, on Celery 5.5 and later.
 
@@ -163,73 +162,44 @@ class AMQPBackend(Backend):  # type: ignore[misc]
             conf.broker_pool_limit or 10,
         )
         self._link = Link(self.connector.open, self.retry_policy)
+        decoder = Decoder(self.accept, self.options.max_unpacked_size)
+        self._looks = Looks(self._store, self.addresses, decoder, self.reports, auto_delete)
         self._reader = Reader(
             self._link,
             self.addresses,
-            Decoder(self.accept, self.options.max_unpacked_size),
+            decoder,
+            self._looks,
             self.reports,
             self.options.prefetch,
             auto_delete,
         )
-        self._peek = Peek(self._reader)
         self._pending = Pending()
-        self._groups = Groups(self._pending, self._has_result, self.options.member_queues)
-        self._saved = SavedGroups(self._store, self._send, self._reader, self._peek)
+        self._groups = Groups(self._store, self._send, self._looks, self.addresses, decoder, self.reports)
         self._chords = Log(self, self._store, self.addresses, self.options.chord_shards)
         #: Joins the chords, where it is started.
         self.joiner = Joiner(self) if self._joins else None
-        before_task_publish.connect(self._on_publish, weak=True, dispatch_uid=f"fastres-{id(self)}")
+        if self._declares and self.options.task_ids == "fastres":
+            canvas.install(app, self.expires)
         _backends.add(self)
 
     # -- where a result goes
 
     def rkey(self, task_id: str) -> str:
-        """The name of a lone task's queue."""
+        """The name of the queue of a task's result."""
         return self.addresses.rkey(task_id)
 
     def destination_for(self, task_id: str, request: Any) -> tuple[str, str]:
         """Routing key and correlation id of a task's result."""
         correlation_id = getattr(request, "correlation_id", None) or task_id
-        return self._address_of(task_id, self._groups.in_request(request)).name, correlation_id
+        return self.rkey(task_id), correlation_id
 
     def on_reply_declare(self, task_id: str) -> list[Any]:
         """The queues that are declared before a task's result is sent."""
-        return [self.addresses.queue(self._address_of(task_id))]
+        return [self.addresses.queue(self.addresses.result(task_id))]
 
     def on_task_call(self, producer: Any, task_id: str) -> dict[str, Any]:
         """Called when a task is sent: there is nothing to prepare, the worker declares what it sends to."""
         return {}
-
-    def _address_of(self, task_id: str, group_id: str | None = None) -> Address:
-        group_id = group_id or self._groups.find(task_id)
-        return self.addresses.group(group_id) if group_id else self.addresses.task(task_id)
-
-    def _on_publish(self, sender: Any = None, headers: Any = None, body: Any = None, **kwargs: Any) -> None:
-        """Remember which group a task that this process sends belongs to, or that it is in none; and the groups
-        of the tasks that it carries along for the worker to send.
-        """
-        if isinstance(body, dict) and "task" in body:
-            # Message protocol 1: the worker knows the parts of chords as members of their group, and no others.
-            task, embedded = body, body
-            group_id = body.get("taskset") if body.get("chord") else None
-        elif headers and "id" in headers:
-            task, embedded = headers, body[2] if isinstance(body, tuple) and len(body) == 3 else {}
-            group_id = headers["group"] if headers.get("group_index") is not None else None
-        else:
-            return
-        for signature in (*(embedded.get("chain") or ()), *(embedded.get("callbacks") or ())):
-            for of_group, member in members_to_come(signature):
-                self._groups.add(of_group, (member,))
-        if task.get("ignore_result"):
-            return
-        task_id = task["id"]
-        if group_id is not None:
-            self._groups.add(group_id, (task_id,))
-        else:
-            self._groups.add_alone(task_id)
-        # It may have run before: what is known of that is about to change.
-        self._cache.pop(task_id, None)
-        self._peek.forget(task_id)
 
     # -- writing
 
@@ -257,7 +227,10 @@ class AMQPBackend(Backend):  # type: ignore[misc]
         )
         meta["task_id"] = task_id
         chord = getattr(request, "chord", None)
-        keep = self.options.keep_chord_results and chord and not wants_reference(chord)
+        by_reference = bool(chord) and wants_reference(chord)
+        if by_reference:
+            meta["group_index"] = request.group_index
+        keep = self.options.keep_chord_results and chord and not by_reference
         correlation_id = getattr(request, "correlation_id", None) or task_id
         self._send(address, meta, correlation_id, {KEEP: True} if keep else {}, self._declares)
         return result
@@ -305,13 +278,8 @@ class AMQPBackend(Backend):  # type: ignore[misc]
         """Where a state is sent, None: nobody wants it."""
         if not self.options.keep_chord_results and shard_of(getattr(request, "chord", None)) is not None:
             return None
-        group_id = self._groups.in_request(request) or self._groups.find(task_id)
-        if not group_id:
-            return self.addresses.task(task_id)
-        if state in states.READY_STATES:
-            return self.addresses.group(group_id)
-        # Apart from the results, so that the number of messages is the number of results.
-        return self.addresses.states(group_id)
+        addresses = self.addresses
+        return addresses.result(task_id) if state in states.READY_STATES else addresses.states(task_id)
 
     def _send(
         self,
@@ -325,6 +293,9 @@ class AMQPBackend(Backend):  # type: ignore[misc]
         if self._compression:
             body, compression = compress(body, self._compression)
             headers = {**(headers or {}), COMPRESSION: compression}
+        # Only the body has room for any id.
+        if len(correlation_id) > LONGEST_CORRELATION_ID or not correlation_id.isprintable():
+            correlation_id = ""
         message = Message(body, content_type, content_encoding, correlation_id, self.delivery_mode, headers or {})
         self._store.publish(address, message, declare=declare)
 
@@ -360,7 +331,7 @@ class AMQPBackend(Backend):  # type: ignore[misc]
             timeout: seconds, None: for ever.
             cache: take the result from this process's cache if it is there.
             propagate: raise the exception of a failed task.
-            no_ack: take the result out of its queue; otherwise another process can read it afterwards.
+            no_ack: False: leave the result for others even where the option ``take`` is ``"always"``.
             on_interval: called about once a second.
 
         Raises:
@@ -444,7 +415,8 @@ class AMQPBackend(Backend):  # type: ignore[misc]
         ready_states: Iterable[str],
     ) -> Meta:
         join = Join([task_id], ready_states, timeout)
-        for _, meta in self._results(join, no_ack, on_interval=on_interval, on_message=on_message):
+        take = self._takes(no_ack, alone=True)
+        for _, meta in self._results(join, take, ready_states, on_interval=on_interval, on_message=on_message):
             # As Celery's other backends do after each message: AsyncResult.get looks at the parents there, and
             # raises what made a chord's header fail instead of the ChordError of its body.
             if on_interval is not None:
@@ -471,7 +443,7 @@ class AMQPBackend(Backend):  # type: ignore[misc]
 
         Args:
             timeout: seconds for all of them, None: for ever.
-            no_ack: take the results out of their queues; otherwise another process can read them afterwards.
+            no_ack: False: leave the results for others, whatever the option ``take`` is.
             now: the clock that the timeout is measured with, in seconds.
             getfields: state and task id of a meta.
             READY_STATES: the states that are final.
@@ -488,7 +460,12 @@ class AMQPBackend(Backend):  # type: ignore[misc]
         join.aggregate.feed([(None, task_id, meta) for task_id, meta in cached.items()])
         yield from cached.items()
         results = self._results(
-            join, no_ack, on_message=on_message, on_interval=on_interval, rounds=max_iterations
+            join,
+            self._takes(no_ack),
+            READY_STATES,
+            on_message=on_message,
+            on_interval=on_interval,
+            rounds=max_iterations,
         )
         if getfields is FIELDS:
             yield from results
@@ -510,8 +487,6 @@ class AMQPBackend(Backend):  # type: ignore[misc]
         groups in it: what ``ResultSet.join_native`` joins.
         """
         self._ensure_not_eager()
-        if isinstance(result, GroupResult) and result.id:
-            self._groups.know(result)
         nested = [child for child in result.results if isinstance(child, GroupResult)]
         # Without groups in it, all that comes is the group's own.
         direct = {child.id for child in result.results if not isinstance(child, GroupResult)} if nested else None
@@ -525,7 +500,7 @@ class AMQPBackend(Backend):  # type: ignore[misc]
             elif waiting.setdefault(child.id, child) is not child:
                 again.setdefault(child.id, []).append(child)
         join = Join(waiting, timeout=timeout)
-        for pair in self._results(join, no_ack, on_message=on_message, on_interval=on_interval):
+        for pair in self._results(join, self._takes(no_ack), on_message=on_message, on_interval=on_interval):
             task_id, meta = pair
             fulfil(waiting.pop(task_id), meta)
             if again:
@@ -539,7 +514,8 @@ class AMQPBackend(Backend):  # type: ignore[misc]
     def _results(
         self,
         join: Join,
-        no_ack: bool,
+        take: bool,
+        ready_states: Iterable[str] = states.READY_STATES,
         *,
         on_interval: Callable[[], Any] | None = None,
         on_message: Callable[[Meta], Any] | None = None,
@@ -550,9 +526,12 @@ class AMQPBackend(Backend):  # type: ignore[misc]
             return
         few = len(join.aggregate) <= CACHED
         failures = self.EXCEPTION_STATES
+        # A look or two, as ResultSet._iter_meta asks for, takes nothing.
+        take = take and rounds is None
         try:
-            pump = self._open_inboxes(join, no_ack and rounds is None, on_message is not None)
-            for batch in self._reader.wait(join, on_interval=on_interval, pump=pump, rounds=rounds):
+            with_states = on_message is not None or not states.READY_STATES.issuperset(ready_states)
+            self._open_inboxes(join, take, with_states)
+            for batch in self._reader.wait(join, on_interval=on_interval, rounds=rounds):
                 handed = 0
                 try:
                     for _, task_id, meta in batch.arrivals:
@@ -562,12 +541,13 @@ class AMQPBackend(Backend):  # type: ignore[misc]
                             failed = meta["status"] in failures
                             if failed:
                                 self._to_python(meta)
-                            if failed or few:
+                            # What is not in its queue any more can be asked for again.
+                            if (few and not failed) or (failed and take):
                                 self._cache[task_id] = meta
                             handed += 1
                             yield task_id, meta
                 finally:
-                    self._reader.handed_over(join, handed, no_ack)
+                    self._reader.handed_over(join, handed, take)
         except OperationalError as exc:
             if join.left() > 0:
                 raise
@@ -575,35 +555,33 @@ class AMQPBackend(Backend):  # type: ignore[misc]
         finally:
             self._reader.leave(join)
 
-    def _open_inboxes(self, join: Join, take: bool, with_states: bool) -> Callable[[Join], float] | None:
-        """Subscribe to wherever the results come; what the answer does is look at those that are not consumed."""
-        alone, groups = self._groups.split(join.aggregate.missing())
-        if alone:
-            self._reader.tasks(join, [self.addresses.task(task_id) for task_id in alone], take)
-        watched = []
-        for group_id, wanted in groups.items():
-            members = self._groups.members(group_id) or {}
-            # Taking some members of a group would hide the others from whoever wants them.
-            others = members.keys() - wanted if len(wanted) < len(members) else ()
-            if any(member not in self._cache for member in others):
-                watched.append(group_id)
-                continue
-            results, states_ = self.addresses.group(group_id), self.addresses.states(group_id)
+    def iter_header(self, group_id: str, count: int) -> Iterator[Meta]:
+        """The metas of so many results of a group, whichever tasks they are of, as they come; each is taken.
+
+        Raises: LookupError: some of them are not there.
+        """
+        for _, _, meta in self._reader.stream(self.addresses.group(group_id), count):
+            yield self._to_python(meta) if meta["status"] in self.EXCEPTION_STATES else meta
+
+    def _takes(self, no_ack: bool, alone: bool = False) -> bool:
+        """Whether the reader of one result, or of several, takes what it reads."""
+        return no_ack and self.options.take in (("always",) if alone else ("joins", "always"))
+
+    def _open_inboxes(self, join: Join, take: bool, with_states: bool) -> None:
+        """Subscribe to wherever the results come."""
+        addresses, others = self.addresses, []
+        for task_ids in addresses.by_result(join.aggregate.missing()).values():
+            first = task_ids[0]
+            results, states_ = addresses.result(first), addresses.states(first)
             # What was reported on the way is told before the result.
             consumed = [states_, results] if with_states else [results]
-            self._reader.group(join, consumed, [] if with_states else [states_], take)
-        if not watched:
-            return None
-        pause = FIRST_PAUSE
-
-        def look(join: Join) -> float:
-            nonlocal pause
-            for group_id in watched:
-                self._peek.offer(group_id, groups[group_id], join, with_states)
-            pause = min(pause * 2, LONGEST_PAUSE)
-            return pause
-
-        return look
+            kin = ids.parse(first)
+            if take and kin is not None and kin.kind == ids.Kind.MEMBER and not join.alone:
+                self._reader.group(join, consumed, [] if with_states else [states_])
+            else:
+                others += consumed
+        if others:
+            self._reader.tasks(join, others, take, declares=not (join.alone and others[0].of_task is not None))
 
     def _cached(self, task_id: str, ready_states: Iterable[str]) -> Meta | None:
         meta: Meta | None = self._cache.get(task_id)
@@ -632,7 +610,8 @@ class AMQPBackend(Backend):  # type: ignore[misc]
             if meta is None:
                 return {"status": states.PENDING, "result": None}
             self._to_python(meta)
-            if meta["status"] in states.READY_STATES:
+            if meta["status"] == states.SUCCESS:
+                # As Celery's own backends: anything else may change.
                 self._cache[task_id] = meta
         return meta
 
@@ -642,12 +621,10 @@ class AMQPBackend(Backend):  # type: ignore[misc]
         return self.get_task_meta(task_id, cache=False)
 
     def _look(self, task_id: str, backlog_limit: int) -> Meta | None:
-        group_id = self._groups.find(task_id)
-        if group_id is not None:
-            if self._groups.is_forgotten(group_id, task_id):
-                return None
-            return self._peek.member(group_id, task_id)
-        return self._peek.task(task_id, backlog_limit)
+        feed = self._reader.feed_of(self.addresses.result(task_id))
+        # What this process holds nobody else can see.
+        held = None if feed is None else feed.peek(task_id)
+        return held or self._looks.task(task_id, backlog_limit, waits_too=feed is not None)
 
     def task_result_exists(self, task_id: str) -> bool:
         """Whether there is any state of this task."""
@@ -659,42 +636,23 @@ class AMQPBackend(Backend):  # type: ignore[misc]
 
     def group_progress(self, group_id: str) -> int:
         """How many results of a group have come: one passive declare."""
-        return self._peek.progress(group_id)
-
-    def _has_result(self, group_id: str, task_id: str) -> bool:
-        return task_id in self._peek.group(group_id, with_states=False).metas
+        return self._groups.progress(group_id, self._reader.progress)
 
     # -- groups
 
     def _save_group(self, group_id: str, result: GroupResult) -> GroupResult:
-        self._groups.know(result)
-        alone = [leaf.id for leaf in leaves(result.results) if self._groups.is_alone(leaf.id)]
-        self._saved.save(group_id, result, alone, self._groups.elsewhere(result))
+        self._groups.save(group_id, result)
         return result
 
     def _restore_group(self, group_id: str) -> dict[str, Any] | None:
-        saved = self._saved.restore(group_id)
-        if saved is None:
-            return None
-        group = result_from_tuple((saved.identity, saved.children), self.app)
-        for task_id in saved.alone:
-            self._groups.add_alone(task_id)
-        for elsewhere, task_ids in saved.elsewhere.items():
-            self._groups.add(elsewhere, task_ids)
-        self._groups.know(group)
-        return {"result": group}
+        saved = self._groups.restore(group_id)
+        return None if saved is None else {"result": result_from_tuple(tuple(saved), self.app)}
 
     def _delete_group(self, group_id: str) -> None:
-        self._reader.delete([self.addresses.saved(group_id)])
+        self._groups.delete(group_id)
 
     def _forget(self, task_id: str) -> None:
-        self._peek.forget(task_id)
-        group_id = self._groups.find(task_id)
-        if group_id is None:
-            self._reader.delete([self.addresses.task(task_id)])
-        elif self._groups.forget(group_id, task_id):
-            self._groups.discard(group_id)
-            self._reader.delete([self.addresses.group(group_id), self.addresses.states(group_id)])
+        self._looks.forget(task_id)
 
     # -- Celery's own way to wait
 
@@ -750,7 +708,6 @@ class AMQPBackend(Backend):  # type: ignore[misc]
         """Called before the header of a chord is sent: a joiner will join it, or ``celery.chord_unlock``."""
         self.ensure_chords_allowed()
         chord_id, results = header_result_args
-        own_groups(body, chord_id)
         if self._chords.supported():
             self._chords.begin(chord_id, body, results)
         else:
@@ -777,18 +734,6 @@ class AMQPBackend(Backend):  # type: ignore[misc]
     def fail_part(self, request: Any, exc: Exception, told: list[str]) -> None:
         """A chord in the header of a chord has failed; ``told`` are errbacks that know."""
         self._chords.part(request, states.FAILURE, exc, told)
-
-    def chord_error_from_stack(self, callback: Any, exc: BaseException | None = None) -> Any:
-        """As in Celery; the failure goes to the body's address, which only its signature knows."""
-        options = getattr(callback, "options", None) or {}
-        if options.get("group_index") is not None and options.get("task_id"):
-            self._groups.add(options["group_id"], (options["task_id"],))
-        tasks = getattr(callback, "tasks", None)
-        if tasks is not None:
-            frozen = callback.freeze()
-            if isinstance(frozen, GroupResult):
-                self._groups.know(frozen)
-        return super().chord_error_from_stack(callback, exc)
 
     # -- the rest
 
@@ -817,8 +762,7 @@ class AMQPBackend(Backend):  # type: ignore[misc]
         if self.joiner is not None:
             self.joiner.abandon()
         self._reader.forget_all()
-        self._peek = Peek(self._reader)
-        self._groups.clear()
+        self._looks.forget_all()
         self._cache.clear()
         self._pending.clear()
 

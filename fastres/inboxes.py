@@ -13,17 +13,22 @@ from celery import states
 from fastres.transport import Busy, all_up_to
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
 
     from fastres._protocols import Arrival, Delivery, Meta, Sorted
     from fastres.addresses import Address
     from fastres.join import Batch, Join, Reader
-    from fastres.transport import Dialect
+    from fastres.transport import Dialect, QueueState
 
 __all__ = ("Feed", "Inbox", "Mailbox")
 
 #: Seconds between two attempts to be the one reader of a queue.
 TURN = 0.1
+#: Seconds for which a result is held that others may want too, and until what was given back is read again: at
+#: least, and this many times the seconds that reading took, and at most.
+HOLD, PAUSE, REST, LONGEST_PAUSE = 0.05, 0.05, 2, 2.0
+#: Seconds between two looks for a queue that is not there: at first, and at most.
+SHORTEST_ABSENCE, LONGEST_ABSENCE = 0.005, 0.1
 #: Results that were handed over and are kept for joins that come late, in each feed: few, because while thousands
 #: rush by, each that is kept pushes out of the processor's cache what the next one needs.
 REMEMBERED = 250
@@ -85,29 +90,28 @@ class Inbox:
         self.opening: Opening | None = None
         #: Deliveries that came since the last flush.
         self.received: list[Delivery] = []
-        #: When to try again to be the one reader, on the monotonic clock.
-        self.retry_at: float | None = None
+        #: When to :meth:`act`, on the monotonic clock.
+        self.due: float | None = None
         self._exclusive = exclusive
         self._prefetch = prefetch
 
     def open(self, speak: Dialect) -> None:
         if self.opening is not None and self.opening.speak is speak:
             return
-        self.retry_at = None
+        self.due = None
         try:
-            if self._exclusive or not self._subscribe(self._begin(speak)):
-                opening = self._begin(speak)
-                for address in self.addresses:
-                    self._consume(opening, address)
+            if self._exclusive or not self._subscribe(self._begin(speak, speak.unopened_channel())):
+                opening = self._begin(speak, speak.channel())
+                speak.prefetch(opening.channel, self._prefetch)
+                self._found([self._consume(opening, address) for address in self.addresses])
         except Busy:
             # One reader at a time: results shared out between two would complete neither's join.
             self._leave()
-            self.retry_at = time.monotonic() + TURN
+            self.due = time.monotonic() + TURN
 
-    def _begin(self, speak: Dialect) -> Opening:
+    def _begin(self, speak: Dialect, channel: Any) -> Opening:
         self.received.clear()
-        self.opening = Opening(self, speak, speak.channel())
-        speak.prefetch(self.opening.channel, self._prefetch)
+        self.opening = Opening(self, speak, channel)
         return self.opening
 
     def _subscribe(self, opening: Opening) -> bool:
@@ -115,9 +119,24 @@ class Inbox:
         queues = [self.reader.addresses.queue(address) for address in self.addresses]
         tags = [self.reader.next_tag() for _ in queues]
         opening.addresses.update(zip(tags, self.addresses))
-        return opening.speak.subscribe(
+        answer = opening.speak.subscribe(
             opening.channel, list(zip(queues, tags)), opening.receive, opening.on_cancel
         )
+        if answer is None:
+            return False
+        self._found(answer)
+        return True
+
+    def _found(self, states: list[QueueState]) -> None:
+        """Called with what was in the queues when they were opened."""
+
+    def act(self, speak: Dialect) -> None:
+        """Do what is due: try again to be the one reader."""
+        self.open(speak)
+
+    def is_catching_up(self) -> bool:
+        """Whether more will come at once, before which nobody is to be told of what has come."""
+        return False
 
     def flush(self) -> None:
         """Hand on what was received."""
@@ -136,7 +155,7 @@ class Inbox:
         """The first ``count`` results of a batch are the user's now."""
         raise NotImplementedError
 
-    def _consume(self, opening: Opening, address: Address) -> None:
+    def _consume(self, opening: Opening, address: Address) -> QueueState:
         state = opening.speak.declare(self.reader.addresses.queue(address))
         if self._exclusive and state.consumers:
             raise Busy(address.name)
@@ -145,6 +164,7 @@ class Inbox:
         opening.speak.consume(
             opening.channel, address.name, tag, opening.receive, opening.on_cancel, self._exclusive
         )
+        return state
 
     def _reopen(self, speak: Dialect) -> None:
         self._leave()
@@ -169,7 +189,7 @@ class Inbox:
         """The results in deliveries, and how many deliveries held none."""
         arrivals, refused = self.reader.decoder.decode_all(deliveries)
         for delivery, exc in refused:
-            self.reader.report_unreadable(delivery, opening.address_of(delivery).name, exc)
+            self.reader.reports.unreadable(delivery, opening.address_of(delivery).name, exc)
             task_id = delivery.correlation_id
             for join in self.joins:
                 if task_id in join.aggregate:
@@ -201,18 +221,24 @@ class Inbox:
 
 
 class Feed(Inbox):
-    """Results of lone tasks or of a group, for as long as a join waits for them.
+    """Results of tasks, for as long as a join waits for them.
 
-    Messages are acknowledged when they have been handed over, so that a lost connection loses none.
+    It begins by taking what comes: messages are acknowledged when they have been handed over, so that a lost
+    connection loses none. With the first message that somebody else may want, or if nothing is to be taken, it
+    *shares* the queues: what has come is held for a moment, in which more may come, and given back, whoever it was
+    for; after a pause for the others it is read again. Nobody is kept from a result for longer than ``HOLD`` and
+    the time that reading the queue takes.
 
     Args:
         reader: whose link it consumes through.
-        addresses: the queues.
-        take: acknowledge what is handed over; otherwise everything goes back in the end.
-        exclusive: one reader at a time: others wait for their turn.
+        addresses: the queues of results, or with ``with_states`` of states and then of results.
+        take: acknowledge what is handed over; otherwise everything goes back.
+        exclusive: one reader at a time takes: others wait for their turn.
         prefetch: messages that the broker sends ahead, 0: all it has.
-        alone: each queue is that of one task; otherwise they are those of one group, its results the last.
+        deletes: whether a queue is deleted when its result was taken, a group's when all that came was.
         leftovers: queues to delete with the others.
+        declares: whether the queues are made if they are not there. To that of a single task nobody may ever
+            write: its id may be anybody's invention.
     """
 
     def __init__(
@@ -221,32 +247,84 @@ class Feed(Inbox):
         addresses: list[Address],
         *,
         take: bool,
-        exclusive: bool,
-        prefetch: int,
-        alone: bool,
-        leftovers: list[Address],
+        exclusive: bool = False,
+        prefetch: int = 0,
+        deletes: bool = False,
+        leftovers: Sequence[Address] = (),
+        declares: bool = True,
     ) -> None:
-        super().__init__(reader, addresses, exclusive, prefetch)
-        self.take = take
-        self._alone = alone
+        super().__init__(reader, addresses, exclusive and take, prefetch if take else 0)
+        self._prefetch_to_take = self._prefetch
+        #: Whether others may want what comes.
+        self.shares = not take
+        self._declares = declares
+        self._absence = SHORTEST_ABSENCE
+        self._deletes = deletes
         self._leftovers = leftovers
         self._emptied = True
-        #: Queues of lone tasks whose result was handed over.
-        self._finished: list[Address] = []
-        #: For joins that come late: the last results that were handed over, and what ended joins have left.
+        #: For joins that come late: the last results that came or were handed over, and what ended joins left.
         self._last: deque[Arrival] = deque(maxlen=REMEMBERED)
         self._left_over: list[Batch] = []
         #: Deliveries that no join will ever be handed.
         self._stuck = 0
         #: The latest state of each task that has one and no result.
         self._latest_state: dict[str, Delivery] = {}
+        #: While sharing: states that were told, when the queues were opened, how many messages they had then, when
+        #: the last came, and whether all of them have come.
+        self._told: set[int] = set()
+        self._opened = 0.0
+        self._backlog = 0
+        self._came = 0.0
+        #: Queues of single tasks whose result was taken.
+        self._finished: list[Address] = []
+        #: Results that were handed over and are to be taken out of their queues, by queue.
+        self._to_take: dict[Address, set[str]] = {}
 
     def open(self, speak: Dialect) -> None:
-        if self.opening is None or self.opening.speak is not speak:
-            self._left_over.clear()
-            self._latest_state.clear()
-            self._stuck = 0
+        if self.opening is not None and self.opening.speak is speak:
+            return
+        self._left_over.clear()
+        self._latest_state.clear()
+        self._stuck = 0
+        self._backlog = 0
+        if not self._declares and not any(speak.browse([(address.name, 0) for address in self.addresses])):
+            self.due = time.monotonic() + self._absence
+            self._absence = min(2 * self._absence, LONGEST_ABSENCE)
+            return
         super().open(speak)
+        if self.opening is None and self._exclusive:
+            # Somebody waits for a part of it, or takes it: next to the former it can be read.
+            self._share()
+            super().open(speak)
+            if self.opening is None:
+                self._exclusive, self.shares, self._prefetch = True, False, self._prefetch_to_take
+        self._opened = self._came = time.monotonic()
+        if self.shares and self.opening is not None and self._backlog:
+            self.due = self._opened + HOLD
+
+    def act(self, speak: Dialect) -> None:
+        if self.due is None or time.monotonic() < self.due:
+            return
+        if self.opening is None or self.opening.speak is not speak:
+            self.open(speak)
+        elif self.opening.unacknowledged:
+            self.give_back(speak)
+        else:
+            self.due = None
+
+    def is_catching_up(self) -> bool:
+        """Whether messages are still to come that were in the queues before."""
+        return self.shares and self._backlog > 0 and time.monotonic() < self._came + HOLD
+
+    def give_back(self, speak: Dialect) -> None:
+        """Leave what has come to others for a while."""
+        took = max(0.0, self._came - self._opened)
+        self._leave()
+        self.due = time.monotonic() + max(PAUSE, min(took * REST, LONGEST_PAUSE))
+
+    def holds(self) -> bool:
+        """Whether others may be waiting for what this one has."""
+        return self.shares and self.opening is not None and bool(self.opening.unacknowledged)
 
     def attach(self, join: Join) -> None:
         waiting = self._waiting()
@@ -254,11 +332,22 @@ class Feed(Inbox):
         join.offer(list(self._last), None, None)
         for batch in waiting:
             join.offer(batch.arrivals, self, batch.opening)
+        if self.holds() and join.aggregate:
+            # It may be among what is held and not remembered.
+            self.due = time.monotonic()
+
+    def share_from_now_on(self) -> None:
+        """A join has come that takes nothing."""
+        if not self.shares:
+            self._share()
+            self.due = time.monotonic()
 
     def detach(self, join: Join) -> bool:
         """Whether that was the last join."""
-        self.joins.remove(join)
-        self._left_over += join.batches_of(self)
+        if join in self.joins:
+            self.joins.remove(join)
+        if not self.shares:
+            self._left_over += join.batches_of(self)
         if join.aggregate:
             self._emptied = False
         return not self.joins
@@ -285,53 +374,106 @@ class Feed(Inbox):
         if not arrivals or opening is None:
             return
         self._last.extend([(None, task_id, meta) for _, task_id, meta in arrivals[-REMEMBERED:]])
-        if not self.take:
+        if not take:
             return
-        if self._alone:
-            self._finished += [opening.address_of(delivery) for delivery, _, _ in arrivals]
-        taken = self._acknowledge(opening, map(MARK, arrivals))
-        if not self._alone:
+        if not self.shares:
+            places = map(opening.address_of, map(MARK, arrivals))
+            self._finished += [address for address in places if address.of_task is not None]
+            taken = self._acknowledge(opening, map(MARK, arrivals))
             self.reader.count_taken(self.addresses[-1], taken)
+            return
+        for delivery, task_id, _ in arrivals:
+            if not delivery.keep:
+                self._to_take.setdefault(opening.address_of(delivery), set()).add(task_id)
 
     def close(self, speak: Dialect) -> None:
         if self.opening is None:
             return
         over: list[Address] = []
-        if self.take and self.reader.auto_delete:
-            if self._alone:
-                over = self._finished
-            elif self._emptied and not self.opening.unacknowledged:
-                over = self.addresses + self._leftovers
+        full: list[Address] = []
+        if self._deletes and self._exclusive and self._emptied and not self.opening.unacknowledged:
+            over = [*reversed(self.addresses), *self._leftovers]
+        elif self._deletes:
+            over = self._finished
+            # States on the way to a result that is gone.
+            full = [self.reader.addresses.states(address.of_task) for address in over if address.of_task]
         if over:
-            speak.delete(self.opening.channel, [address.name for address in over])
+            names = [address.name for address in over]
+            tags = list(self.opening.addresses)
+            speak.delete(self.opening.channel, names, tags, [address.name for address in full])
         self._leave()
+
+    def to_take(self) -> dict[Address, set[str]]:
+        """The results that are to be taken out of their queues after the end."""
+        return self._to_take
 
     def _waiting(self) -> list[Batch]:
         """What has come and was not handed over yet."""
         return [*self._left_over, *(batch for join in self.joins for batch in join.batches_of(self))]
 
+    def _share(self) -> None:
+        self.shares = True
+        self._exclusive = False
+        self._prefetch = 0
+        self._backlog = 0
+
+    def _found(self, states: list[QueueState]) -> None:
+        self._backlog += sum(state.messages for state in states)
+
     def _deliver(self, opening: Opening, deliveries: list[Delivery]) -> None:
         arrivals, refused = self._decode(opening, deliveries)
-        if self.take and any(map(KEPT, deliveries)):
-            self.take = False
+        if self.shares:
+            self._pass_by(opening, arrivals, len(deliveries))
+            return
         ready, states_, repeated, foreign = self._offer(opening, arrivals)
         if states_ or self._latest_state:
             self._supersede(opening, ready, states_)
         for delivery, task_id, meta in repeated:
             if meta["status"] in states.READY_STATES:
                 self._report_repeated(opening, delivery, task_id)
-        if self.take and repeated:
+        if repeated:
             self._acknowledge(opening, map(MARK, repeated))
-        for delivery, task_id, meta in foreign:
+        if foreign or any(map(KEPT, deliveries)):
             self._emptied = False
-            if self._alone:
-                self.reader.reports.add(
-                    "unknown", opening.address_of(delivery).name, task_id, delivery.delivery_tag,
-                    f"nobody waits for this task ({meta['status']}); the message is left in its queue", 0,
-                )  # fmt: skip
-        self._stuck += refused + len(foreign)
-        if self._prefetch and (not self.take or self._stuck > self._prefetch / 2):
+            self._remember(opening, [*ready, *foreign])
+            self.share_from_now_on()
+            return
+        self._stuck += refused
+        if self._prefetch and self._stuck > self._prefetch / 2:
             self.reader.link.attempt(self._unlimit)
+
+    def _pass_by(self, opening: Opening, arrivals: list[Arrival], count: int) -> None:
+        """Offer what others may want too."""
+        self._backlog = max(0, self._backlog - count)
+        self._came = time.monotonic()
+        self.due = self._came + HOLD if self._backlog or self.due is None else self.due
+        finals: dict[str, Arrival] = {}
+        news: list[Arrival] = []
+        for arrival in arrivals:
+            delivery, task_id, meta = arrival
+            if meta["status"] in states.READY_STATES:
+                before = finals.get(task_id)
+                # Of several results the first success counts, otherwise the latest.
+                if before is None or before[2]["status"] != states.SUCCESS:
+                    finals[task_id] = arrival
+            else:
+                # Two updates that say the same are told once if they were read before.
+                told = hash((task_id, bytes(delivery.body)))
+                if not (delivery.redelivered and told in self._told):
+                    news.append(arrival)
+                self._told.add(told)
+        news += finals.values()
+        ready, _, _, foreign = self._offer(opening, news)
+        self._remember(opening, [*ready, *foreign])
+
+    def _remember(self, opening: Opening, arrivals: list[Arrival]) -> None:
+        """For joins that come late, and for looks."""
+        for delivery, task_id, _ in arrivals:
+            self.reader.reports.stranger(delivery, opening.address_of(delivery), task_id)
+        finals = [arrival for arrival in arrivals[-REMEMBERED:] if arrival[2]["status"] in states.READY_STATES]
+        if finals:
+            self._last.extend([(None, task_id, meta) for _, task_id, meta in finals])
+            self.reader.see([(opening.address_of(delivery), meta) for delivery, _, meta in finals])
 
     def _supersede(self, opening: Opening, ready: list[Arrival], states_: list[Arrival]) -> None:
         """Of a task's states that are not final, only the latest is kept."""
@@ -339,8 +481,7 @@ class Feed(Inbox):
         for delivery, task_id, _ in states_:
             over.append(self._latest_state.get(task_id))
             self._latest_state[task_id] = delivery
-        if self.take:
-            self._acknowledge(opening, [delivery for delivery in over if delivery is not None])
+        self._acknowledge(opening, [delivery for delivery in over if delivery is not None])
 
     def _unlimit(self, speak: Dialect) -> None:
         """Messages that stay unacknowledged must not keep others from coming."""
@@ -417,7 +558,8 @@ class Mailbox(Inbox):
         join.offer([(None, task_id, meta) for task_id, meta in there if meta is not None], self, None)
 
     def detach(self, join: Join) -> None:
-        self.joins.remove(join)
+        if join in self.joins:
+            self.joins.remove(join)
 
     def peek(self, task_id: str) -> Meta | None:
         """The latest that has come for a task and was not taken."""

@@ -5,31 +5,32 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
+from functools import partial
 from typing import TYPE_CHECKING, Any, Callable, NamedTuple
 
 from celery import states
 from celery.exceptions import TimeoutError
-from kombu.exceptions import ContentDisallowed
 from kombu.utils.functional import LRUCache
 
 from fastres._impl import Aggregate
-from fastres.errors import MalformedResult
-from fastres.inboxes import TURN, Feed, Mailbox
+from fastres.inboxes import Feed, Mailbox
+from fastres.logs import logger
+from fastres.stream import Stream
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from fastres._protocols import Aggregate as AggregateProtocol
-    from fastres._protocols import Arrival, Decoder, Delivery, Sorted
+    from fastres._protocols import Arrival, Decoder, Meta, Sorted
     from fastres.addresses import Address, Addresses
     from fastres.inboxes import Inbox, Opening
     from fastres.link import Link
     from fastres.logs import Reports
-    from fastres.transport import Dialect
+    from fastres.look import Looks
 
 __all__ = ("Join", "Reader")
 
-#: Seconds between two looks at the interval callback, and at results that are peeked at.
+#: Seconds between two calls of the interval callback.
 INTERVAL = 1.0
 #: Seconds that a result may come behind a message for the same task that cannot be read.
 GRACE = 0.1
@@ -102,6 +103,9 @@ class Join:
     def has_news(self) -> bool:
         return bool(self.news)
 
+    def is_complete(self) -> bool:
+        return self.complete
+
     def next_batch(self) -> Batch | None:
         if not self.news:
             return None
@@ -140,9 +144,10 @@ class Reader:
         link: the consuming connection.
         addresses: the backend's addresses.
         decoder: message to result.
+        looks: reads without taking, and takes single results.
         reports: where unusable messages are reported.
         prefetch: messages of a group that the broker sends ahead of their acknowledgement.
-        auto_delete: delete a queue when all its results were taken.
+        auto_delete: delete a group's queue when all its results were taken.
     """
 
     def __init__(
@@ -150,6 +155,7 @@ class Reader:
         link: Link,
         addresses: Addresses,
         decoder: Decoder,
+        looks: Looks,
         reports: Reports,
         prefetch: int,
         auto_delete: bool,
@@ -157,7 +163,8 @@ class Reader:
         self.link = link
         self.addresses = addresses
         self.reports = reports
-        self.auto_delete = auto_delete
+        self._looks = looks
+        self._auto_delete = auto_delete
         #: How many results were taken, by queue of a group.
         self._taken = LRUCache(limit=REMEMBERED)
         self.mailbox = Mailbox(self)
@@ -175,21 +182,17 @@ class Reader:
         self._tag += 1
         return f"fastres-{self._tag}"
 
-    def report_unreadable(self, delivery: Delivery, queue: str, exc: Exception) -> None:
-        if isinstance(exc, ContentDisallowed):
-            kind = "disallowed"
-        elif isinstance(exc, MalformedResult):
-            kind = "malformed"
-        else:
-            kind = "undecodable"
-        self.reports.add(
-            kind, queue, delivery.correlation_id, delivery.delivery_tag,
-            f"{type(exc).__name__}: {exc}", hash(delivery.body),
-        )  # fmt: skip
-
     def feed_of(self, address: Address) -> Feed | None:
         """The feed that reads an address at present."""
         return self._feeds.get(address.name)
+
+    def see(self, seen: list[tuple[Address, Meta]]) -> None:
+        """Let looks know what was seen on the way."""
+        by_address: dict[Address, list[Meta]] = {}
+        for address, meta in seen:
+            by_address.setdefault(address, []).append(meta)
+        for address, metas in by_address.items():
+            self._looks.see(address, metas)
 
     def count_taken(self, address: Address, count: int) -> None:
         self._taken[address.name] = self._taken.get(address.name, 0) + count
@@ -199,26 +202,27 @@ class Reader:
         feed = self._feeds.get(address.name)
         return int(self._taken.get(address.name, 0)) + (feed.held(address) if feed is not None else 0)
 
-    def delete(self, addresses: list[Address]) -> None:
-        """Delete queues with what is in them."""
+    def tasks(self, join: Join, addresses: list[Address], take: bool, declares: bool) -> None:
+        """Let a join have results of tasks that need not have anything to do with each other.
 
-        def delete(speak: Dialect) -> None:
-            channel = speak.channel()
-            speak.delete(channel, [address.name for address in addresses])
-            channel.close()
+        Args:
+            declares: make the queues that are not there.
+        """
+        self._attach(join, addresses, take=take, deletes=self._auto_delete, declares=declares)
 
-        self.link.call(delete)
-
-    def tasks(self, join: Join, addresses: list[Address], take: bool) -> None:
-        """Let a join have the results of lone tasks."""
-        self._attach(join, addresses, take=take, exclusive=False, prefetch=0, alone=True, leftovers=[])
-
-    def group(self, join: Join, addresses: list[Address], leftovers: list[Address], take: bool) -> None:
-        """Let a join have the results of a group, and delete ``leftovers`` when they were all taken."""
-        prefetch = self._prefetch if take else 0
+    def group(self, join: Join, addresses: list[Address], leftovers: list[Address]) -> None:
+        """Let a join take the results of a group, and delete ``leftovers`` when they were all taken."""
         self._attach(
-            join, addresses, take=take, exclusive=True, prefetch=prefetch, alone=False, leftovers=leftovers
-        )
+            join, addresses, take=True, exclusive=True, prefetch=self._prefetch, deletes=self._auto_delete,
+            leftovers=leftovers,
+        )  # fmt: skip
+
+    def stream(self, address: Address, count: int) -> Iterator[Arrival]:
+        """So many results from a group's queue, whichever tasks they are of; each is taken.
+
+        Raises: LookupError: some of them are not there.
+        """
+        return iter(Stream(self, address, count, self._prefetch))
 
     def mail(self, join: Join) -> None:
         """Let a join have what comes to the mailbox."""
@@ -227,33 +231,25 @@ class Reader:
         join.inboxes.append(self.mailbox)
 
     def _attach(self, join: Join, addresses: list[Address], take: bool, **how: Any) -> None:
-        def attach() -> tuple[list[Feed], Feed | None]:
-            shared: list[Feed] = []
-            for address in addresses:
-                feed = self._feeds.get(address.name)
-                if feed is not None and feed not in shared:
-                    shared.append(feed)
-            for feed in shared:
-                feed.take = feed.take and take
+        with self.link.exclusively(join.deadline):
+            for feed in dict.fromkeys(feed for address in addresses if (feed := self._feeds.get(address.name))):
+                # Whatever interrupts this, the join knows what it has to leave.
+                join.inboxes.append(feed)
                 feed.attach(join)
+                if not take:
+                    feed.share_from_now_on()
             own = [address for address in addresses if address.name not in self._feeds]
             if not own:
-                return shared, None
+                return
             feed = Feed(self, own, take=take, **how)
             feed.joins.append(join)
-            for address in own:
-                self._feeds[address.name] = feed
-            return shared, feed
-
-        with self.link.exclusively(join.deadline):
-            shared, feed = attach()
-            join.inboxes += shared
-            if feed is not None:
-                join.inboxes.append(feed)
-                self.link.subscribe(feed, join.deadline)
+            join.inboxes.append(feed)
+            self._feeds.update((address.name, feed) for address in own)
+            self.link.subscribe(feed, join.deadline)
 
     def leave(self, join: Join) -> None:
         """End a join, however it ended."""
+        ended: list[Feed] = []
 
         def leave() -> None:
             for inbox in join.inboxes:
@@ -264,12 +260,44 @@ class Reader:
                     # A wait that has ended at its timeout does not begin another one.
                     deadline = join.deadline if join.left() <= 0 else None
                     self.link.unsubscribe(inbox, inbox.close, deadline)
+                    ended.append(inbox)
 
-        self.link.soon(leave)
+        try:
+            self.link.soon(leave)
+            for feed in ended:
+                for address, task_ids in feed.to_take().items():
+                    self._take(address, task_ids)
+        except BaseException:
+            self._abandon(join)
+            raise
+
+    def _abandon(self, join: Join) -> None:
+        """The end of a join was interrupted: nothing of it may stay behind, with what others wait for."""
+        left: list[Inbox] = []
+        for inbox in join.inboxes:
+            if join in inbox.joins:
+                inbox.joins.remove(join)
+            if isinstance(inbox, Feed) and not inbox.joins:
+                self._release(inbox)
+                left.append(inbox)
+        self.link.cut(left)
+
+    def _take(self, address: Address, task_ids: set[str]) -> None:
+        """Take what was handed over out of a queue that others read too."""
+        try:
+            self._looks.take(address, task_ids)
+        except Exception as exc:
+            # Whoever waited has what he wanted; it expires.
+            logger.warning(
+                "Results that were read could not be taken out of queue %r, where they expire: %r",
+                address.name,
+                exc,
+            )
 
     def _release(self, feed: Feed) -> None:
         for address in feed.addresses:
-            self._feeds.pop(address.name, None)
+            if self._feeds.get(address.name) is feed:
+                del self._feeds[address.name]
 
     def handed_over(self, join: Join, count: int, take: bool) -> None:
         """The first ``count`` results of the batch in hand are the user's now."""
@@ -287,14 +315,12 @@ class Reader:
         join: Join,
         *,
         on_interval: Callable[[], Any] | None = None,
-        pump: Callable[[Join], float] | None = None,
         rounds: int | None = None,
     ) -> Iterator[Batch]:
         """What comes for a join, batch by batch, until all of it is there; each is then the one in hand.
 
         Args:
             on_interval: called about once a second, and after each batch.
-            pump: brings results that are not consumed; returns in how many seconds it wants to look again.
             rounds: how often to look, None: until all is there.
 
         Raises:
@@ -303,13 +329,17 @@ class Reader:
                 read.
         """
         while True:
-            pause = pump(join) if pump is not None and not join.complete else INTERVAL
             complete = join.complete
-            while (batch := join.next_batch()) is not None:
-                yield batch
-            if complete:
-                return
             left = join.left()
+            # What is shared is read to its end before anybody is told: it is given back meanwhile.
+            if complete or left <= 0 or not any(inbox.is_catching_up() for inbox in join.inboxes):
+                while (batch := join.next_batch()) is not None:
+                    if not join.alone:
+                        self._give_back(join)
+                    yield batch
+                if complete:
+                    return
+                left = join.left()
             if left <= 0:
                 raise join.time_is_over()
             # Everything else was handed over. A lone wait need not wait for its timeout to be told.
@@ -322,18 +352,28 @@ class Reader:
                 rounds -= 1
                 if rounds < 0:
                     return
-            self._look(join, min(pause, INTERVAL, left))
+            self._look(join, min(INTERVAL, left))
             self.mailbox.tell()
             if on_interval is not None:
                 on_interval()
 
+    def _give_back(self, join: Join) -> None:
+        """Before the user has the word, who may keep it for long: others may want what is held."""
+        for inbox in join.inboxes:
+            if isinstance(inbox, Feed) and inbox.holds():
+                self.link.soon(partial(self.link.attempt, inbox.give_back))
+
     def _look(self, join: Join, seconds: float) -> None:
         for inbox in join.inboxes:
-            if inbox.retry_at is not None:
-                seconds = min(seconds, TURN)
-                if time.monotonic() >= inbox.retry_at:
-                    self.link.call(inbox.open, join.deadline)
-        self.link.read(seconds, join.has_news, join.deadline)
+            due = inbox.due
+            if due is not None:
+                if due <= time.monotonic():
+                    self.link.call(inbox.act, join.deadline)
+                    due = inbox.due
+                if due is not None:
+                    seconds = min(seconds, max(0.0, due - time.monotonic()))
+        catching_up = any(inbox.is_catching_up() for inbox in join.inboxes)
+        self.link.read(seconds, join.is_complete if catching_up else join.has_news, join.deadline)
 
     @staticmethod
     def _raise_unreadable(join: Join) -> None:

@@ -23,9 +23,10 @@ from kombu.utils.compat import detect_environment
 from fastres.connections import abandon, establish
 from fastres.logs import logger
 from fastres.native import RECORD_TIMEOUT, Native, dialect
+from fastres.transport import Busy
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Collection, Iterator
 
     from fastres.transport import Dialect
 
@@ -107,7 +108,7 @@ class Link:
                 if speak is not None:
                     connection = self._connection
                     try:
-                        with self._patiently(speak, deadline):
+                        with self._patiently(speak, deadline), self._whole(connection):
                             speak.hand_back()
                             return operation(speak)
                     except connection.connection_errors as exc:
@@ -130,7 +131,7 @@ class Link:
             if speak is None:
                 return
             try:
-                with self._patiently(speak, deadline):
+                with self._patiently(speak, deadline), self._whole(connection):
                     if reads:
                         speak.hand_back()
                     operation(speak)
@@ -158,7 +159,8 @@ class Link:
     ) -> None:
         """Close a subscriber with a last word to the broker, if it is there to hear it."""
         with self.exclusively():
-            self._subscribers.remove(subscriber)
+            if subscriber in self._subscribers:
+                self._subscribers.remove(subscriber)
             self.attempt(farewell, deadline)
 
     def read(self, timeout: float, done: Callable[[], bool], deadline: float | None) -> None:
@@ -166,32 +168,44 @@ class Link:
 
         Returns after a batch, when interrupted, or when the time is over. ``deadline`` is that of :meth:`call`.
         """
-        if not self._reader.acquire(blocking=False):
-            with self._news:
-                self._news.wait_for(lambda: done() or not self._reader.locked(), timeout)
-            return
-        self._reading = threading.get_ident()
+        reads = False
         try:
-            self._step_aside()
-            with self.exclusively(deadline, ring=False):
-                # Between the last look and now another thread may have read it, or it came before an answer.
-                self._flush()
-                if done():
-                    return
-                speak = self._speak or self._try_to_connect(deadline)
-                if speak is not None:
-                    connection = self._connection
-                    try:
-                        self._drain(speak, timeout)
-                    except connection.connection_errors as exc:
-                        self._lost(exc)
-                    return
-            self._pause(timeout, deadline)
+            reads = self._reader.acquire(blocking=False)
+            if reads:
+                self._reading = threading.get_ident()
+                self._read(timeout, done, deadline)
+                return
         finally:
-            self._reading = None
-            self._reader.release()
-            with self._news:
-                self._news.notify_all()
+            if reads:
+                self._reading = None
+                self._reader.release()
+                with self._news:
+                    self._news.notify_all()
+        with self._news:
+            self._news.wait_for(lambda: done() or not self._reader.locked(), timeout)
+
+    def _read(self, timeout: float, done: Callable[[], bool], deadline: float | None) -> None:
+        self._step_aside()
+        with self.exclusively(deadline, ring=False):
+            # Between the last look and now another thread may have read it, or it came before an answer.
+            self._flush()
+            if done():
+                return
+            speak = self._speak or self._try_to_connect(deadline)
+            if speak is not None:
+                connection = self._connection
+                try:
+                    with self._whole(connection):
+                        self._drain(speak, timeout)
+                except connection.connection_errors as exc:
+                    self._lost(exc)
+                return
+        self._pause(timeout, deadline)
+
+    def cut(self, subscribers: Collection[Subscriber]) -> None:
+        """Leave subscribers without a word to the broker, which takes back what they had: the others reconnect."""
+        self._subscribers = [subscriber for subscriber in self._subscribers if subscriber not in subscribers]
+        self._drop()
 
     def reset(self) -> None:
         """Close the connection; the next use opens a new one."""
@@ -217,24 +231,32 @@ class Link:
 
         Raises: Occupied: another thread was at it until the deadline.
         """
-        with self._count:
-            self._wanted += ring
-            # Who is about to read, and was not seen here, looks at what is wanted before it sleeps.
-            if ring and self._bell is not None and self._reading not in (None, threading.get_ident()):
-                with contextlib.suppress(BlockingIOError):
-                    self._bell[1].send(b"\0")
-        forever = deadline is None or deadline == math.inf
-        acquired = self._io.acquire(timeout=-1 if forever else max(0.0, deadline - time.monotonic()))  # type: ignore[operator]
-        with self._count:
-            self._wanted -= ring
-        if not acquired:
-            raise Occupied("another thread is waiting for an answer of the broker")
+        # An exception may come between any two lines, and must find the lock released and nothing wanted.
+        acquired = counted = False
         try:
+            with self._count:
+                counted = ring
+                self._wanted += ring
+                # Who is about to read, and was not seen here, looks at what is wanted before it sleeps.
+                if ring and self._bell is not None and self._reading not in (None, threading.get_ident()):
+                    with contextlib.suppress(BlockingIOError):
+                        self._bell[1].send(b"\0")
+            forever = deadline is None or deadline == math.inf
+            acquired = self._io.acquire(timeout=-1 if forever else max(0.0, deadline - time.monotonic()))  # type: ignore[operator]
+            with self._count:
+                self._wanted -= counted
+                counted = False
+            if not acquired:
+                raise Occupied("another thread is waiting for an answer of the broker")
             while self._deferred:
                 self._deferred.popleft()()
             yield
         finally:
-            self._io.release()
+            if counted:
+                with self._count:
+                    self._wanted -= 1
+            if acquired:
+                self._io.release()
 
     def _step_aside(self) -> None:
         """Let those who ring go first: a lock is not a queue, and the reader comes back fast."""
@@ -271,6 +293,11 @@ class Link:
         except connection.recoverable_connection_errors as exc:
             self._failed(connection, exc, deadline)
             return None
+        except BaseException:
+            # Interrupted, perhaps in the middle of a greeting.
+            self._seeking = None
+            self._drop()
+            raise
         finally:
             connection.connect_timeout = timeout
         self._established = True
@@ -297,7 +324,23 @@ class Link:
         connection, self._connection, self._speak = self._connection, None, None
         # Nothing that goes wrong while a broken connection is dropped can be news.
         with contextlib.suppress(Exception):
-            connection.collect()
+            if connection is not None:
+                connection.collect()
+
+    @contextlib.contextmanager
+    def _whole(self, connection: Any) -> Iterator[None]:
+        """Drop the connection after an exception that may have come in the middle of a frame.
+
+        It may be a signal's, or that of a greenlet that is killed. The broker takes back what came over it.
+        """
+        try:
+            yield
+        except (*connection.connection_errors, *connection.channel_errors, Busy):
+            raise
+        except BaseException:
+            if connection is self._connection:
+                self._drop()
+            raise
 
     def _pause(self, timeout: float, deadline: float | None) -> None:
         """Wait until it is time for the next attempt to connect. Raises OperationalError at the deadline."""

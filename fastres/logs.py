@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import TYPE_CHECKING
 
 from celery.utils.log import get_logger
+from kombu.exceptions import ContentDisallowed
 from kombu.utils.functional import LRUCache
+
+from fastres.errors import MalformedResult
+
+if TYPE_CHECKING:
+    from fastres._protocols import Delivery
+    from fastres.addresses import Address
 
 __all__ = ("Reports", "logger")
 
@@ -48,3 +56,24 @@ class Reports:
             logger.warning(
                 "%s result in queue %r, task id %s, delivery tag %s: %s", kind, queue, task_id, tag, why
             )
+
+    def stranger(self, delivery: Delivery, address: Address, task_id: str) -> None:
+        """Report a result that is in the queue of another task, if it is."""
+        if address.of_task is not None and task_id != address.of_task:
+            self.add(
+                "unknown", address.name, task_id, delivery.delivery_tag,
+                f"it is in the queue of task {address.of_task}, and stays there", 0,
+            )  # fmt: skip
+
+    def unreadable(self, delivery: Delivery, queue: str, exc: Exception) -> None:
+        """Report a message that is no result."""
+        if isinstance(exc, ContentDisallowed):
+            kind = "disallowed"
+        elif isinstance(exc, MalformedResult):
+            kind = "malformed"
+        else:
+            kind = "undecodable"
+        self.add(
+            kind, queue, delivery.correlation_id, delivery.delivery_tag,
+            f"{type(exc).__name__}: {exc}", hash(delivery.body),
+        )  # fmt: skip

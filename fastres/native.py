@@ -7,8 +7,8 @@ import re
 import select
 import socket
 import struct
-import time
 from collections import deque
+from functools import partial
 from typing import TYPE_CHECKING, Any, Callable
 
 from amqp import spec
@@ -19,14 +19,15 @@ from kombu.utils.functional import LRUCache
 
 from fastres._impl import Frames, publication
 from fastres._protocols import COMPRESSION
+from fastres.browse import Browser
 from fastres.logs import logger
-from fastres.transport import Busy, Dialect, is_open, make_delivery
+from fastres.transport import Busy, Dialect, QueueState, is_open, make_delivery
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
 
     from fastres._protocols import Delivery, Frame
-    from fastres.transport import Post, QueueState, Receiver
+    from fastres.transport import Browsed, Post, Receiver
 
 __all__ = ("Native", "dialect")
 
@@ -36,9 +37,6 @@ CHUNK = 1 << 18
 PIPELINED = 200
 #: Queues with other arguments that are remembered: each is found out again at the cost of a channel.
 FOREIGN = 10_000
-#: Seconds without a message after which a queue is taken to be read to its end.
-STALLED = 1.0
-
 #: Seconds that the rest of a TLS record may take to come.
 RECORD_TIMEOUT = 1.0
 #: The type of a method's frame, and the octets of a frame around its payload.
@@ -46,10 +44,11 @@ METHOD, FRAME_OVERHEAD = 1, 8
 #: The octet that ends it, and the frame of an acknowledgement.
 FRAME_END, ACKNOWLEDGEMENT = 0xCE, struct.Struct(">BHIHHQBB")
 #: How the methods begin that answers are awaited with.
-DECLARE_OK, CONSUME_OK, ACK, NACK, COMMIT_OK = (
+OPEN_OK, CLOSE_OK, DECLARE_OK, CONSUME_OK, ACK, NACK, COMMIT_OK = (
     struct.pack(">HH", *method)
     for method in (
-        spec.Queue.DeclareOk, spec.Basic.ConsumeOk, spec.Basic.Ack, spec.Basic.Nack, spec.Tx.CommitOk,
+        spec.Channel.OpenOk, spec.Channel.CloseOk, spec.Queue.DeclareOk, spec.Basic.ConsumeOk, spec.Basic.Ack,
+        spec.Basic.Nack, spec.Tx.CommitOk,
     )
 )  # fmt: skip
 #: The first RabbitMQ that has single active consumers.
@@ -75,6 +74,7 @@ class Native(Dialect):
         self._frames = Frames(connection.connection.frame_max)
         self._receivers: dict[tuple[int, str], Receiver] = {}
         self._poller: Any = None
+        self._browser: Browser | None = None
 
     @property
     def single_active_consumer(self) -> bool:  # type: ignore[override]
@@ -110,7 +110,7 @@ class Native(Dialect):
                 raise ConnectionResetError("the broker closed the connection")
         others = self._receive(data)
         if others:
-            self._pass_on(others)
+            self.pass_on(others)
 
     def _receive(self, data: bytes) -> list[Frame]:
         """Give the deliveries in these bytes to their receivers: what is left are py-amqp's frames."""
@@ -142,7 +142,7 @@ class Native(Dialect):
             its(together)
         return others
 
-    def _pass_on(self, frames: list[Frame]) -> None:
+    def pass_on(self, frames: list[Frame]) -> None:
         """Let py-amqp handle frames; what that sets off may read from the socket, or raise."""
         self.hand_back()
         connection = self._connection.connection
@@ -162,6 +162,59 @@ class Native(Dialect):
         if unused:
             transport = self._connection.connection.transport
             transport._read_buffer = unused + transport._read_buffer
+
+    # -- for the browser
+
+    @property
+    def browser(self) -> Browser:
+        if self._browser is None:
+            self._browser = Browser(self)
+        return self._browser
+
+    def unopened_channel(self) -> Any:
+        """A channel of py-amqp that is opened by whoever writes the frame."""
+        connection = self._connection.connection
+        return connection.Channel(connection, auto_decode=False)
+
+    def receive(self, channel: Any, receiver: Receiver) -> None:
+        """Give what is got on a channel to a receiver."""
+        self._frames.own(channel.channel_id)
+        self._receivers[channel.channel_id, ""] = receiver
+
+    def restart(self, channel: Any) -> None:
+        """The broker has closed a channel: what had come of a message is dropped."""
+        self._frames.disown(channel.channel_id)
+        self._frames.own(channel.channel_id)
+
+    def write(self, data: bytes) -> None:
+        self._connection.connection.transport.write(data)
+        self._connection.connection.bytes_sent += 1
+
+    @staticmethod
+    def method(channel: Any, signature: tuple[int, int], types: str, arguments: tuple[Any, ...]) -> bytes:
+        """The frame of a method."""
+        return _method(channel, signature, types, arguments)
+
+    def next_frames(self) -> list[Frame]:
+        """Wait for what the broker says next: deliveries go to their receivers, the other frames are returned."""
+        connection = self._connection.connection
+        transport = connection.transport
+        data, transport._read_buffer = transport._read_buffer, b""
+        frames = self._receive(data) if data else []
+        if not frames:
+            data = self.socket.recv(CHUNK)
+            if not data:
+                raise ConnectionResetError("the broker closed the connection")
+            frames = self._receive(data)
+        return frames
+
+    def browse(self, asked: Sequence[tuple[str, int]]) -> list[Browsed | None]:
+        return self.browser.browse(asked)
+
+    def sift(
+        self, name: str, count: int, choose: Callable[[list[Delivery]], list[Any]], delete: bool = False
+    ) -> int:
+        return self.browser.sift(name, count, choose, delete)
 
     def channel(self) -> Any:
         channel = self._connection.channel()
@@ -270,32 +323,31 @@ class Native(Dialect):
         while _has_read_ahead(transport) or self._poller.poll(0):
             self.drain(RECORD_TIMEOUT)
 
-    def _await(self, channel: Any, awaited: dict[bytes, int]) -> None:
-        """Read until the broker has answered with so many of these methods; what has come is counted down."""
+    def _await(self, channel: Any, awaited: dict[bytes, int], declared: list[QueueState] | None = None) -> None:
+        """Read until the broker has answered with so many of these methods; what has come is counted down.
+
+        Args:
+            declared: the states of queues that were declared are added to it.
+        """
         connection = self._connection.connection
-        transport = connection.transport
         while any(awaited.values()):
-            data, transport._read_buffer = transport._read_buffer, b""
-            frames = self._receive(data) if data else []
-            if not frames:
-                data = self.socket.recv(CHUNK)
-                if not data:
-                    raise ConnectionResetError("the broker closed the connection")
-                frames = self._receive(data)
+            frames = self.next_frames()
             left: list[Frame] = []
             for number, (kind, channel_id, payload) in enumerate(frames):
                 method = payload[:4] if kind == METHOD and channel_id == channel.channel_id else b""
                 if awaited.get(method):
                     connection.bytes_recv += 1
                     awaited[method] -= self._confirmed(payload) if method == ACK else 1
+                    if method == DECLARE_OK and declared is not None:
+                        declared.append(QueueState(*struct.unpack_from(">II", payload, 5 + payload[4])))
                 elif method == NACK:
                     connection.bytes_recv += 1
-                    self._pass_on([*left, *frames[number + 1 :]])
+                    self.pass_on([*left, *frames[number + 1 :]])
                     raise MessageNacked("the broker refused the message")
                 else:
                     left.append(frames[number])
             if left:
-                self._pass_on(left)
+                self.pass_on(left)
 
     def _confirmed(self, ack: bytes) -> int:
         """How many messages are confirmed by a ``basic.ack``."""
@@ -334,15 +386,22 @@ class Native(Dialect):
         consumers: Sequence[tuple[Any, str]],
         receiver: Receiver,
         on_cancel: Callable[[str], None],
-    ) -> bool:
+    ) -> list[QueueState] | None:
         """As in ``Dialect``, in as many round trips as there are ``PIPELINED`` queues in it."""
         if any(queue.exchange.name or queue.name in self._foreign for queue, _ in consumers):
+            channel.open()
             return super().subscribe(channel, consumers, receiver, on_cancel)
         connection = self._connection.connection
         self._frames.own(channel.channel_id)
+        states: list[QueueState] = []
         for start in range(0, len(consumers), PIPELINED):
             part = consumers[start : start + PIPELINED]
+            awaited = {DECLARE_OK: len(part), CONSUME_OK: len(part)}
             frames = []
+            if not channel.is_open:
+                frames.append(_method(channel, spec.Channel.Open, "s", ("",)))
+                awaited[OPEN_OK] = 1
+                channel.is_open = True
             for queue, tag in part:
                 self._register(channel, tag, receiver, on_cancel)
                 arguments = (0, queue.name, tag, False, False, False, False, None)
@@ -353,12 +412,12 @@ class Native(Dialect):
             connection.transport.write(b"".join(frames))
             connection.bytes_sent += len(frames)
             try:
-                self._await(channel, {DECLARE_OK: len(part), CONSUME_OK: len(part)})
+                self._await(channel, awaited, states)
             except self._connection.channel_errors:
                 # One of the queues is there with other arguments, or taken, which ends the channel for all.
                 self.leave(channel, [tag for _, tag in consumers], ())
-                return False
-        return True
+                return None
+        return states
 
     def _register(self, channel: Any, tag: str, receiver: Receiver, on_cancel: Callable[[str], None]) -> None:
         self._receivers[channel.channel_id, tag] = receiver
@@ -398,76 +457,23 @@ class Native(Dialect):
             return
         for tag in tags:
             self._receivers.pop((channel.channel_id, tag), None)
-        self._frames.disown(channel.channel_id)
         channel.send_method(spec.Channel.Close, "BsBB", (0, "", 0, 0))
         if unacknowledged:
-            channel.wait(spec.Channel.CloseOk)
+            # What still comes is read and dropped here: nobody else has a use for it.
+            self._await(channel, {CLOSE_OK: 1})
+            self._frames.disown(channel.channel_id)
+            channel.collect()
+        else:
+            self._frames.disown(channel.channel_id)
 
-    def _give_back(self, channel: Any) -> None:
-        channel.send_method(spec.Basic.Nack, "Lbb", (0, True, True))
-
-    def peek(self, channel: Any, name: str) -> tuple[Any | None, int]:
-        """The first message of a queue and how many stand behind it, in one round trip.
-
-        The request to put it back is in the same write, so it is out of the queue only for the moment between two
-        frames in the broker.
-        """
-        get = _method(channel, spec.Basic.Get, "Bsb", (0, name, False))
-        channel.connection.transport.write(get + _method(channel, spec.Basic.Nack, "Lbb", (0, True, True)))
-        channel.connection.bytes_sent += 2
-        answer = channel.wait([spec.Basic.GetOk, spec.Basic.GetEmpty], returns_tuple=True)
-        if len(answer) < 2:
-            return None, 0
-        delivery_tag, redelivered, exchange, routing_key, behind, message = answer
-        message.delivery_info = {
-            "delivery_tag": delivery_tag,
-            "redelivered": redelivered,
-            "exchange": exchange,
-            "routing_key": routing_key,
-        }
-        return _delivery(message), behind
-
-    def glance(self, channel: Any, name: str, seconds: float) -> Any | None:
-        """The first message of a queue, waiting for it as a consumer: what another process has just taken out to
-        look at comes here when that puts it back. The channel's prefetch is 1.
-        """
-        found: list[Any] = []
-        tag = channel.basic_consume(name, callback=found.append, on_cancel=lambda tag: None)
-        end = time.monotonic() + seconds
-        with contextlib.suppress(socket.timeout):
-            while not found:
-                left = end - time.monotonic()
-                if left <= 0:
-                    break
-                self._connection.drain_events(timeout=left)
-        channel.basic_cancel(tag)
-        self._give_back(channel)
-        return _delivery(found[0]) if found else None
-
-    def history(self, channel: Any, name: str, count: int) -> list[Any]:
-        """The first ``count`` messages of a queue, which stay there."""
-        raw = [channel.basic_get(name) for _ in range(count)]
-        self._give_back(channel)
-        return [_delivery(message) for message in raw if message is not None]
-
-    def read_all(self, name: str, count: int) -> list[Any]:
-        """The first ``count`` messages of a queue, which go back where they were.
-
-        Raises: Busy: somebody else consumes from it.
-        """
-        found: list[Any] = []
-        channel = self.channel()
-        try:
-            self.consume(channel, name, "fastres-scan", found.extend, lambda tag: None, exclusive=True)
-            with contextlib.suppress(socket.timeout):
-                while len(found) < count:
-                    self.drain(STALLED)
-        finally:
-            self.leave(channel, ["fastres-scan"], found)
-        return found[:count]
-
-    def delete(self, channel: Any, names: Sequence[str]) -> None:
-        frames = [_method(channel, spec.Queue.Delete, "Bsbbb", (0, name, False, False, True)) for name in names]
+    def delete(
+        self, channel: Any, names: Sequence[str], tags: Sequence[str] = (), full: Sequence[str] = ()
+    ) -> None:
+        frames = [_method(channel, spec.Basic.Cancel, "sb", (tag, True)) for tag in tags]
+        frames += [_method(channel, spec.Queue.Delete, "Bsbbb", (0, name, True, True, True)) for name in names]
+        frames += [_method(channel, spec.Queue.Delete, "Bsbbb", (0, name, True, False, True)) for name in full]
+        # The broker may close the channel over a queue that is in use: whoever deletes has no further use for it.
+        channel._callbacks[spec.Channel.Close] = partial(_let_close, channel)
         channel.connection.transport.write(b"".join(frames))
         channel.connection.bytes_sent += len(frames)
 
@@ -480,6 +486,13 @@ def dialect(connection: Any) -> Dialect:
 def _has_read_ahead(transport: Any) -> bool:
     """Whether there are bytes to read that the socket does not know of."""
     return bool(transport._read_buffer) or (hasattr(transport.sock, "pending") and transport.sock.pending() > 0)
+
+
+def _let_close(channel: Any, *why: Any) -> None:
+    """Agree to the end of a channel that we have no use for."""
+    channel.send_method(spec.Channel.CloseOk)
+    # What we said to end it is answered too, or we have not said it yet.
+    channel.is_open = False
 
 
 def _method(channel: Any, signature: tuple[int, int], types: str, arguments: tuple[Any, ...]) -> bytes:

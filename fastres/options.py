@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -11,6 +12,11 @@ from typing import Any
 from celery.exceptions import ImproperlyConfigured
 
 __all__ = ("Options",)
+
+#: What an option may be that has a few values.
+CHOICES = {"task_ids": ("fastres", "celery"), "take": ("joins", "always", "never")}
+#: Names that begin with "amq." are the broker's; the names of queues end 255 bytes from here.
+NAMESPACE = re.compile(r"(?!amq\.)[\w.-]{1,100}", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -25,8 +31,11 @@ class Options:
     namespace: str | None = None
     #: Wait for the broker's confirm of every result (of large ones in any case).
     confirm: bool = True
-    #: Give every member of a group a queue of its own, readable by its bare task id.
-    member_queues: bool = False
+    #: Who makes the ids of tasks: "fastres" makes those near each other that are read together; "celery" leaves
+    #: every task an id, and with it a queue, of its own.
+    task_ids: str = "fastres"
+    #: Which reads take results out of their queue: "joins" of several results, "always", "never".
+    take: str = "joins"
     #: Leave the results of a chord's header in their queue after the chord is joined.
     keep_chord_results: bool = True
     #: How many queues the chords are spread over, each with a joiner of its own.
@@ -44,7 +53,7 @@ class Options:
 
     def __post_init__(self) -> None:
         expected: dict[str, Any] = {
-            "namespace": str, "confirm": bool, "member_queues": bool, "keep_chord_results": bool,
+            "namespace": str, "confirm": bool, "task_ids": str, "take": str, "keep_chord_results": bool,
             "prefetch": int, "max_unpacked_size": int, "ssl": Mapping,
             "chord_shards": int, "chord_joiner": bool, "chord_renewal": int,
         }  # fmt: skip
@@ -57,6 +66,17 @@ class Options:
                 raise ImproperlyConfigured(
                     f"result_backend_transport_options: {name} must be {what}, not {value!r}"
                 )
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ImproperlyConfigured(
+                    f"result_backend_transport_options: {name} is one of {', '.join(map(repr, choices))}, "
+                    f"not {getattr(self, name)!r}"
+                )
+        if self.namespace is not None and not NAMESPACE.fullmatch(self.namespace):
+            raise ImproperlyConfigured(
+                "result_backend_transport_options: namespace has 1 to 100 letters, digits, '.', '_' or '-', "
+                f"and does not begin with 'amq.', not {self.namespace!r}"
+            )
         for name, limit in (("prefetch", 65535), ("max_unpacked_size", sys.maxsize)):
             if getattr(self, name) > limit:
                 raise ImproperlyConfigured(

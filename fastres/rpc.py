@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Callable
+from typing import TYPE_CHECKING, Any
 
 from celery._state import get_current_task, task_join_will_block
 
@@ -58,6 +58,8 @@ class RPCBackend(AMQPBackend):
         raise NotImplementedError(E_NO_RPC_CHORDS)
 
     def on_task_call(self, producer: Any, task_id: str) -> dict[str, Any]:
+        # It may have run before: what is known of that is about to change.
+        self._cache.pop(task_id, None)
         # A task that sends tasks does not wait for them.
         if not task_join_will_block():
             self._reader.mailbox.expect(task_id)
@@ -85,10 +87,13 @@ class RPCBackend(AMQPBackend):
         reply_to, _ = self.destination_for(task_id, request)
         return self.addresses.mailbox(reply_to) if reply_to else None
 
-    def _open_inboxes(self, join: Join, take: bool, with_states: bool) -> Callable[[Join], float] | None:
+    def _takes(self, no_ack: bool, alone: bool = False) -> bool:
+        # Nobody else reads a client's mailbox.
+        return no_ack
+
+    def _open_inboxes(self, join: Join, take: bool, with_states: bool) -> None:
         self._reader.mailbox.add(self.addresses.mailbox(self.oid), join.deadline)
         self._reader.mail(join)
-        return None
 
     def _look(self, task_id: str, backlog_limit: int) -> Meta | None:
         mailbox = self._reader.mailbox
@@ -104,7 +109,6 @@ class RPCBackend(AMQPBackend):
         return self._reader.mailbox.in_group(group_id)
 
     def _forget(self, task_id: str) -> None:
-        self._peek.forget(task_id)
         self._reader.mailbox.drop(task_id)
 
     def remove_pending_result(self, result: Any) -> Any:

@@ -7,6 +7,7 @@ import re
 import threading
 import time
 from typing import TYPE_CHECKING, Any, Callable, NamedTuple, TypeVar
+from weakref import WeakSet
 
 from amqp.exceptions import PreconditionFailed
 from kombu.exceptions import OperationalError
@@ -34,6 +35,9 @@ DECLARED = 10_000
 DECLARED_FOR = 60.0
 #: Bodies from this size, in bytes, are confirmed whatever the option says: it is how their refusal is noticed.
 LARGE = 1 << 20
+
+#: Seconds between two looks for a connection that its thread has lost.
+LOST = 1.0
 
 #: How RabbitMQ words the refusal: "message size 300 is larger than configured max size 200".
 SIZE_LIMIT = re.compile(r"message size (\d+)\D+(\d+)")
@@ -73,7 +77,9 @@ class Store:
         self._confirm = confirm
         self._limit = limit
         self._idle: list[Writer] = []
-        self._slots = threading.BoundedSemaphore(limit)
+        #: Those there are. One that an exception took from its thread is not counted for longer than it is held.
+        self._writers: WeakSet[Writer] = WeakSet()
+        self._returned = threading.Condition()
         self._gathered = threading.local()
 
     def publish(self, address: Address, message: Message, *, declare: bool) -> None:
@@ -105,15 +111,40 @@ class Store:
             self.run(lambda writer: writer.publish(letters))
 
     def run(self, operation: Callable[[Writer], T]) -> T:
-        """Do something with a connection of this thread's own, and again if it breaks."""
-        with self._slots:
-            writer = self._idle.pop() if self._idle else Writer(self)
+        """Do something with a connection of this thread's own, and again if it breaks.
+
+        After an exception that may have come in the middle of a frame (a signal's, a killed greenlet's), the
+        connection is not used again: the broker takes back what was read over it.
+        """
+        writer = self._take()
+        try:
             try:
-                return operation(writer)
+                result = operation(writer)
             except writer.errors as exc:
-                return self._again(writer, operation, exc)
-            finally:
-                self._idle.append(writer)
+                result = self._again(writer, operation, exc)
+        except BaseException as exc:
+            if not isinstance(exc, (*writer.refusals, ResultTooLarge)):
+                writer.drop()
+            self._put_back(writer)
+            raise
+        self._put_back(writer)
+        return result
+
+    def _take(self) -> Writer:
+        with self._returned:
+            while True:
+                if self._idle:
+                    return self._idle.pop()
+                if len(self._writers) < self._limit:
+                    writer = Writer(self)
+                    self._writers.add(writer)
+                    return writer
+                self._returned.wait(LOST)
+
+    def _put_back(self, writer: Writer) -> None:
+        with self._returned:
+            self._idle.append(writer)
+            self._returned.notify()
 
     def _again(self, writer: Writer, operation: Callable[[Writer], T], broken: BaseException) -> T:
         policy = self._retry_policy
@@ -152,7 +183,8 @@ class Store:
         for writer in self._idle:
             abandon(writer.connection)
         self._idle = []
-        self._slots = threading.BoundedSemaphore(self._limit)
+        self._writers = WeakSet()
+        self._returned = threading.Condition()
 
 
 class Writer:
@@ -163,6 +195,8 @@ class Writer:
         self.connection = store._connect()
         #: What a connection breaks with.
         self.errors: tuple[type[BaseException], ...] = self.connection.recoverable_connection_errors
+        #: What the broker says no with, to an operation that has come to its end.
+        self.refusals: tuple[type[BaseException], ...] = self.connection.channel_errors
         self._speak: Dialect | None = None
         #: When each queue was declared, on the monotonic clock.
         self._declared: dict[str, float] = {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+from functools import partial
 from typing import TYPE_CHECKING, Any, Callable, NamedTuple
 
 from kombu import Producer
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from fastres._protocols import Delivery as DeliveryProtocol
 
-__all__ = ("Busy", "Dialect", "Message", "Post", "QueueState", "all_up_to")
+__all__ = ("Browsed", "Busy", "Dialect", "Message", "Post", "QueueState", "all_up_to")
 
 #: Called with deliveries to its consumers, in order.
 Receiver = Callable[[list["DeliveryProtocol"]], object]
@@ -26,6 +26,14 @@ class QueueState(NamedTuple):
 
     messages: int
     consumers: int
+
+
+class Browsed(NamedTuple):
+    """What a queue held."""
+
+    state: QueueState
+    #: Its first messages.
+    deliveries: list[DeliveryProtocol]
 
 
 class Message(NamedTuple):
@@ -74,6 +82,10 @@ class Dialect:
 
     def channel(self) -> Any:
         return self._connection.channel()
+
+    def unopened_channel(self) -> Any:
+        """A channel for :meth:`subscribe`, which opens it where that saves a round trip."""
+        return self.channel()
 
     def _declaring_channel(self) -> Any:
         """The channel for declarations: a refused one closes it, and nothing else suffers."""
@@ -127,6 +139,13 @@ class Dialect:
         """Delete all messages of a queue."""
         self._declaring_channel().queue_purge(name)
 
+    def drop(self, name: str) -> None:
+        """Delete a queue with all that is in it."""
+        if self.inspect(name) is not None:
+            channel = self._declaring_channel()
+            channel.queue_purge(name)
+            channel.queue_delete(name)
+
     def prefetch(self, channel: Any, count: int) -> None:
         channel.basic_qos(0, count, False)
 
@@ -152,15 +171,17 @@ class Dialect:
         consumers: Sequence[tuple[Any, str]],
         receiver: Receiver,
         on_cancel: Callable[[str], None],
-    ) -> bool:
+    ) -> list[QueueState] | None:
         """Declare queues, and consume from each with its consumer tag.
 
-        Returns: False if that was too much at once: the channel is closed, and they are to be taken one by one.
+        Returns: their states; None if that was too much at once: the channel is closed, and they are to be taken
+        one by one.
         """
+        states = []
         for queue, tag in consumers:
-            self.declare(queue)
+            states.append(self.declare(queue))
             self.consume(channel, queue.name, tag, receiver, on_cancel)
-        return True
+        return states
 
     def acknowledge(self, channel: Any, tags: Sequence[Any], all_up_to: int | None) -> None:
         for tag in tags:
@@ -180,54 +201,87 @@ class Dialect:
             channel.basic_reject(tag, requeue=True)
         channel.close()
 
-    def peek(self, channel: Any, name: str) -> tuple[Any | None, int]:
-        """The latest message of a queue; the ones before it are acknowledged, there is no history to keep."""
-        latest = None
-        while True:
-            message = channel.basic_get(name)
-            if message is None:
-                break
-            if latest is not None:
-                channel.basic_ack(latest.delivery_tag)
-            latest = message
-        if latest is not None:
-            channel.basic_reject(latest.delivery_tag, requeue=True)
-        return (None if latest is None else _delivery(latest)), 0
+    def browse(self, asked: Sequence[tuple[str, int]]) -> list[Browsed | None]:
+        """The states of queues and their first messages, which stay there.
 
-    def glance(self, channel: Any, name: str, seconds: float) -> Any | None:
-        """The first message of a queue, trying again for a moment."""
-        end = time.monotonic() + seconds
-        while True:
-            message, _ = self.peek(channel, name)
-            if message is not None or time.monotonic() > end:
-                return message
-            time.sleep(seconds / 4)
+        Args:
+            asked: the name of each queue, and of how many messages.
 
-    def history(self, channel: Any, name: str, count: int) -> list[Any]:
-        """The messages of a queue, which stay there."""
-        messages: list[Any] = []
-        while len(messages) < count:
-            message = channel.basic_get(name)
-            if message is None:
-                break
-            messages.append(message)
-        for message in reversed(messages):
-            channel.basic_reject(message.delivery_tag, requeue=True)
-        return [_delivery(message) for message in messages]
+        Returns: None for a queue that is not there.
+        """
+        browsed: list[Browsed | None] = []
+        for name, count in asked:
+            state = self.inspect(name)
+            if state is None:
+                browsed.append(None)
+                continue
+            deliveries: list[DeliveryProtocol] = []
+            if count:
+                self.sift(name, count, partial(_keep, deliveries))
+            browsed.append(Browsed(state, deliveries))
+        return browsed
 
-    def read_all(self, name: str, count: int) -> list[Any]:
+    def sift(
+        self,
+        name: str,
+        count: int,
+        choose: Callable[[list[DeliveryProtocol]], list[Any]],
+        delete: bool = False,
+    ) -> int:
+        """Take some of the first ``count`` messages of a queue; the others stay there.
+
+        Args:
+            choose: the delivery tags of those that are taken.
+            delete: delete the queue when nothing else is in it, and nobody consumes from it.
+
+        Returns: how many were taken.
+        """
         channel = self.channel()
         try:
-            return self.history(channel, name, count)
+            messages: list[Any] = []
+            while len(messages) < count:
+                message = channel.basic_get(name)
+                if message is None:
+                    break
+                messages.append(message)
+            taken = set(choose([_delivery(message) for message in messages]))
+            # One that goes back goes to the front.
+            for message in reversed(messages):
+                if message.delivery_tag in taken:
+                    channel.basic_ack(message.delivery_tag)
+                else:
+                    channel.basic_reject(message.delivery_tag, requeue=True)
+            if delete and len(taken) == len(messages) < count:
+                channel.queue_delete(name)
+            return len(taken)
         finally:
             channel.close()
 
-    def delete(self, channel: Any, names: Sequence[str]) -> None:
-        """Delete queues; nobody waits until it is done."""
+    def delete(
+        self, channel: Any, names: Sequence[str], tags: Sequence[str] = (), full: Sequence[str] = ()
+    ) -> None:
+        """Delete queues that are empty and that nobody consumes from: up to the first that is not.
+
+        Nobody waits until it is done, and the channel is of no use afterwards.
+
+        Args:
+            tags: the channel's own consumers, which end.
+            full: queues that are deleted with what is in them.
+        """
         for name in names:
-            # Virtual channels delete what is bound; the default exchange binds nothing.
-            channel.queue_purge(name)
-            channel.queue_delete(name)
+            state = self.inspect(name)
+            if state is not None:
+                if state.messages:
+                    return
+                channel.queue_delete(name)
+        for name in full:
+            self.drop(name)
+
+
+def _keep(deliveries: list[DeliveryProtocol], got: list[DeliveryProtocol]) -> list[Any]:
+    """Take none of them."""
+    deliveries += got
+    return []
 
 
 def all_up_to(tags: Sequence[Any], waiting: Iterable[Any]) -> Any:

@@ -18,6 +18,8 @@ cdef enum:
     HEADER = 2
     BODY = 3
     FRAME_END = 0xCE
+    DELIVER = 60
+    GET_OK = 71
     FRAME_HEADER = 7
     OVERHEAD = 8
 
@@ -188,13 +190,14 @@ cdef class Frames:
             if (
                 kind == METHOD
                 and size >= 4
-                and payload[0] == 0 and payload[1] == 60 and payload[2] == 0 and payload[3] == 60
+                and payload[0] == 0 and payload[1] == 60 and payload[2] == 0
+                and (payload[3] == DELIVER or payload[3] == GET_OK)
                 and channel_id in self._owned
             ):
                 if partial is not None:
                     raise FrameSyntaxError(f"a delivery on channel {channel_id} inside of another")
                 cursor.p += 4
-                delivery = self._deliver(&cursor, channel_id)
+                delivery = self._deliver(&cursor, channel_id, payload[3] == DELIVER)
                 after = self._content(stop, end, delivery, channel_id)
                 if after != NULL:
                     self.consumed += 2
@@ -277,11 +280,13 @@ cdef class Frames:
         delivery.body = cut(body, body + body_size)
         return body + body_size + 1
 
-    cdef Delivery _deliver(self, Cursor* cursor, int channel_id):
+    cdef Delivery _deliver(self, Cursor* cursor, int channel_id, bint consumed):
         cdef Delivery delivery = Delivery.__new__(Delivery)
-        cdef str tag = known_text(cursor, self._tag, self._tag_bytes)
-        if tag is not self._tag:
-            self._tag, self._tag_bytes = tag, tag.encode("utf-8", "surrogateescape")
+        cdef str tag = ""
+        if consumed:
+            tag = known_text(cursor, self._tag, self._tag_bytes)
+            if tag is not self._tag:
+                self._tag, self._tag_bytes = tag, tag.encode("utf-8", "surrogateescape")
         delivery.consumer_tag = tag
         delivery.channel_id = channel_id
         delivery.delivery_tag = longlong(cursor)

@@ -23,6 +23,7 @@ from celery.backends.rpc import RPCBackend
 from celery.result import AsyncResult, GroupResult
 
 from fastres import AMQPBackend
+from fastres.ids import Kind, kin_of, new_id, new_kin
 
 MakeApp = Callable[..., Celery]
 Reports = Callable[[], list[str]]
@@ -74,7 +75,7 @@ def close(app: Celery) -> None:
 def unlearn(backend: AMQPBackend, task_id: str) -> None:
     """Make a backend forget what it has seen of a task, which stays in its queue: as a new process would start."""
     backend._cache.pop(task_id, None)
-    backend._peek.forget(task_id)
+    backend._looks.forget_all()
 
 
 def request_of(task_id: str, **fields: Any) -> Context:
@@ -91,14 +92,26 @@ def new_ids(count: int) -> list[str]:
     return [uuid() for _ in range(count)]
 
 
+def member_ids(group_id: str, count: int) -> list[str]:
+    """Ids as the members of a group get them."""
+    return [new_id(kin_of(group_id), Kind.MEMBER) for _ in range(count)]
+
+
+def page_ids(count: int) -> list[str]:
+    """Ids as lone tasks get them that are sent one after the other."""
+    kin = new_kin()
+    return [new_id(kin, Kind.PAGE) for _ in range(count)]
+
+
 def ids_of(held: GroupResult) -> list[str]:
     return [member.id for member in held.results]
 
 
 def group_of(app: Celery, members: int | Iterable[str] = 3, group_id: str | None = None) -> GroupResult:
     """A group of tasks that nobody has sent: so many, or those with these ids."""
-    ids = new_ids(members) if isinstance(members, int) else members
-    return GroupResult(group_id or uuid(), [app.AsyncResult(task_id) for task_id in ids], app=app)
+    group_id = group_id or uuid()
+    ids = member_ids(group_id, members) if isinstance(members, int) else members
+    return GroupResult(group_id, [app.AsyncResult(task_id) for task_id in ids], app=app)
 
 
 def held_by(app: Celery, held: GroupResult) -> GroupResult:
@@ -119,7 +132,7 @@ def store_group(app: Celery, held: GroupResult, results: Iterable[Any] | None = 
 
 def queue_of(group_id: str) -> str:
     """The queue of a group's results."""
-    return f"fastres.group.{group_id}"
+    return f"fastres.{kin_of(group_id):015x}"
 
 
 def fill_group(app: Celery, broker: Broker, held: GroupResult, results: Iterable[Any] | None = None) -> None:
@@ -127,11 +140,6 @@ def fill_group(app: Celery, broker: Broker, held: GroupResult, results: Iterable
     pairs = zip(ids_of(held), range(len(held)) if results is None else results)
     store_group(app, held, [next(pairs)[1]])
     broker.fill(queue_of(held.id), (success(task_id, result) for task_id, result in pairs))
-
-
-def know(held: GroupResult) -> None:
-    """Have this process know a group as after sending it."""
-    held.app.backend._groups.know(held)
 
 
 def nobodys_task(app: Celery) -> Any:

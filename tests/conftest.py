@@ -14,7 +14,7 @@ import pytest
 from amqp.transport import TCPTransport
 from backend_kit import CELERY, Broker, MakeApp, Reports, close
 from celery import Celery
-from rabbitmq_node import Node
+from rabbitmq_node import Node, Redis
 
 import fastres
 from fastres import _impl
@@ -83,6 +83,12 @@ def node() -> Iterator[Node]:
     """The broker of the tests that leave it as it is."""
     with Node() as node:
         yield node
+
+
+@pytest.fixture(scope="session")
+def redis() -> Redis:
+    """What the same scripts do with Celery's Redis backend. It ends with this process: results hold on to it."""
+    return Redis().start()
 
 
 @pytest.fixture(scope="module")

@@ -130,6 +130,8 @@ def client(broker: str, backend: str = "fastres://", **conf: Any) -> Iterator[Ce
     # Celery has no way back from being the current application.
     before = _state.default_app, _state._tls.current_app
     app = proj.make_app(broker, backend, conf, current=True)
+    # The first id is made before the backend is: tests/unit/test_canvas.py has it.
+    assert app.backend
     try:
         yield app
     finally:

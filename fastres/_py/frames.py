@@ -8,6 +8,8 @@ Wire layout (AMQP 0-9-1 specification, sections 4.2.3 and 4.2.6; network byte or
     type 3, body    a part of the body
     Basic.Deliver   (class 60, method 60) consumer-tag shortstr | delivery-tag longlong | redelivered octet |
                     exchange shortstr | routing-key shortstr
+    Basic.Get-Ok    (class 60, method 71) delivery-tag longlong | redelivered octet | exchange shortstr |
+                    routing-key shortstr | message-count long: a delivery without a consumer tag
     Basic.Publish   (class 60, method 40) reserved short | exchange shortstr | routing-key shortstr | mandatory bit
     properties      flag bit 15 content-type shortstr | 14 content-encoding shortstr | 13 headers table |
                     12 delivery-mode octet | 11 priority octet | 10 correlation-id shortstr | ...
@@ -36,6 +38,7 @@ FRAME_END = 0xCE
 OVERHEAD = 8
 LARGEST_BODY = 2**63 - 1
 BASIC_DELIVER = b"\x00\x3c\x00\x3c"
+BASIC_GET_OK = b"\x00\x3c\x00\x47"
 BASIC_PUBLISH = b"\x00\x3c\x00\x28\x00\x00"
 
 #: Sizes of field values by their type (RabbitMQ's types); None: a long says how many octets follow.
@@ -131,11 +134,13 @@ class Frames:
             self.consumed += 1
             payload = start + FRAME.size
             partial = self._partial.get(channel_id)
-            if kind == METHOD and channel_id in self._owned and buffer[payload : payload + 4] == BASIC_DELIVER:
+            method = buffer[payload : payload + 4] if kind == METHOD and channel_id in self._owned else b""
+            if method in (BASIC_DELIVER, BASIC_GET_OK):
                 if partial is not None:
                     raise FrameSyntaxError(f"a delivery on channel {channel_id} inside of another")
+                consumed = method == BASIC_DELIVER
                 self._partial[channel_id] = Partial(
-                    _deliver(Cursor(buffer, payload + 4, stop - 1), channel_id), buffer[start:stop]
+                    _deliver(Cursor(buffer, payload + 4, stop - 1), channel_id, consumed), buffer[start:stop]
                 )
             elif kind == HEADER and partial is not None and partial.left < 0:
                 partial.left = _header(Cursor(buffer, payload, stop - 1), partial.delivery)
@@ -257,8 +262,8 @@ class Cursor:
         return self._position < self._end
 
 
-def _deliver(cursor: Cursor, channel_id: int) -> Delivery:
-    consumer_tag = cursor.string()
+def _deliver(cursor: Cursor, channel_id: int, consumed: bool) -> Delivery:
+    consumer_tag = cursor.string() if consumed else ""
     delivery_tag = cursor.integer(8)
     redelivered = bool(cursor.integer(1) & 1)
     cursor.string()

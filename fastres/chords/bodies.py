@@ -23,7 +23,7 @@ from kombu.utils.json import loads as kombu_json_loads
 from kombu.utils.uuid import uuid
 
 from fastres._impl import in_order, listed
-from fastres.chords.events import JSON, UTF8, Part, unpack_part, unpack_plan
+from fastres.chords.events import JSON, REFERENCE, UTF8, Part, unpack_part, unpack_plan
 from fastres.chords.lazy import HeaderResults, wants_reference
 
 if TYPE_CHECKING:
@@ -232,17 +232,27 @@ class Bodies:
             publisher.values = None
 
     def _arguments(self, body: Any, chord: Chord, tree: list[Any] | None) -> Any:
+        if wants_reference(body):
+            return self._by_reference(body, chord)
         parts = {task_id: unpack_part(packed) for task_id, packed in chord.parts.items()}
         if tree is None:
             tree = _in_order(parts)
         for task_id in _leaves(tree):
             self._check(body, chord, task_id, parts.get(task_id))
-        if wants_reference(body):
-            self._app.GroupResult(chord.id, [self._app.AsyncResult(task_id) for task_id in _leaves(tree)]).save()
-            return HeaderResults(chord.id, len(parts))
         if all(part.content_type == JSON and part.content_encoding == UTF8 for part in parts.values()):
             return Values(_filled(tree, lambda task_id: chord.parts[task_id]))
         return _filled(tree, lambda task_id: self._decode(parts[task_id]))
+
+    def _by_reference(self, body: Any, chord: Chord) -> HeaderResults:
+        elsewhere: list[str] = []
+        packed = list(chord.parts.values())
+        # There may be a million, and as a rule they are all the same.
+        if packed.count(REFERENCE) < len(packed):
+            for task_id, each in chord.parts.items():
+                if each != REFERENCE:
+                    self._check(body, chord, task_id, unpack_part(each))
+                    elsewhere.append(task_id)
+        return HeaderResults(chord.id, len(packed), elsewhere)
 
     def fail(self, chord: Chord, failed: Failed) -> None:
         """Tell a chord's errbacks, everybody who waits for its body, and the chord that it is a part of.

@@ -23,6 +23,7 @@ from celery import states
 from fastres.errors import MalformedEvent
 
 __all__ = (
+    "REFERENCE",
     "Event",
     "Part",
     "Plan",
@@ -101,6 +102,10 @@ def pack_part(part: Part) -> bytes:
         return b"%b\n%b" % (str(place).encode(), part.result)
     line = f"{place} {part.state} {part.content_type} {part.content_encoding}"
     return b"%b\n%b" % (line.encode(), part.result)
+
+
+#: A part whose result is read from where the results of the chord's header are.
+REFERENCE = pack_part(Part(None, states.SUCCESS, JSON, UTF8, b"null"))
 
 
 def unpack_part(packed: bytes) -> Part:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from celery import current_app
 from celery.canvas import maybe_signature
-from celery.result import GroupResult
 from kombu.utils.json import register_type
 
+from fastres.stream import in_order
+
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
 __all__ = ("HeaderResults", "lazy", "wants_reference")
 
@@ -21,38 +23,49 @@ class HeaderResults:
     """What the body of a chord gets in the place of its header's results: they are read when they are asked for.
 
     Iterating yields the results one by one, as they come from the broker and not in the order of the header,
-    without holding them all, and takes them out of their queue. ``group`` is the header's ``GroupResult``.
+    without holding them all, and takes them out of their queue; :meth:`in_order` has them in the header's order.
+
+    Args:
+        group_id: the id of the header's group, which says where they are.
+        size: how many there are.
+        elsewhere: ids of tasks in the header that say otherwise: those that the user chose.
     """
 
-    def __init__(self, group_id: str, size: int) -> None:
+    def __init__(self, group_id: str, size: int, elsewhere: Sequence[str] = ()) -> None:
         self.id = group_id
         self._size = size
-
-    @property
-    def group(self) -> GroupResult:
-        """The header's results.
-
-        Raises: LookupError: they are not there any more.
-        """
-        group = GroupResult.restore(self.id)
-        if group is None:
-            raise LookupError(
-                f"the results of chord {self.id} are not there: they have expired (result_expires) or were deleted"
-            )
-        return group
+        self._elsewhere = list(elsewhere)
 
     def __len__(self) -> int:
         return self._size
 
     def __iter__(self) -> Iterator[Any]:
-        for _, meta in self.group.iter_native():
-            yield meta["result"]
+        """Raises: LookupError: some of them are not there any more."""
+        return (meta["result"] for meta in self._metas())
+
+    def in_order(self) -> Iterator[Any]:
+        """The results in the order of the header. Those that come before their turn are held.
+
+        Raises: LookupError: some of them are not there any more.
+        """
+        return (meta["result"] for meta in in_order(self._metas(), lambda meta: meta.get("group_index")))
+
+    def _metas(self) -> Iterator[Any]:
+        backend = current_app.backend
+        yield from backend.iter_header(self.id, self._size - len(self._elsewhere))
+        for _, meta in backend.get_many(self._elsewhere):
+            yield meta
 
     def __repr__(self) -> str:
         return f"<results of chord {self.id}: {self._size}>"
 
 
-register_type(HeaderResults, "fastres.results", lambda it: [it.id, it._size], lambda known: HeaderResults(*known))
+register_type(
+    HeaderResults,
+    "fastres.results",
+    lambda it: [it.id, it._size, it._elsewhere],
+    lambda known: HeaderResults(*known),
+)
 
 
 def lazy(body: Any) -> Any:

@@ -16,7 +16,17 @@ from kombu.utils.functional import LRUCache
 from kombu.utils.uuid import uuid
 
 from fastres._impl import encode
-from fastres.chords.events import CONTENT_TYPE, PERSISTENT, Event, Part, Plan, pack_part, pack_plan, write_event
+from fastres.chords.events import (
+    CONTENT_TYPE,
+    PERSISTENT,
+    REFERENCE,
+    Event,
+    Part,
+    Plan,
+    pack_part,
+    pack_plan,
+    write_event,
+)
 from fastres.chords.lazy import wants_reference
 from fastres.logs import logger
 from fastres.transport import Message
@@ -119,18 +129,24 @@ class Log:
                 "Chord %s is joined in shard %d, which workers with chord_shards=%d do not read: it was sent with "
                 "more of them, which the workers must have first.", chord_id, shard, self._shards,
             )  # fmt: skip
-        if wants_reference(request.chord) and state not in states.EXCEPTION_STATES:
-            # It is read from where results are.
-            result = None
-        content_type, content_encoding, body = encode(
-            self._backend.encode_result(result, state), self._backend.serializer
-        )
-        packed = pack_part(Part(request.group_index, state, content_type, content_encoding, body))
+        packed = self._pack(request, state, result)
         root = request.root_id
         event = Event(chord_id, at=time.time(), part=task_id, root=root if root and root != task_id else "")
         if told:
             event.told = told
         self._send(shard, task_id, write_event(event, parts=(packed,)))
+
+    def _pack(self, request: Any, state: str, result: Any) -> bytes:
+        place = request.group_index
+        if wants_reference(request.chord) and state not in states.EXCEPTION_STATES:
+            # It is read from where results are.
+            if self._addresses.result(request.id).name == self._addresses.group(request.group).name:
+                return REFERENCE
+            result = None
+        content_type, content_encoding, body = encode(
+            self._backend.encode_result(result, state), self._backend.serializer
+        )
+        return pack_part(Part(place, state, content_type, content_encoding, body))
 
     def add(self, chord_id: str, task_id: str, body: Any) -> None:
         """A task is added to a chord, by one of its header."""

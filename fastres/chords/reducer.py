@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from kombu.utils.uuid import uuid
 
-from fastres.chords.events import Event, read_event, write_event
+from fastres.chords.events import REFERENCE, Event, read_event, write_event
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -172,14 +172,16 @@ class Reducer:
             task_id = event.part
             if task_id:
                 if task_id not in parts:
-                    parts[task_id] = rest
+                    # There may be a million that say the same.
+                    parts[task_id] = REFERENCE if rest == REFERENCE else rest
                     chord.last, chord.root = task_id, event.root
                 ids: tuple[str, ...] = (task_id,)
             elif merged is None:
                 start = event.plan
                 for task_id, length in event.parts:
                     if task_id not in parts:
-                        parts[task_id] = rest[start : start + length]
+                        part = rest[start : start + length]
+                        parts[task_id] = REFERENCE if part == REFERENCE else part
                         chord.last, chord.root = task_id, event.root
                     start += length
                 ids = tuple([task_id for task_id, _ in event.parts])

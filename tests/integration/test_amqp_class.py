@@ -103,15 +103,17 @@ def test_serializer(make_backend: Any, broker: Broker) -> None:
 
 
 @pytest.mark.parametrize("auto_delete", [True, False])
-def test_auto_delete(make_backend: Any, broker: Broker, auto_delete: bool) -> None:
+def test_auto_delete(make_app: MakeApp, broker: Broker, auto_delete: bool) -> None:
     task_id = uuid()
-    backend = make_backend(auto_delete=auto_delete)
+    app = make_app(result_backend_transport_options={"take": "always"})
+    backend = AMQPBackend(app, auto_delete=auto_delete)
     backend.store_result(task_id, 1, states.SUCCESS)
     assert backend.wait_for(task_id, timeout=ENOUGH) == 1
     if auto_delete:
         broker.wait_until_gone(backend.rkey(task_id))
     else:
         assert broker.messages(backend.rkey(task_id)) == 0
+    backend.close()
 
 
 def test_expires(make_backend: Any, broker: Broker) -> None:
@@ -269,7 +271,8 @@ def test_close_and_use_again(app: Celery, other: Celery) -> None:
     assert app.backend.wait_for(task_id, timeout=ENOUGH) == 2
 
 
-def test_a_lone_result_leaves_no_queue(app: Celery, other: Celery, node: Node) -> None:
+def test_a_lone_result_that_is_taken_leaves_no_queue(make_app: MakeApp, other: Celery, node: Node) -> None:
+    app = make_app(result_backend_transport_options={"take": "always"})
     before = set(node.queues())
     for number in range(5):
         result = app.AsyncResult(uuid())
@@ -278,17 +281,17 @@ def test_a_lone_result_leaves_no_queue(app: Celery, other: Celery, node: Node) -
         assert result.state == "PROGRESS"
         store(other, result.id, number)
         assert result.get(timeout=ENOUGH) == number
-    # Of results that were polled only, or waited for in vain, the queues stay until they expire.
     assert set(node.queues()) == before
 
 
 def test_a_result_that_was_only_polled_leaves_no_queue_once_another_took_it(
-    app: Celery, other: Celery, broker: Broker
+    make_app: MakeApp, other: Celery, broker: Broker
 ) -> None:
-    result = app.AsyncResult(uuid())
+    app = make_app(result_backend_transport_options={"take": "always"})
+    result = other.AsyncResult(uuid())
     store(other, result.id, 1)
     assert result.state == "SUCCESS"
-    assert other.AsyncResult(result.id).get(timeout=ENOUGH) == 1
+    assert app.AsyncResult(result.id).get(timeout=ENOUGH) == 1
     broker.wait_until_gone(app.backend.rkey(result.id))
     assert result.get(timeout=ENOUGH) == 1
     assert broker.state(app.backend.rkey(result.id)) is None

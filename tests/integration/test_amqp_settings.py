@@ -10,7 +10,18 @@ from typing import Any
 
 import pytest
 from amqp.exceptions import PreconditionFailed
-from backend_kit import ENOUGH, Broker, MakeApp, in_another_process, queue_of, request_of, store, takes, until
+from backend_kit import (
+    ENOUGH,
+    Broker,
+    MakeApp,
+    in_another_process,
+    member_ids,
+    queue_of,
+    request_of,
+    store,
+    takes,
+    until,
+)
 from celery import Celery, states, uuid
 from celery.exceptions import ImproperlyConfigured, TimeoutError
 from celery.result import AsyncResult, result_from_tuple
@@ -139,11 +150,11 @@ def test_max_unpacked_size(make_app: MakeApp, broker: Broker) -> None:
 @pytest.mark.parametrize(
     ("expires", "arguments"),
     [
-        (3600, {"x-expires": 3_600_000, "x-max-length": 1}),
-        (90.5, {"x-expires": 90_500, "x-max-length": 1}),
-        (datetime.timedelta(hours=2), {"x-expires": 7_200_000, "x-max-length": 1}),
-        (None, {"x-max-length": 1}),
-        (10**9, {"x-expires": 2**32 - 1, "x-max-length": 1}),
+        (3600, {"x-expires": 3_600_000, "x-message-ttl": 3_600_000}),
+        (90.5, {"x-expires": 90_500, "x-message-ttl": 90_500}),
+        (datetime.timedelta(hours=2), {"x-expires": 7_200_000, "x-message-ttl": 7_200_000}),
+        (None, {}),
+        (10**9, {"x-expires": 2**32 - 1, "x-message-ttl": 2**32 - 1}),
     ],
     ids=str,
 )
@@ -179,7 +190,7 @@ def test_expired(make_app: MakeApp, node: Node) -> None:
 def test_result_persistent(make_app: MakeApp, broker: Broker, persistent: bool | None, mode: int) -> None:
     app, lone, group_id = make_app(result_persistent=persistent), uuid(), uuid()
     store(app, lone, 1)
-    store(app, uuid(), 1, group=group_id, group_index=0)
+    store(app, member_ids(group_id, 1)[0], 1)
     for name in (app.backend.rkey(lone), queue_of(group_id)):
         assert broker.look(name).properties["delivery_mode"] == mode
         # Whatever the messages are, the queue outlives its connection.
@@ -190,7 +201,8 @@ def test_result_persistent(make_app: MakeApp, broker: Broker, persistent: bool |
 def test_result_exchange(make_app: MakeApp, broker: Broker, kind: str) -> None:
     conf = {"result_exchange": f"results.{kind}", "result_exchange_type": kind}
     writer, reader = make_app(**conf), make_app(**conf)
-    lone, member, group_id = uuid(), uuid(), uuid()
+    lone, group_id = uuid(), uuid()
+    (member,) = member_ids(group_id, 1)
     # The reader is there first, with a state that is none.
     assert reader.backend.get_task_meta(lone)["status"] == "PENDING"
     store(writer, lone, "lone")
@@ -224,7 +236,7 @@ def test_applications_that_share_a_virtual_host(make_app: MakeApp) -> None:
     task_id, group_id = uuid(), uuid()
     for app in (shop, bank):
         store(app, task_id, app.backend.options.namespace)
-        store(app, uuid(), 1, group=group_id, group_index=0)
+        store(app, member_ids(group_id, 1)[0], 1)
     for app in (shop, bank):
         assert app.backend.group_progress(group_id) == 1
         assert app.backend.wait_for(task_id, timeout=ENOUGH) == app.backend.options.namespace
@@ -303,8 +315,11 @@ def test_exceptions_come_back_as_the_same_type(
 def test_exceptions_of_modules_that_are_not_loaded(app: Celery, broker: Broker) -> None:
     result = app.AsyncResult(uuid())
     failure = {"exc_type": "Gone", "exc_message": ["why"], "exc_module": "no.such.module"}
-    store(app, result.id, None, "PROGRESS")
-    broker.put(app.backend.rkey(result.id), {"task_id": result.id, "status": "FAILURE", "result": failure})
+    broker.put(
+        app.backend.rkey(result.id),
+        {"task_id": result.id, "status": "FAILURE", "result": failure},
+        {"x-expires": 60_000},
+    )
     with pytest.raises(Exception, match="why") as raised:
         result.get(timeout=ENOUGH)
     assert type(raised.value).__name__ == "Gone"

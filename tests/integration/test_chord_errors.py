@@ -41,6 +41,7 @@ def test_chord_error_of_a_body_in_a_group(app: Celery, other: Celery, broker: Br
 
 @pytest.mark.skipif(CELERY < (5, 6), reason="Celery 5.5 tells nobody of a failed header when the body is a group")
 def test_chord_error_of_a_body_that_is_a_group(app: Celery, make_app: MakeApp, broker: Broker) -> None:
+    assert app.backend
     task = nobodys_task(app)
     body = group([task.s(), task.s()], app=app)
     frozen = body.freeze()

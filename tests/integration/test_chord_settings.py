@@ -175,10 +175,12 @@ def test_chords_whose_results_are_not_kept(unkept: Worker) -> None:
 
 def test_what_is_kept_is_in_the_headers_queue(node: Node) -> None:
     with Worker(node.url, pool="threads") as worker, worker.client() as app:
-        result = chord(adds(3))(tsum.s())
-        assert result.get(timeout=SECONDS) == 6
-        until(lambda: app.backend.group_progress(result.parent.id) == 3, SECONDS)
-        assert node.queues()[queue_of(result.parent.id)] == 3
+        # A smaller header shares the page of its sender, and of its body.
+        for count, on_page in ((3, 1), (60, 0)):
+            result = chord(adds(count))(tsum.s())
+            assert result.get(timeout=SECONDS) == sum(sums(count))
+            until(lambda held=result.parent: app.backend.group_progress(held.id) == len(held), SECONDS)
+            assert node.queues()[queue_of(result.parent.id)] == count + on_page
 
 
 # -- who joins

@@ -13,7 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Callable
 
 import pytest
-from backend_kit import Broker, group_of, held_by, ids_of, new_ids, store, store_group, store_member, until
+from backend_kit import Broker, group_of, held_by, ids_of, page_ids, store, store_group, store_member, until
 from celery import Celery, group, uuid
 from celery.exceptions import TimeoutError
 from celery.result import AsyncResult
@@ -91,7 +91,7 @@ def overslept(seconds: float) -> float:
 
 
 def test_threads_wait_for_different_results_on_one_connection(app: Celery, writer: Celery, node: Node) -> None:
-    task_ids = new_ids(40)
+    task_ids = [task_id for _ in range(40) for task_id in page_ids(1)]
     store(writer, "open its connection", 0)
     before, consuming = connections(node), consumers(node)
     with Crowd(len(task_ids)) as crowd:
@@ -105,7 +105,7 @@ def test_threads_wait_for_different_results_on_one_connection(app: Celery, write
 
 
 def test_threads_wait_for_the_same_result(app: Celery, writer: Celery, broker: Broker) -> None:
-    task_id = uuid()
+    (task_id,) = page_ids(1)
     with Crowd(20) as crowd:
         waits = [crowd.send(app.AsyncResult(task_id).get, timeout=SECONDS) for _ in range(20)]
         broker.wait_for_consumer(app.backend.rkey(task_id))
@@ -116,7 +116,7 @@ def test_threads_wait_for_the_same_result(app: Celery, writer: Celery, broker: B
 
 def test_threads_come_one_after_the_other_for_the_same_result(app: Celery, writer: Celery) -> None:
     """Some wait when it comes, some come while it is handed over, some later."""
-    task_id = uuid()
+    (task_id,) = page_ids(1)
     with Crowd(20) as crowd:
         waits = []
         for number in range(20):
@@ -156,7 +156,7 @@ def test_each_timeout_is_exact_while_others_wait(app: Celery, writer: Celery) ->
         return [app.AsyncResult(task_id).get(timeout=SECONDS) for task_id in task_ids]
 
     with Crowd(20) as crowd:
-        busy = new_ids(40)
+        busy = page_ids(40)
         others = [crowd.send(traffic, busy[start::4]) for start in range(4)]
         waits = [crowd.send(time_out, app, timeout) for timeout in timeouts]
         for task_id in busy:
@@ -185,7 +185,7 @@ def test_a_timeout_is_exact_while_a_large_group_is_joined(app: Celery, writer: C
 
 
 def test_states_are_polled_while_a_thread_waits(app: Celery, writer: Celery, broker: Broker) -> None:
-    waited, polled = new_ids(2)
+    waited, polled = page_ids(2)
     with Crowd(1) as crowd:
         wait = crowd.send(app.AsyncResult(waited).get, timeout=SECONDS)
         broker.wait_for_consumer(app.backend.rkey(waited))
@@ -201,7 +201,7 @@ def test_states_are_polled_while_a_thread_waits(app: Celery, writer: Celery, bro
 @pytest.mark.timing
 def test_a_result_is_told_to_its_waiter_at_once(app: Celery, writer: Celery, broker: Broker) -> None:
     """Also while another thread, which waits for something else, is the one that reads the socket."""
-    first, second = new_ids(2)
+    first, second = page_ids(2)
     with Crowd(2) as crowd:
         long_wait = crowd.send(app.AsyncResult(first).get, timeout=SECONDS)
         broker.wait_for_consumer(app.backend.rkey(first))
@@ -216,7 +216,7 @@ def test_a_result_is_told_to_its_waiter_at_once(app: Celery, writer: Celery, bro
 
 
 def test_many_threads_write_at_once(app: Celery, writer: Celery, node: Node) -> None:
-    task_ids = new_ids(100)
+    task_ids = page_ids(100)
     before = connections(node)
     with Crowd(30) as crowd:
         for done in [crowd.send(store, writer, task_id, task_id) for task_id in task_ids]:
@@ -252,7 +252,7 @@ FORKS = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 
 @FORKS
 def test_a_forked_child_starts_clean(app: Celery, writer: Celery, node: Node) -> None:
-    ours, theirs, late = new_ids(3)
+    ours, theirs, late = page_ids(3)
     for task_id in (ours, theirs):
         store(writer, task_id, task_id)
     assert app.AsyncResult(ours).get(timeout=SECONDS) == ours
@@ -264,14 +264,14 @@ def test_a_forked_child_starts_clean(app: Celery, writer: Celery, node: Node) ->
             connections(node),
         )
     )
-    assert (value, state, seen) == (theirs, "PENDING", before + 1)
+    assert (value, state, seen) == (theirs, "PENDING", before + 2)
     store(writer, late, "late")
     assert app.AsyncResult(late).get(timeout=SECONDS) == "late", "the parent's connections still work"
 
 
 @FORKS
 def test_a_child_forked_in_the_middle_of_a_wait(app: Celery, writer: Celery, broker: Broker) -> None:
-    waited, other = new_ids(2)
+    waited, other = page_ids(2)
     store(writer, other, "for the child")
     with Crowd(2) as crowd:
         waits = [crowd.send(app.AsyncResult(waited).get, timeout=SECONDS) for _ in range(2)]
@@ -288,7 +288,7 @@ def test_a_child_forked_in_the_middle_of_a_join(app: Celery, writer: Celery) -> 
     store_group(writer, held)
     pairs = held.iter_native(timeout=SECONDS)
     got = [next(pairs)[0] for _ in range(100)]
-    other = uuid()
+    (other,) = page_ids(1)
     store(writer, other, "for the child")
     assert in_fork(lambda: app.AsyncResult(other).get(timeout=SECONDS)) == "for the child"
     got += [task_id for task_id, _ in pairs]
@@ -297,7 +297,7 @@ def test_a_child_forked_in_the_middle_of_a_join(app: Celery, writer: Celery) -> 
 
 @FORKS
 def test_a_child_writes(app: Celery, writer: Celery) -> None:
-    ours, theirs = new_ids(2)
+    ours, theirs = page_ids(2)
     store(writer, ours, "parent's")
     in_fork(lambda: store(writer, theirs, "child's"))
     store(writer, ours, "parent's")
@@ -311,8 +311,8 @@ def read_and_tell(task_id: str, answers: Any) -> None:
 
 @FORKS
 def test_children_of_multiprocessing(app: Celery, writer: Celery, broker: Broker) -> None:
-    task_ids = new_ids(4)
-    waited = uuid()
+    task_ids = page_ids(4)
+    (waited,) = page_ids(1)
     context = multiprocessing.get_context("fork")
     answers = context.SimpleQueue()
     with Crowd(1) as crowd:
@@ -356,7 +356,7 @@ JOIN = {"gevent": "get", "eventlet": "wait"}
 @pytest.mark.timing
 @pytest.mark.parametrize("hub", ["gevent", "eventlet"])
 def test_waits_do_not_block_the_hub(app: Celery, writer: Celery, broker: Broker, hub: str) -> None:
-    connected, *task_ids = new_ids(51)
+    connected, *task_ids = page_ids(51)
     code = f"""
         ids = {task_ids!r}
         waits = [spawn(lambda i=i: app.AsyncResult(i).get(timeout=20)) for i in ids]

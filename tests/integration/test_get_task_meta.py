@@ -8,7 +8,19 @@ from typing import Any
 import pytest
 import wire
 from amqp import spec
-from backend_kit import CELERY, ENOUGH, Broker, in_another_process, in_thread, new_ids, store, success, until
+from backend_kit import (
+    CELERY,
+    ENOUGH,
+    Broker,
+    in_another_process,
+    in_thread,
+    new_ids,
+    page_ids,
+    store,
+    success,
+    unlearn,
+    until,
+)
 from celery import Celery, uuid
 from celery.result import AsyncResult
 from proxy import Proxy
@@ -54,15 +66,29 @@ def test_state_result_and_traceback_of_an_async_result(app: Celery, other: Celer
 
 
 def test_get_task_meta_is_one_round_trip(node: Node, other: Celery) -> None:
+    ids = page_ids(3)
+    store(other, ids[0], 1)
     with Proxy(node.port) as proxy, client(proxy.url) as app:
-        result = app.AsyncResult(uuid())
-        assert result.state == "PENDING"
+        assert app.AsyncResult(ids[0]).state == "SUCCESS"
+        assert app.AsyncResult(ids[1]).state == "PENDING"
         for percent in range(50):
-            store(other, result.id, {"percent": percent}, "PROGRESS")
-        for _ in range(3):
+            store(other, ids[1], {"percent": percent}, "PROGRESS")
+        assert app.AsyncResult(ids[1]).state == "PROGRESS"
+        for state, task_id in (("PROGRESS", ids[1]), ("PENDING", ids[2]), ("PENDING", uuid())):
+            unlearn(app.backend, task_id)
+            assert app.AsyncResult(task_id).state == state
             proxy.answered.clear()
-            assert result.state == "PROGRESS"
-            assert wire.methods(proxy.answered) == [spec.Basic.GetOk]
+            assert app.AsyncResult(task_id).state == state
+            answers = wire.methods(proxy.answered)
+            # Of the results and of the states.
+            assert answers.count(spec.Queue.DeclareOk) + answers.count(spec.Channel.Close) == 2
+
+
+def test_get_task_meta_declares_nothing(app: Celery, broker: Broker) -> None:
+    for task_id in (*page_ids(1), *new_ids(1), "celery", "amq.x", ""):
+        assert app.AsyncResult(task_id).state == "PENDING"
+        assert broker.state(app.backend.rkey(task_id)) is None
+        assert broker.state(app.backend.rkey(task_id) + ".states") is None
 
 
 def test_get_task_meta_of_a_queue_somebody_else_declared(app: Celery, broker: Broker) -> None:
@@ -82,7 +108,6 @@ def test_get_task_meta_of_a_queue_somebody_else_declared(app: Celery, broker: Br
     assert app.backend.get_task_meta(task_id)["result"] == "done"
     assert broker.messages(name) == count + 1
     assert app.backend.wait_for(task_id, timeout=ENOUGH, cache=False) == "done"
-    broker.wait_until_gone(name)
 
 
 POLL_TOGETHER = """
@@ -125,7 +150,7 @@ def test_get_task_meta_in_two_processes_at_once(app: Celery, node: Node) -> None
 
 def test_get_task_meta_beside_a_wait_for_the_same_task(app: Celery, other: Celery, broker: Broker) -> None:
     """A thread that polls and a thread that waits, in one process."""
-    task_id = uuid()
+    (task_id,) = page_ids(1)
     got: list[Any] = []
     queue = app.backend.rkey(task_id)
     waiter = in_thread(lambda: got.append(app.backend.wait_for(task_id, timeout=ENOUGH)))
@@ -157,8 +182,10 @@ def test_reload_task_result(app: Celery, other: Celery) -> None:
     task_id = uuid()
     store(other, task_id, 1)
     assert app.backend.get_task_meta(task_id)["result"] == 1
+    other.AsyncResult(task_id).forget()
     store(other, task_id, 2)
     assert app.backend.get_task_meta(task_id)["result"] == 1
+    unlearn(app.backend, "what was seen of others")
     app.backend.reload_task_result(task_id)
     assert app.backend.get_task_meta(task_id)["result"] == 2
 

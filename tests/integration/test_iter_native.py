@@ -152,14 +152,16 @@ def test_states_of_members(app: Celery, other: Celery, broker: Broker) -> None:
     assert (first.state, second.state) == ("SUCCESS", "SUCCESS")
 
 
-def test_member_queues(make_app: MakeApp, broker: Broker) -> None:
-    """The option that makes a member's bare id an address, in a process that knows nothing of the group."""
-    options = {"member_queues": True}
+def test_members_with_ids_of_celery(make_app: MakeApp, broker: Broker) -> None:
+    """Each has a queue of its own, as in Celery 3.1; joined they are taken, and their queues go."""
+    options = {"task_ids": "celery"}
     writer, reader = (make_app(result_backend_transport_options=options) for _ in range(2))
-    held = group_of(writer, 2)
+    held = group_of(writer, [uuid(), uuid()])
     store_group(writer, held)
     assert reader.AsyncResult(held.results[1].id).get(timeout=ENOUGH) == 1
     assert broker.state(queue_of(held.id)) is None
+    assert held.get(timeout=ENOUGH) == [0, 1]
+    broker.wait_until_gone(*(writer.backend.rkey(member.id) for member in held.results))
 
 
 def test_group_that_was_put_together_by_hand(app: Celery, other: Celery) -> None:

@@ -14,6 +14,7 @@ from backend_kit import (
     MakeApp,
     group_of,
     in_thread,
+    member_ids,
     queue_of,
     request_of,
     store,
@@ -35,7 +36,7 @@ def test_store_result(app: Celery, broker: Broker) -> None:
     task_id = uuid()
     value = {"sum": 3}
     assert app.backend.store_result(task_id, value, states.SUCCESS) is value
-    message = broker.look(task_id.replace("-", ""))
+    message = broker.look(f"fastres.task.{task_id}")
     assert message.properties["content_type"] == "application/json"
     assert message.properties["content_encoding"] == "utf-8"
     assert message.properties["correlation_id"] == task_id
@@ -51,8 +52,10 @@ def test_store_result_keeps_the_latest_state_of_a_task(app: Celery, broker: Brok
     task_id = uuid()
     for percent in range(20):
         store(app, task_id, {"percent": percent}, "PROGRESS")
-    assert broker.messages(app.backend.rkey(task_id)) == 1
-    assert json.loads(broker.look(app.backend.rkey(task_id)).body)["result"] == {"percent": 19}
+    states_ = app.backend.rkey(task_id) + ".states"
+    assert broker.messages(states_) == 1
+    assert json.loads(broker.look(states_).body)["result"] == {"percent": 19}
+    assert broker.state(app.backend.rkey(task_id)) is None
 
 
 @pytest.mark.parametrize("confirm", [True, False])
@@ -62,10 +65,10 @@ def test_a_result_is_one_write(written: list[bytes], make_app: MakeApp, broker: 
     group_id = uuid()
     # The connection and its channel.
     store(app, uuid())
-    for declared, fields in ((False, {}), (False, {"group": group_id}), (True, {"group": group_id})):
+    first, second = member_ids(group_id, 2)
+    for declared, task_id in ((False, uuid()), (False, first), (True, second)):
         written.clear()
-        task_id = uuid()
-        store(app, task_id, "value", group_index=0, **fields)
+        store(app, task_id, "value")
         (frames,) = written
         assert kinds(frames) == ([1, 2, 3] if declared else [1, 1, 2, 3])
         assert methods(frames) == [*([] if declared else [QUEUE_DECLARE]), BASIC_PUBLISH]
@@ -84,7 +87,7 @@ def test_store_result_with_traceback_and_request(app: Celery) -> None:
     assert repr(meta["result"]) == "ValueError('no')"
 
 
-def test_store_result_without_request_of_a_member_this_process_knows(app: Celery, broker: Broker) -> None:
+def test_store_result_of_a_member_without_a_request(app: Celery, broker: Broker) -> None:
     """``update_state(task_id=...)`` and ``mark_as_failure`` have no request."""
     held = group_of(app)
     app.backend.store_result(held.results[1].id, 1, states.SUCCESS)
@@ -163,22 +166,23 @@ def test_store_result_from_many_threads(app: Celery, broker: Broker) -> None:
 
 
 def test_rkey(app: Celery, make_app: MakeApp) -> None:
-    assert app.backend.rkey("0f8fad5b-d9cb-469f") == "0f8fad5bd9cb469f"
+    assert app.backend.rkey("0f8fad5b-d9cb-469f") == "fastres.task.0f8fad5b-d9cb-469f"
+    member = member_ids("0f8fad5b-d9cb-469f-a165-70867728950e", 1)[0]
+    assert app.backend.rkey(member) == "fastres.0f8fad5bd9cb69f"
     shop = make_app(result_backend_transport_options={"namespace": "shop"})
-    assert shop.backend.rkey("0f8fad5b-d9cb-469f") == "shop.0f8fad5bd9cb469f"
+    assert shop.backend.rkey("0f8fad5b-d9cb-469f") == "shop.task.0f8fad5b-d9cb-469f"
+    assert shop.backend.rkey(member) == "shop.0f8fad5bd9cb69f"
 
 
-def test_destination_for(app: Celery, make_app: MakeApp) -> None:
+def test_destination_for(app: Celery) -> None:
+    """The id says it, whatever the request says."""
     destination_for = app.backend.destination_for
-    assert destination_for("a-b", None) == ("ab", "a-b")
-    assert destination_for("a-b", Context({"id": "a-b"})) == ("ab", "a-b")
-    assert destination_for("a-b", Context({"id": "a-b", "correlation_id": "c"})) == ("ab", "c")
-    member = request_of("a-b", group="g", group_index=0)
-    assert destination_for("a-b", member) == ("fastres.group.g", "a-b")
-    # The body of a chord carries the group id of the header, of which it is no member.
-    assert destination_for("a-b", request_of("a-b", group="g")) == ("ab", "a-b")
-    single = make_app(result_backend_transport_options={"member_queues": True})
-    assert single.backend.destination_for("a-b", member) == ("ab", "a-b")
+    assert destination_for("a-b", None) == ("fastres.task.a-b", "a-b")
+    assert destination_for("a-b", Context({"id": "a-b"})) == ("fastres.task.a-b", "a-b")
+    assert destination_for("a-b", Context({"id": "a-b", "correlation_id": "c"})) == ("fastres.task.a-b", "c")
+    assert destination_for("a-b", request_of("a-b", group="g", group_index=0)) == ("fastres.task.a-b", "a-b")
+    (member,) = member_ids("g", 1)
+    assert destination_for(member, None) == (queue_of("g"), member)
 
 
 def test_on_reply_declare(app: Celery, broker: Broker) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from backend_kit import ENOUGH, Broker, in_thread, new_ids, store, success, takes
+from backend_kit import ENOUGH, Broker, MakeApp, in_thread, new_ids, page_ids, store, success, takes, until
 from celery import Celery, states, uuid
 from celery.exceptions import TaskRevokedError, TimeoutError
 
@@ -21,12 +21,12 @@ def test_wait_for(app: Celery, other: Celery, broker: Broker) -> None:
     task_id = uuid()
     store(other, task_id, {"a": [1, None]})
     assert app.backend.wait_for(task_id, timeout=ENOUGH) == {"a": [1, None]}
-    broker.wait_until_gone(app.backend.rkey(task_id))
+    assert broker.messages(app.backend.rkey(task_id)) == 1
 
 
 @pytest.mark.usefixtures("both")
 def test_wait_for_what_comes_while_waiting(app: Celery, other: Celery, broker: Broker) -> None:
-    task_id = uuid()
+    (task_id,) = page_ids(1)
     queue = app.backend.rkey(task_id)
 
     def work() -> None:
@@ -37,6 +37,21 @@ def test_wait_for_what_comes_while_waiting(app: Celery, other: Celery, broker: B
 
     worker = in_thread(work)
     assert app.backend.wait_for(task_id) == "done"
+    worker.join()
+
+
+def test_wait_for_an_id_of_ones_own_declares_nothing(app: Celery, other: Celery, broker: Broker) -> None:
+    task_id = f"mine-{uuid()}"
+    with pytest.raises(TimeoutError):
+        app.backend.wait_for(task_id, timeout=0.3)
+    assert broker.state(app.backend.rkey(task_id)) is None
+
+    def work() -> None:
+        time.sleep(0.3)
+        store(other, task_id, "done")
+
+    worker = in_thread(work)
+    assert app.backend.wait_for(task_id, timeout=ENOUGH) == "done"
     worker.join()
 
 
@@ -136,9 +151,12 @@ def test_wait_for_cache(app: Celery, other: Celery) -> None:
     task_id = uuid()
     store(other, task_id, 1)
     assert app.backend.wait_for(task_id, timeout=ENOUGH) == 1
-    assert app.backend.wait_for(task_id, timeout=0) == 1
-    with pytest.raises(TimeoutError):
-        app.backend.wait_for(task_id, timeout=0, cache=False)
+    app.AsyncResult(task_id).forget()
+    store(other, task_id, 2)
+    assert other.backend.wait_for(task_id, timeout=ENOUGH, cache=False) == 2
+    app.backend._cache[task_id] = {"status": "SUCCESS", "result": "cached"}
+    assert app.backend.wait_for(task_id, timeout=0) == "cached"
+    assert app.backend.wait_for(task_id, timeout=ENOUGH, cache=False) == 2
 
 
 @pytest.mark.usefixtures("both")
@@ -148,7 +166,7 @@ def test_wait_for_without_taking(app: Celery, other: Celery, broker: Broker) -> 
     for _ in range(2):
         assert app.backend.wait_for(task_id, timeout=ENOUGH, no_ack=False, cache=False) == 1
     assert other.backend.wait_for(task_id, timeout=ENOUGH) == 1
-    broker.wait_until_gone(app.backend.rkey(task_id))
+    assert broker.messages(app.backend.rkey(task_id)) == 1
 
 
 def test_wait_for_in_many_threads(app: Celery, other: Celery) -> None:
@@ -169,8 +187,12 @@ def test_wait_for_in_many_threads(app: Celery, other: Celery) -> None:
     assert got == {**{n: n for n in range(8)}, 8: "same", 9: "same", 10: "same"}
 
 
-def test_wait_for_the_same_result_in_threads_that_take_it(app: Celery, other: Celery, broker: Broker) -> None:
-    task_id = uuid()
+def test_wait_for_the_same_result_in_threads_that_take_it(
+    make_app: MakeApp, other: Celery, broker: Broker
+) -> None:
+    app = make_app(result_backend_transport_options={"take": "always"})
+    assert app.backend
+    (task_id,) = page_ids(1)
     queue = app.backend.rkey(task_id)
     got: list[Any] = []
     threads = [in_thread(lambda: got.append(app.backend.wait_for(task_id, timeout=ENOUGH))) for _ in range(4)]
@@ -179,7 +201,7 @@ def test_wait_for_the_same_result_in_threads_that_take_it(app: Celery, other: Ce
     for thread in threads:
         thread.join()
     assert got == ["for all"] * 4
-    broker.wait_until_gone(queue)
+    until(lambda: broker.messages(queue) == 0)
 
 
 # -- consume
@@ -218,7 +240,7 @@ def consumer(app: Celery) -> Iterator[Any]:
     """A connection and a consumer on the queue of ``consumer.task_id``, as a user of 3.1 made them."""
     with app.connection_for_read() as connection:
         task_id = uuid()
-        queue = app.backend.addresses.queue(app.backend.addresses.task(task_id))
+        queue = app.backend.addresses.queue(app.backend.addresses.result(task_id))
         queue(connection.default_channel).declare()
         made = app.backend.Consumer(connection.default_channel, [queue], no_ack=True, accept=app.backend.accept)
         made.task_id = task_id
@@ -228,7 +250,6 @@ def consumer(app: Celery) -> Iterator[Any]:
 
 def test_drain_events(app: Celery, other: Celery, consumer: Any) -> None:
     calls: list[None] = []
-    store(other, consumer.task_id, 1, "PROGRESS")
     store(other, consumer.task_id, "done")
     results = app.backend.drain_events(
         consumer.channel.connection.client, consumer, timeout=ENOUGH, on_interval=lambda: calls.append(None)

@@ -11,9 +11,12 @@ from celery import Celery
 from celery.exceptions import ImproperlyConfigured
 
 from fastres.addresses import MAX_EXPIRES, Addresses
+from fastres.ids import Kind, kin_of, new_id
 
 ID = "0f8fad5b-d9cb-469f-a165-70867728950e"
-HEX = "0f8fad5bd9cb469fa16570867728950e"
+#: What the ids of its kin say.
+KIN = "0f8fad5bd9cb69f"
+MEMBER, STEP, PAGE = (new_id(kin_of(ID), kind) for kind in Kind)
 
 
 def addresses(
@@ -39,10 +42,13 @@ def arguments(expires: Any) -> dict[str, Any]:
 
 def test_names() -> None:
     given = addresses()
-    assert given.rkey(ID) == HEX
-    assert given.task(ID).name == HEX
-    assert given.group(ID).name == f"fastres.group.{ID}"
-    assert given.states(ID).name == f"fastres.states.{ID}"
+    assert given.rkey(ID) == given.result(ID).name == f"fastres.task.{ID}"
+    assert given.states(ID).name == f"fastres.task.{ID}.states"
+    assert given.rkey(MEMBER) == given.result(MEMBER).name == f"fastres.{KIN}"
+    assert given.states(MEMBER).name == f"fastres.{KIN}.states"
+    assert given.rkey(STEP) == f"fastres.{KIN}.steps"
+    assert given.group(ID).name == f"fastres.{KIN}"
+    assert given.group(PAGE).name == given.result(PAGE).name == f"fastres.{KIN}"
     assert given.saved(ID).name == f"fastres.saved.{ID}"
     assert given.probe("x").name == "fastres.probe.x"
     assert given.mailbox(ID).name == ID
@@ -50,10 +56,9 @@ def test_names() -> None:
 
 def test_namespace_stands_before_every_name_but_a_mailbox() -> None:
     given = addresses(namespace="shop")
-    assert given.rkey(ID) == f"shop.{HEX}"
-    assert given.task(ID).name == f"shop.{HEX}"
-    assert given.group(ID).name == f"shop.group.{ID}"
-    assert given.states(ID).name == f"shop.states.{ID}"
+    assert given.rkey(ID) == f"shop.task.{ID}"
+    assert given.rkey(MEMBER) == given.group(ID).name == f"shop.{KIN}"
+    assert given.states(MEMBER).name == f"shop.{KIN}.states"
     assert given.saved(ID).name == f"shop.saved.{ID}"
     assert given.probe("x").name == "shop.probe.x"
     # The name of a mailbox travels in the task message: Celery's rpc workers send to it too.
@@ -63,20 +68,45 @@ def test_namespace_stands_before_every_name_but_a_mailbox() -> None:
 @pytest.mark.parametrize("namespace", [None, "shop"])
 def test_addresses_of_one_id_differ(namespace: str | None) -> None:
     given = addresses(namespace)
-    made = [given.task(ID), given.group(ID), given.states(ID), given.saved(ID), given.probe(ID)]
-    assert len({address.name for address in made}) == len(made)
+    made = [
+        given.result(ID),
+        given.group(ID),
+        given.states(ID),
+        given.saved(ID),
+        given.probe(ID),
+        given.rkey(STEP),
+    ]
+    assert len(set(map(str, made))) == len(made)
 
 
-def test_a_lone_tasks_queue_keeps_its_latest_state_and_others_keep_all() -> None:
+def test_task_ids_by_queue() -> None:
     given = addresses()
-    assert given.queue(given.task(ID)).queue_arguments == {"x-max-length": 1}
-    for address in (given.group(ID), given.states(ID), given.saved(ID), given.mailbox(ID)):
+    mixed = [MEMBER, ID, STEP, "x", MEMBER]
+    assert given.by_result(mixed) == {
+        given.rkey(MEMBER): [MEMBER, MEMBER],
+        given.rkey(ID): [ID],
+        given.rkey(STEP): [STEP],
+        given.rkey("x"): ["x"],
+    }
+
+
+def test_states_on_the_way_are_kept_up_to_a_number_and_results_all() -> None:
+    given = addresses()
+    assert given.queue(given.states(ID)).queue_arguments == {"x-max-length": 1}
+    assert given.queue(given.states(MEMBER)).queue_arguments == {"x-max-length": 10_000}
+    for address in (given.result(ID), given.group(ID), given.result(PAGE), given.saved(ID), given.mailbox(ID)):
         assert given.queue(address).queue_arguments == {}
+
+
+def test_results_of_an_id_that_is_used_again_and_again_expire_one_by_one() -> None:
+    given = addresses(expires=60)
+    assert given.queue(given.result(ID)).queue_arguments == {"x-expires": 60_000, "x-message-ttl": 60_000}
+    assert given.queue(given.result(MEMBER)).queue_arguments == {"x-expires": 60_000}
 
 
 def test_queues_are_durable_and_outlive_their_consumers() -> None:
     given = addresses(expires=60)
-    for address in (given.task(ID), given.group(ID), given.mailbox(ID)):
+    for address in (given.result(ID), given.group(ID), given.mailbox(ID)):
         queue = given.queue(address)
         assert queue.name == queue.routing_key == address.name
         assert queue.durable
@@ -116,14 +146,14 @@ def test_results_go_through_the_default_exchange() -> None:
     for name in (None, "", "celeryresults"):
         given = addresses(exchange=name)
         assert given.exchange.name == ""
-        assert given.queue(given.task(ID)).exchange.name == ""
+        assert given.queue(given.result(ID)).exchange.name == ""
 
 
 @pytest.mark.parametrize("kind", ["direct", "topic"])
 def test_an_exchange_of_ones_own(kind: str) -> None:
     given = addresses(exchange="shop.results", exchange_type=kind)
     assert (given.exchange.name, given.exchange.type) == ("shop.results", kind)
-    assert given.queue(given.task(ID)).exchange == given.exchange
+    assert given.queue(given.result(ID)).exchange == given.exchange
     assert given.exchange.durable
 
 

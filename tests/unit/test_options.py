@@ -19,7 +19,8 @@ def test_defaults() -> None:
     assert {name: getattr(Options(), name) for name in NAMES} == {
         "namespace": None,
         "confirm": True,
-        "member_queues": False,
+        "task_ids": "fastres",
+        "take": "joins",
         "keep_chord_results": True,
         "chord_shards": 1,
         "chord_joiner": True,
@@ -36,7 +37,11 @@ def test_defaults() -> None:
         ("namespace", "shop"),
         ("namespace", None),
         ("confirm", False),
-        ("member_queues", True),
+        ("task_ids", "celery"),
+        ("take", "always"),
+        ("take", "never"),
+        ("namespace", "a" * 100),
+        ("namespace", "shop-1.results_2"),
         ("keep_chord_results", False),
         ("chord_shards", 16),
         ("chord_joiner", False),
@@ -61,7 +66,8 @@ def test_value(name: str, value: Any) -> None:
         ("confirm", 1, "a bool"),
         ("confirm", None, "a bool"),
         ("confirm", "yes", "a bool"),
-        ("member_queues", 0, "a bool"),
+        ("task_ids", 0, "a str"),
+        ("take", None, "a str"),
         ("keep_chord_results", "no", "a bool"),
         ("chord_shards", 0, "a positive int"),
         ("chord_joiner", 1, "a bool"),
@@ -118,3 +124,20 @@ def test_wrong_options_fail_where_the_backend_is_made() -> None:
     app.conf.result_backend_transport_options = {"master_name": "redis"}
     with pytest.raises(ImproperlyConfigured, match="no option 'master_name'"):
         _ = app.backend
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("task_ids", "uuid", "is one of 'fastres', 'celery', not 'uuid'"),
+        ("take", "join", "is one of 'joins', 'always', 'never', not 'join'"),
+        ("namespace", "", "has 1 to 100 letters"),
+        ("namespace", "a" * 101, "has 1 to 100 letters"),
+        ("namespace", "amq.shop", "does not begin with 'amq.'"),
+        ("namespace", "a\nb", "has 1 to 100 letters"),
+        ("namespace", "sh\u00f6p", "has 1 to 100 letters"),
+    ],
+)
+def test_value_that_is_none_of_the_choices(name: str, value: Any, expected: str) -> None:
+    with pytest.raises(ImproperlyConfigured, match=expected):
+        Options.parse({name: value})

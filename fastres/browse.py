@@ -1,0 +1,255 @@
+"""Reading queues of RabbitMQ without consuming from them: what is got is given back in the same write.
+
+A message is out of its queue only for the moment between two frames in the broker. The channels are our own on
+py-amqp's socket: a queue that is not there closes the one it was asked on, which is opened again, without waiting,
+by the next write that needs it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import struct
+from typing import TYPE_CHECKING, Any, Callable
+
+from amqp import spec
+from amqp.exceptions import ChannelError, error_for_code
+
+from fastres.transport import Browsed, QueueState
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from fastres._protocols import Delivery, Frame
+    from fastres.native import Native
+
+__all__ = ("Browser",)
+
+#: Messages that are got in one write: there must be room for the answers, and one write is not yielded to others.
+AT_ONCE = 200
+#: Seconds after which a broker that does not answer is taken to be gone.
+PATIENCE = 30.0
+NOT_FOUND, PRECONDITION_FAILED = 404, 406
+
+DECLARE_OK, DELETE_OK, GET_EMPTY, CLOSE, OPEN_OK = (
+    struct.pack(">HH", *method)
+    for method in (
+        spec.Queue.DeclareOk, spec.Queue.DeleteOk, spec.Basic.GetEmpty, spec.Channel.Close, spec.Channel.OpenOk,
+    )
+)  # fmt: skip
+
+
+class Browser:
+    """Browses over a connection.
+
+    Args:
+        native: speaks over it.
+    """
+
+    def __init__(self, native: Native) -> None:
+        self._native = native
+        self._slots: list[Slot] = []
+
+    def browse(self, asked: Sequence[tuple[str, int]]) -> list[Browsed | None]:
+        """The states of queues and their first messages, which stay there, in one round trip for each ``AT_ONCE``.
+
+        Args:
+            asked: the name of each queue, and of how many messages.
+
+        Returns: None for a queue that is not there.
+
+        Raises: amqp.exceptions.ChannelError: the broker refuses it (``AccessRefused``: the permission to read).
+        """
+        slots = self._slots_for(len(asked))
+        with self._patiently():
+            self._begin(slots, asked)
+            for slot in slots:
+                slot.gives_back()
+            self._write(slots)
+            self._read(slots)
+            for slot in slots:
+                self._go_on(slot)
+        return [slot.outcome() for slot in slots]
+
+    def sift(self, name: str, count: int, choose: Callable[[list[Delivery]], list[int]], delete: bool) -> int:
+        """Take some of the first ``count`` messages of a queue; the others stay there.
+
+        Args:
+            choose: the delivery tags of those that are taken.
+            delete: delete the queue when nothing else is in it, and nobody consumes from it.
+
+        Returns: how many were taken.
+
+        Raises: amqp.exceptions.ChannelError: the broker refuses it.
+        """
+        (slot,) = slots = self._slots_for(1)
+        with self._patiently():
+            self._begin(slots, [(name, count)])
+            self._write(slots)
+            self._read(slots)
+            self._go_on(slot)
+            tags = choose(slot.deliveries) if slot.outcome() is not None else []
+            for tag in tags:
+                slot.acknowledge(tag)
+            if delete and len(tags) == len(slot.deliveries) < count:
+                slot.delete()
+            else:
+                slot.give_back()
+            self._write(slots)
+            self._read(slots)
+        return len(tags)
+
+    def _slots_for(self, count: int) -> list[Slot]:
+        while len(self._slots) < count:
+            self._slots.append(Slot(self._native))
+        return self._slots[:count]
+
+    def _begin(self, slots: list[Slot], asked: Sequence[tuple[str, int]]) -> None:
+        for slot, (name, count) in zip(slots, asked):
+            slot.begin(name, count)
+
+    def _go_on(self, slot: Slot) -> None:
+        """Get what did not fit into the first write."""
+        while slot.wants_more():
+            slot.get_more()
+            self._write([slot])
+            self._read([slot])
+
+    def _write(self, slots: list[Slot]) -> None:
+        data = b"".join([frame for slot in slots for frame in slot.frames])
+        for slot in slots:
+            slot.frames.clear()
+        if data:
+            self._native.write(data)
+
+    def _read(self, slots: list[Slot]) -> None:
+        by_channel = {slot.channel.channel_id: slot for slot in slots}
+        while any(not slot.is_answered() for slot in slots):
+            others: list[Frame] = []
+            for kind, channel_id, payload in self._native.next_frames():
+                slot = by_channel.get(channel_id)
+                if slot is None or not slot.answer(payload):
+                    others.append((kind, channel_id, payload))
+            if others:
+                self._native.pass_on(others)
+            # What a refused channel answers with.
+            self._write(slots)
+
+    @contextlib.contextmanager
+    def _patiently(self) -> Any:
+        sock = self._native.socket
+        before = sock.gettimeout()
+        sock.settimeout(PATIENCE)
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                sock.settimeout(before)
+
+
+class Slot:
+    """A channel to browse one queue at a time on."""
+
+    def __init__(self, native: Native) -> None:
+        self._native = native
+        self.channel = native.unopened_channel()
+        self._is_open = False
+        #: To be written.
+        self.frames: list[bytes] = []
+        self.deliveries: list[Delivery] = []
+        native.receive(self.channel, self._receive)
+
+    def begin(self, name: str, count: int) -> None:
+        self.frames.clear()
+        self.deliveries = []
+        self._name = name
+        self._state: QueueState | None = None
+        self._refused: ChannelError | None = None
+        self._left = count
+        self._asked = 0
+        self._empty = 0
+        self._gives_back = False
+        self._deleted = True
+        if not self._is_open:
+            self._add(spec.Channel.Open, "s", ("",))
+            self._is_open = True
+        self._add(spec.Queue.Declare, "BsbbbbbF", (0, name, True, False, False, False, False, None))
+        self.get_more()
+
+    def wants_more(self) -> bool:
+        """Whether there may be more of the messages asked for; if there are none, what was got is given back."""
+        if self._left and self._is_open and not self._empty:
+            return True
+        if self._gives_back and self._asked > AT_ONCE and self._is_open:
+            self.give_back()
+            self._native.write(b"".join(self.frames))
+            self.frames.clear()
+        return False
+
+    def get_more(self) -> None:
+        count = min(self._left, AT_ONCE)
+        self._left -= count
+        self._asked += count
+        for _ in range(count):
+            self._add(spec.Basic.Get, "Bsb", (0, self._name, False))
+
+    def gives_back(self) -> None:
+        """What is got goes back: in the same write if it is all there is to get."""
+        self._gives_back = True
+        if not self._left:
+            self.give_back()
+
+    def give_back(self) -> None:
+        if self._is_open and self._asked:
+            self._add(spec.Basic.Nack, "Lbb", (0, True, True))
+
+    def acknowledge(self, tag: int) -> None:
+        self._add(spec.Basic.Ack, "Lb", (tag, False))
+
+    def delete(self) -> None:
+        """Delete the queue if it is empty: on the channel of the acknowledgements, which come first."""
+        if self._is_open:
+            self._deleted = False
+            self._add(spec.Queue.Delete, "Bsbbb", (0, self._name, True, True, False))
+
+    def is_answered(self) -> bool:
+        if not self._is_open:
+            return True
+        return self._state is not None and self._deleted and len(self.deliveries) + self._empty >= self._asked
+
+    def answer(self, payload: bytes) -> bool:
+        """Take an answer of the broker; False: it is for somebody else."""
+        method = payload[:4]
+        if method == GET_EMPTY:
+            self._empty += 1
+        elif method == DECLARE_OK:
+            self._state = QueueState(*struct.unpack_from(">II", payload, 5 + payload[4]))
+        elif method == DELETE_OK:
+            self._deleted = True
+        elif method == CLOSE:
+            (code,) = struct.unpack_from(">H", payload, 4)
+            text = payload[7 : 7 + payload[6]].decode(errors="replace")
+            cause = struct.unpack_from(">HH", payload, 7 + payload[6])
+            # Something has come, or somebody, since it was found empty: it stays.
+            kept = not self._deleted and code == PRECONDITION_FAILED
+            if code != NOT_FOUND and not kept:
+                self._refused = error_for_code(code, text, cause, ChannelError)
+            self._native.restart(self.channel)
+            self._is_open = False
+            self.frames.clear()
+            self._add(spec.Channel.CloseOk, "", ())
+        elif method != OPEN_OK:
+            return False
+        return True
+
+    def outcome(self) -> Browsed | None:
+        if self._refused is not None:
+            raise self._refused
+        if self._state is None or not self._is_open:
+            return None
+        return Browsed(self._state, self.deliveries)
+
+    def _receive(self, deliveries: list[Delivery]) -> None:
+        self.deliveries += deliveries
+
+    def _add(self, method: tuple[int, int], types: str, arguments: tuple[Any, ...]) -> None:
+        self.frames.append(self._native.method(self.channel, method, types, arguments))

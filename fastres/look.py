@@ -1,0 +1,327 @@
+"""Looks: reading without taking. The state of a task, a group's progress, saved groups; taking single results.
+
+A look is one round trip, over a connection of the writers', so that no look waits for another thread's. It
+declares nothing. What it gets is out of its queue for the moment between two frames in the broker, and whoever
+looks in that moment, or while a wait holds the messages, sees too little: a result that is missing from a queue
+that may be held by somebody is looked for again.
+"""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+from random import random
+from typing import TYPE_CHECKING, Any
+
+from celery import states
+from kombu.utils.functional import LRUCache
+
+from fastres import ids
+from fastres.errors import BacklogLimitExceeded
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Iterable, Sequence
+
+    from fastres._protocols import Decoder, Delivery, Meta
+    from fastres.addresses import Address, Addresses
+    from fastres.logs import Reports
+    from fastres.store import Store
+    from fastres.transport import Browsed, QueueState
+
+__all__ = ("Looks", "chosen")
+
+#: Queues of which it is remembered what they held.
+SNAPSHOTS = 16
+#: Messages that are asked for at the first look at a queue, and how many more than it held at the one before.
+FIRST, MORE = 8, 2
+#: Seconds before each look at a queue that somebody may hold: more than a wait holds it for, see inboxes.HOLD.
+PAUSES = (0.0, 0.002, 0.005, 0.01, 0.02, 0.03)
+#: Seconds after all of them in which a queue is looked at once: somebody waits at it all the time.
+CALM = 0.25
+#: How often a queue is looked at that is empty, and that nobody consumes from: another look may be at it.
+EMPTY = 4
+#: A queue of more messages than this is read again after this many times the seconds it took the last time:
+#: polling every member of a large group costs a bounded part of the time that passes.
+LARGE, REST = 200, 4
+#: Seconds for which a result that was seen beside another one is known.
+KNOWN_FOR = 1.0
+#: Groups of which it is remembered how many results have come, and queues of which some results are forgotten.
+REMEMBERED = 1000
+
+
+class Snapshot:
+    """What a queue held when it was read."""
+
+    def __init__(self, address: Address) -> None:
+        self.address = address
+        #: The result, or the latest state, of each task.
+        self.metas: dict[str, Meta] = {}
+        #: Messages at the last look, None: there was no queue.
+        self.count: int | None = None
+        #: Messages that could not be read, by their task id.
+        self.unreadable: dict[str | None, Exception] = {}
+        #: When it was read, and when it may be read again, on the monotonic clock.
+        self.at = 0.0
+        self.due = 0.0
+        #: Until when it is looked at once.
+        self.calm = 0.0
+
+    def guess(self) -> int:
+        """How many messages to ask for; none of a large queue before it is known that it has changed."""
+        if self.count is None:
+            return FIRST
+        return 0 if self.count > LARGE else self.count + MORE
+
+
+class Looks:
+    """Looks at queues.
+
+    Args:
+        store: whose connections they go over.
+        addresses: the backend's addresses.
+        decoder: message to result.
+        reports: where unusable messages are reported.
+        auto_delete: delete a queue when all its results were taken.
+    """
+
+    def __init__(
+        self, store: Store, addresses: Addresses, decoder: Decoder, reports: Reports, auto_delete: bool
+    ) -> None:
+        self._store = store
+        self._addresses = addresses
+        self._decoder = decoder
+        self._reports = reports
+        self._auto_delete = auto_delete
+        self.forget_all()
+
+    def forget_all(self) -> None:
+        """In a forked child: what was seen is the parent's."""
+        self._snapshots = LRUCache(limit=SNAPSHOTS)
+        self._progress = LRUCache(limit=REMEMBERED)
+        #: Results that are forgotten and not yet out of their queue, by its name.
+        self._forgotten = LRUCache(limit=REMEMBERED)
+
+    # -- a task
+
+    def task(self, task_id: str, backlog_limit: int, waits_too: bool = False) -> Meta | None:
+        """The result of a task, or else its latest state; None when there is neither.
+
+        Args:
+            waits_too: whether it may be this process that holds the messages.
+
+        Raises:
+            fastres.errors.BacklogLimitExceeded: a task with a queue of its own has more results than that.
+            kombu.exceptions.ContentDisallowed, kombu.exceptions.DecodeError: it cannot be read.
+            amqp.exceptions.AccessRefused: the user may not read the queue.
+        """
+        results = self._snapshot(self._addresses.result(task_id))
+        on_the_way = self._snapshot(self._addresses.states(task_id))
+        if task_id in self._forgotten.get(results.address.name, ()):
+            return None
+        known = results.metas.get(task_id)
+        if known is not None and self._stays(known) and time.monotonic() < results.at + KNOWN_FOR:
+            return known
+        before = set(results.metas)
+        for attempt, pause in enumerate(PAUSES):
+            if pause:
+                # Not in step with whoever looks too.
+                time.sleep(pause * (0.75 + random() / 2))
+            state = self._refresh(results, on_the_way)
+            if task_id in results.metas or self._is_sure(results, state, before, attempt):
+                known = None
+                break
+            if time.monotonic() < results.calm and not waits_too:
+                break
+            before = before or set(results.metas)
+        else:
+            results.calm = time.monotonic() + CALM
+        if results.count is not None and results.count > backlog_limit and ids.parse(task_id) is None:
+            raise BacklogLimitExceeded(task_id)
+        # What was seen of a task and is held by somebody for long is not unlearned.
+        meta = results.metas.get(task_id) or known or on_the_way.metas.get(task_id)
+        if meta is None:
+            for unreadable in (results.unreadable, on_the_way.unreadable):
+                if task_id in unreadable:
+                    raise unreadable[task_id]
+        return meta
+
+    @staticmethod
+    def _stays(meta: Meta) -> bool:
+        """Whether this is a task's last word: of several results the first that is a success counts."""
+        return bool(meta["status"] == states.SUCCESS)
+
+    @staticmethod
+    def _is_sure(snapshot: Snapshot, state: QueueState | None, before: set[str], attempt: int) -> bool:
+        """Whether what was not seen is not there, rather than held by somebody for a moment."""
+        if state is None or (snapshot.count or 0) > LARGE:
+            return True
+        if not snapshot.metas:
+            return not state.consumers and attempt + 1 >= EMPTY
+        # Whoever holds messages holds the first ones.
+        return bool(before) and before.issubset(snapshot.metas)
+
+    def see(self, address: Address, metas: Iterable[Meta]) -> None:
+        """Know results that a wait has seen on its way."""
+        snapshot = self._snapshot(address)
+        snapshot.metas.update({meta["task_id"]: meta for meta in metas if self._stays(meta)})
+        snapshot.at = time.monotonic()
+
+    def forget(self, task_id: str) -> None:
+        """Delete the result and the states of a task.
+
+        One that stands among many others, of which this is not the first that is forgotten, is deleted with the
+        next ones: half of them are read at a time.
+        """
+        for address in (self._addresses.result(task_id), self._addresses.states(task_id)):
+            name = address.name
+            (browsed,) = self._browse([(name, 0)])
+            snapshot = self._snapshot(address)
+            snapshot.metas.pop(task_id, None)
+            if browsed is None:
+                continue
+            forgotten = self._forgotten.setdefault(name, set())
+            forgotten.add(task_id)
+            count = browsed.state.messages
+            if count <= LARGE or 2 * len(forgotten) >= count or time.monotonic() >= snapshot.due:
+                start = time.monotonic()
+                self.take(address, forgotten)
+                self._forgotten.pop(name, None)
+                end = time.monotonic()
+                snapshot.due = end + REST * (end - start)
+
+    def take(self, address: Address, task_ids: Collection[str]) -> None:
+        """Take the messages of some tasks out of their queue.
+
+        It is deleted when that leaves it empty, unless tasks that are still to be sent will share it.
+        """
+        missing = set(task_ids)
+        delete = self._auto_delete and not address.is_page
+
+        def choose(deliveries: list[Delivery]) -> list[Any]:
+            arrivals, _ = self._decoder.decode_all(deliveries)
+            chosen = [(delivery.delivery_tag, task_id) for delivery, task_id, _ in arrivals if task_id in task_ids]
+            missing.difference_update(task_id for _, task_id in chosen)
+            return [tag for tag, _ in chosen]
+
+        def sift(count: int, writer: Any) -> None:
+            writer.connect().sift(address.name, count, choose, delete)
+
+        for attempt, pause in enumerate(PAUSES):
+            if pause:
+                time.sleep(pause)
+            (browsed,) = self._browse([(address.name, 0)])
+            if browsed is None:
+                return
+            count = browsed.state.messages
+            if count:
+                self._store.run(partial(sift, count + MORE))
+            if not missing or (not browsed.state.consumers and attempt + 1 >= EMPTY):
+                break
+        if delete and address.of_task is not None:
+            # States on the way to a result that is gone.
+            name = self._addresses.states(address.of_task).name
+            self._store.run(lambda writer: writer.connect().drop(name))
+
+    def drop(self, task_id: str) -> None:
+        """What was seen of a task counts no more: it may run again."""
+        for address in (self._addresses.result(task_id), self._addresses.states(task_id)):
+            snapshot = self._snapshots.get(address.name)
+            if snapshot is not None:
+                snapshot.metas.pop(task_id, None)
+
+    # -- a group
+
+    def progress(self, group_id: str, taken: Callable[[Address], int]) -> int:
+        """How many results of a group have come.
+
+        Args:
+            taken: how many this process has taken from an address, or is about to.
+        """
+        address = self._addresses.group(group_id)
+        kin = ids.parse(group_id)
+        if kin is not None and kin.kind == ids.Kind.PAGE:
+            # A small chord's header shares its queue with others, and its group id with the chord's body.
+            arrivals, _ = self._decoder.decode_all([found for found in self.read(address) if found.keep])
+            count = len({task_id for _, task_id, meta in arrivals if meta.get("group_id") == group_id})
+        else:
+            (browsed,) = self._browse([(address.name, 0)])
+            # What came before that answer is counted here.
+            count = (0 if browsed is None else browsed.state.messages) + taken(address)
+        # While somebody reads the queue its messages are out of it, but what has come does not go.
+        most: int = max(count, self._progress.get(group_id, 0))
+        self._progress[group_id] = most
+        return most
+
+    def read(self, address: Address) -> list[Delivery]:
+        """All messages of a queue, which stay there."""
+        count = FIRST
+        for pause in PAUSES:
+            if pause:
+                time.sleep(pause)
+            (browsed,) = self._browse([(address.name, count)])
+            if browsed is None:
+                return []
+            while browsed is not None and browsed.state.messages > len(browsed.deliveries) == count:
+                count = browsed.state.messages + MORE
+                (browsed,) = self._browse([(address.name, count)])
+            if browsed is not None and browsed.deliveries:
+                return browsed.deliveries
+        return []
+
+    # -- queues
+
+    def _snapshot(self, address: Address) -> Snapshot:
+        snapshot: Snapshot | None = self._snapshots.get(address.name)
+        if snapshot is None:
+            snapshot = self._snapshots[address.name] = Snapshot(address)
+        return snapshot
+
+    def _browse(self, asked: Sequence[tuple[str, int]]) -> list[Browsed | None]:
+        return self._store.run(lambda writer: writer.connect().browse(asked))
+
+    def _refresh(self, *snapshots: Snapshot) -> QueueState | None:
+        """Read queues again that have changed: the state of the first, None where there is none."""
+        asked = [(snapshot.address.name, snapshot.guess()) for snapshot in snapshots]
+        start = time.monotonic()
+        answers = self._browse(asked)
+        for snapshot, (name, count), browsed in zip(snapshots, asked, answers):
+            before, snapshot.count = snapshot.count, None if browsed is None else browsed.state.messages
+            if (
+                browsed is not None
+                and browsed.state.messages > len(browsed.deliveries)
+                and (len(browsed.deliveries) >= count)
+            ):
+                # There are more.
+                if count == 0 and (not self._has_changed(snapshot, before) or start < snapshot.due):
+                    snapshot.count = before
+                    continue
+                (browsed,) = self._browse([(name, browsed.state.messages + MORE)])
+            self._read(snapshot, [] if browsed is None else browsed.deliveries)
+            end = snapshot.at = time.monotonic()
+            snapshot.due = end + REST * (end - start)
+        return None if answers[0] is None else answers[0].state
+
+    @staticmethod
+    def _has_changed(snapshot: Snapshot, before: int | None) -> bool:
+        # A queue that drops the oldest may change without growing.
+        full = snapshot.address.max_length
+        return snapshot.count != before or (full is not None and (snapshot.count or 0) >= full)
+
+    def _read(self, snapshot: Snapshot, deliveries: list[Delivery]) -> None:
+        arrivals, refused = self._decoder.decode_all(deliveries)
+        snapshot.unreadable = {delivery.correlation_id: exc for delivery, exc in refused}
+        for delivery, exc in refused:
+            self._reports.unreadable(delivery, snapshot.address.name, exc)
+        for delivery, task_id, _ in arrivals:
+            self._reports.stranger(delivery, snapshot.address, task_id)
+        snapshot.metas = chosen(meta for _, _, meta in arrivals)
+
+
+def chosen(metas: Iterable[Meta]) -> dict[str, Meta]:
+    """The one that counts for each task: the first success, otherwise the latest."""
+    best: dict[str, Meta] = {}
+    for meta in metas:
+        before = best.get(meta["task_id"])
+        if before is None or before["status"] != states.SUCCESS:
+            best[meta["task_id"]] = meta
+    return best

@@ -1,0 +1,130 @@
+"""Reading all results of a queue once, one after the other, whatever tasks they are of: flat memory."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from functools import partial
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+from celery import states
+
+from fastres.inboxes import MARK, TURN, Inbox
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from fastres._protocols import Arrival, Delivery
+    from fastres.addresses import Address
+    from fastres.inboxes import Opening
+    from fastres.join import Reader
+    from fastres.transport import Dialect
+
+__all__ = ("Stream",)
+
+#: Seconds without a message after which what is missing is taken to be gone.
+PATIENCE = 10.0
+
+
+class Stream(Inbox):
+    """The results of a group of which only the size is known: one reader at a time takes them.
+
+    Each is acknowledged when the next one is asked for, so that a process that ends loses none.
+
+    Args:
+        reader: whose link it reads through.
+        address: their queue.
+        count: how many there are.
+        prefetch: messages that the broker sends ahead.
+    """
+
+    def __init__(self, reader: Reader, address: Address, count: int, prefetch: int) -> None:
+        super().__init__(reader, [address], exclusive=True, prefetch=prefetch)
+        self._count = count
+        #: What came and was not handed over, with the channel it came on.
+        self._news: deque[tuple[Opening, list[Arrival]]] = deque()
+        #: The places of what was handed over, a bit each: after a connection broke some of it comes again.
+        self._came = bytearray(count // 8 + 1)
+        self._unplaced: set[str] = set()
+        self._at = 0.0
+
+    def __iter__(self) -> Iterator[Arrival]:
+        """Raises: LookupError: some of them are not there."""
+        link, left = self.reader.link, self._count
+        self._at = time.monotonic()
+        link.subscribe(self)
+        try:
+            while left:
+                while self._news:
+                    opening, arrivals = self._news.popleft()
+                    fresh = [arrival for arrival in arrivals if self._is_new(arrival)]
+                    left -= len(fresh)
+                    yield from fresh
+                    marks = list(map(MARK, arrivals))
+                    link.soon(partial(self._acknowledge, opening, marks))
+                    self._at = time.monotonic()
+                if left:
+                    self._read(left)
+        finally:
+            link.soon(lambda: link.unsubscribe(self, self._close))
+
+    def awaited(self) -> int:
+        return self._prefetch
+
+    def open(self, speak: Dialect) -> None:
+        self._news.clear()
+        super().open(speak)
+
+    def _read(self, left: int) -> None:
+        link = self.reader.link
+        if self.due is not None and self.due <= time.monotonic():
+            link.call(self.open)
+        link.read(TURN if self.due is not None else 1.0, lambda: bool(self._news), None)
+        if not self._news and time.monotonic() > self._at + PATIENCE:
+            raise LookupError(
+                f"{left} of {self._count} results are not in queue {self.addresses[0].name!r}: they have expired "
+                "(result_expires), were deleted, or were read before"
+            )
+
+    def _is_new(self, arrival: Arrival) -> bool:
+        _, task_id, meta = arrival
+        place = meta.get("group_index")
+        if not isinstance(place, int) or not 0 <= place < self._count:
+            known = task_id in self._unplaced
+            self._unplaced.add(task_id)
+            return not known
+        byte, bit = divmod(place, 8)
+        known = bool(self._came[byte] >> bit & 1)
+        self._came[byte] |= 1 << bit
+        return not known
+
+    def _deliver(self, opening: Opening, deliveries: list[Delivery]) -> None:
+        arrivals, _ = self._decode(opening, deliveries)
+        finals = [arrival for arrival in arrivals if arrival[2]["status"] in states.READY_STATES]
+        if finals:
+            self._news.append((opening, finals))
+
+    def _close(self, speak: Dialect) -> None:
+        if self.opening is not None:
+            if not self.opening.unacknowledged:
+                names = [address.name for address in self.addresses]
+                speak.delete(self.opening.channel, names, list(self.opening.addresses))
+            self._leave()
+
+
+def in_order(arrivals: Iterator[Any], place: Any) -> Iterator[Any]:
+    """What comes, by its place: 0, 1, 2, ...; what comes before its turn is held; what has no place comes last."""
+    early: dict[int, Any] = {}
+    unplaced: list[Any] = []
+    turn = 0
+    for arrival in arrivals:
+        index = place(arrival)
+        if not isinstance(index, int) or index < turn or index in early:
+            unplaced.append(arrival)
+            continue
+        early[index] = arrival
+        while turn in early:
+            yield early.pop(turn)
+            turn += 1
+    yield from chain((early[index] for index in sorted(early)), unplaced)

@@ -1,0 +1,215 @@
+"""What is interrupted at any point leaves no consumer, no unacknowledged message, and a backend that works."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import sys
+import threading
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any, Callable
+
+import pytest
+from backend_kit import ENOUGH, Broker, MakeApp, group_of, new_ids, page_ids, store, store_group, until
+
+from fastres.ids import queue_name
+
+#: A connection that was interrupted while it was made or dropped.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+
+
+@pytest.fixture(autouse=True)
+def no_leftovers() -> Iterator[None]:
+    """What was interrupted is complained about here, if at all, and not in the tests that follow."""
+    yield
+    gc.collect()
+
+
+class Interrupted(BaseException):
+    """As a signal's handler or the death of a greenlet raises it."""
+
+
+#: Where a thread waits: for the broker, for another thread, for time to pass. A lock that was got stays got.
+WAITS = {"recv", "recv_into", "send", "sendall", "poll", "connect", "sleep", "select"}
+LOCKS = {"acquire"}
+
+
+class InterruptAt:
+    """Raises in this thread, once, at the n-th point where it begins to wait, or has just waited.
+
+    As a signal's handler does, or the one who kills a greenlet.
+    """
+
+    def __init__(self, number: int) -> None:
+        self.left = number
+        self.where = ""
+
+    def __enter__(self) -> InterruptAt:
+        sys.setprofile(self._profile)
+        return self
+
+    def __exit__(self, *exc_info: Any) -> None:
+        sys.setprofile(None)
+
+    def _profile(self, frame: FrameType, event: str, argument: Any) -> None:
+        name = getattr(argument, "__name__", "")
+        if (event in ("c_call", "c_return") and name in WAITS) or (event == "c_call" and name in LOCKS):
+            self.left -= 1
+            if self.left == 0:
+                self.where = f"{event} of {name}, {frame.f_code.co_filename}:{frame.f_lineno}"
+                sys.setprofile(None)
+                raise Interrupted(self.where)
+
+
+def points_of(operation: Callable[[], Any]) -> int:
+    """At how many points it can be interrupted."""
+    counter = InterruptAt(-1)
+    with counter:
+        operation()
+    return -1 - counter.left
+
+
+def is_clean(broker: Broker, names: list[str], expected: int) -> bool:
+    """Whether all messages are ready, and nobody consumes."""
+    states = [state for name in names if (state := broker.state(name)) is not None]
+    return all(not state.consumer_count for state in states) and (
+        sum(state.message_count for state in states) == expected
+    )
+
+
+def interrupt_everywhere(operation: Callable[[], Any], check: Callable[[str], None], most: int = 60) -> None:
+    """Interrupt an operation at each of its points, or at ``most`` of them."""
+    operation()
+    count = points_of(operation)
+    assert count
+    hit = 0
+    for point in sorted({max(1, round(number * count / most)) for number in range(1, most + 1)}):
+        interrupt = InterruptAt(point)
+        with contextlib.suppress(Interrupted), interrupt:
+            operation()
+        hit += bool(interrupt.where)
+        check(interrupt.where)
+    assert hit
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["ready", "pending"])
+@pytest.mark.parametrize("kind", [page_ids, new_ids], ids=["page", "own"])
+def test_looks(make_app: MakeApp, broker: Broker, known: bool, kind: Any) -> None:
+    app, writer = make_app(), make_app()
+    ids = kind(2)
+    store(writer, ids[0], 1)
+    if known:
+        store(writer, ids[1], 2)
+    names = [queue_name(task_id) for task_id in set(ids)]
+    expected = len(ids) if known else 1
+
+    def look() -> None:
+        app.backend._looks.forget_all()
+        app.backend._cache.clear()
+        assert app.AsyncResult(ids[1]).state == ("SUCCESS" if known else "PENDING")
+
+    def check(where: str) -> None:
+        queues = list(dict.fromkeys(names))
+        until(lambda: is_clean(broker, queues, expected), 5, so=where)
+        look()
+
+    interrupt_everywhere(look, check)
+
+
+@pytest.mark.parametrize("kind", [page_ids, new_ids], ids=["page", "own"])
+def test_waits(make_app: MakeApp, broker: Broker, kind: Any) -> None:
+    app, writer = make_app(), make_app()
+    ids = kind(2)
+    for task_id in ids:
+        store(writer, task_id, 1)
+    names = list(dict.fromkeys(queue_name(task_id) for task_id in ids))
+
+    def wait() -> None:
+        app.backend._looks.forget_all()
+        app.backend._cache.clear()
+        assert app.AsyncResult(ids[1]).get(timeout=ENOUGH) == 1
+
+    def check(where: str) -> None:
+        until(lambda: is_clean(broker, names, 2), 5, so=where)
+        assert not app.backend._reader._feeds, where
+        wait()
+
+    interrupt_everywhere(wait, check)
+
+
+def test_waits_for_what_does_not_come(make_app: MakeApp, broker: Broker) -> None:
+    app, writer = make_app(), make_app()
+    ids = page_ids(2)
+    store(writer, ids[0], 1)
+    names = [queue_name(ids[0])]
+
+    def wait() -> None:
+        with contextlib.suppress(TimeoutError, Exception):
+            app.AsyncResult(ids[1]).get(timeout=0.1)
+
+    def check(where: str) -> None:
+        until(lambda: is_clean(broker, names, 1), 5, so=where)
+        assert app.AsyncResult(ids[0]).get(timeout=ENOUGH) == 1
+        app.backend._cache.clear()
+
+    interrupt_everywhere(wait, check, 30)
+
+
+def test_joins(make_app: MakeApp, broker: Broker) -> None:
+    """Nothing of a join is lost: what was not handed over is there for the next one."""
+    app, writer = make_app(), make_app()
+    for point in range(1, 60):
+        held = group_of(app, 3)
+        store_group(writer, held)
+        got: list[Any] = []
+        interrupt = InterruptAt(point)
+        with contextlib.suppress(Interrupted), interrupt:
+            for _, meta in app.backend.iter_native(held, timeout=ENOUGH):
+                got.append(meta["result"])
+        ids = [member.id for member in held.results]
+        missing = [task_id for number, task_id in enumerate(ids) if number not in got]
+        again = dict(app.backend.get_many(missing, timeout=ENOUGH))
+        assert set(again) >= set(missing[1:]), interrupt.where
+        assert not app.backend._reader._feeds, interrupt.where
+
+
+def test_stores(make_app: MakeApp, broker: Broker) -> None:
+    """Whatever was interrupted while it was written, the next result is stored, and read."""
+    app, reader = make_app(), make_app()
+
+    def write() -> None:
+        (task_id,) = new_ids(1)
+        store(app, task_id, 1)
+
+    def check(where: str) -> None:
+        (task_id,) = new_ids(1)
+        store(app, task_id, 5)
+        assert reader.AsyncResult(task_id).get(timeout=ENOUGH) == 5, where
+
+    interrupt_everywhere(write, check, 40)
+
+
+def test_many_interrupted_threads_leave_room_for_others(make_app: MakeApp) -> None:
+    """The connections that the threads of a process share are not used up by those that were killed."""
+    app = make_app(broker_pool_limit=2)
+    (task_id,) = page_ids(1)
+    store(app, task_id, 1)
+
+    def look() -> None:
+        app.backend._looks.forget_all()
+        app.backend._cache.clear()
+        assert app.AsyncResult(task_id).state == "SUCCESS"
+
+    def interrupted(point: int) -> None:
+        with contextlib.suppress(Interrupted), InterruptAt(point):
+            look()
+
+    for point in range(1, 40):
+        thread = threading.Thread(target=interrupted, args=(point,))
+        thread.start()
+        thread.join()
+    look()
