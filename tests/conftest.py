@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import importlib.util
 import logging
@@ -88,7 +89,9 @@ def node() -> Iterator[Node]:
 @pytest.fixture(scope="session")
 def redis() -> Redis:
     """What the same scripts do with Celery's Redis backend. It ends with this process: results hold on to it."""
-    return Redis().start()
+    redis = Redis().start()
+    atexit.register(redis.stop)
+    return redis
 
 
 @pytest.fixture(scope="module")
