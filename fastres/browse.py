@@ -70,7 +70,7 @@ class Browser:
                 self._go_on(slot)
         return [slot.outcome() for slot in slots]
 
-    def sift(self, name: str, count: int, choose: Callable[[list[Delivery]], list[int]], delete: bool) -> int:
+    def take(self, name: str, count: int, choose: Callable[[list[Delivery]], list[int]], delete: bool) -> int:
         """Take some of the first ``count`` messages of a queue; the others stay there.
 
         Args:

@@ -19,7 +19,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from typing import TYPE_CHECKING, Any, Callable, NamedTuple
+from typing import TYPE_CHECKING, Any, Callable
 from weakref import WeakSet
 
 from celery import canvas
@@ -42,18 +42,14 @@ PAGE_SECONDS, PAGE_PART = 300.0, 0.1
 ATTRIBUTE = "fastres_task_ids"
 
 
-class Frame(NamedTuple):
+class _Frozen(threading.local):
     """What is being frozen around a signature."""
 
     #: The id of the innermost group.
-    group_id: str
+    group_id: str | None = None
 
 
-class _Frames(threading.local):
-    innermost: Frame | None = None
-
-
-_frames = _Frames()
+_frozen = _Frozen()
 _all: WeakSet[TaskIds] = WeakSet()
 
 
@@ -111,16 +107,14 @@ def install(app: Any, expires: float | None) -> None:
         name: str, args: Any = None, kwargs: Any = None, countdown: Any = None, eta: Any = None,
         task_id: Any = None, *more: Any, **options: Any,
     ) -> Any:  # fmt: skip
-        return send_task(
-            name, args, kwargs, countdown, eta, task_id or app.fastres_task_ids.on_page(), *more, **options
-        )
+        return send_task(name, args, kwargs, countdown, eta, task_id or task_ids.on_page(), *more, **options)
 
     app.send_task = with_id
     _install_once()
 
 
 def _forget_in_child() -> None:
-    _frames.innermost = None
+    _frozen.group_id = None
     for task_ids in list(_all):
         task_ids.forget()
 
@@ -176,14 +170,14 @@ def _with_id(freeze: Any) -> Any:
 
 def _choose(task_ids: TaskIds, options: Any, group_id: Any, chord: Any, group_index: Any) -> str:
     """A new id for a signature with these options that is frozen with these arguments."""
-    frame = _frames.innermost
-    # Celery gives bodies of chords the id of their header: who is being frozen knows better.
-    own_group = frame.group_id if frame is not None else group_id or options.get("group_id")
+    around = _frozen.group_id
+    # Celery gives a chord's body the id of its header as its group: the group around it is the right one.
+    own_group = around if around is not None else group_id or options.get("group_id")
     has_index = group_index is not None or options.get("group_index") is not None
     # A task that is added to a chord has no index in its header.
     if own_group and (has_index or (group_id and (chord or options.get("chord")))):
         return task_ids.of_group(own_group)
-    return task_ids.on_page() if frame is None else task_ids.of_group(frame.group_id, Kind.STEP)
+    return task_ids.on_page() if around is None else task_ids.of_group(around, Kind.STEP)
 
 
 def _with_small_header(freeze_group_tasks: Any) -> Any:
@@ -205,16 +199,16 @@ def _place(header: Any, body: Any) -> None:
 def _in_group(frozen_tasks: Any) -> Any:
     def in_group(self: Any, *args: Any, **options: Any) -> Iterator[Any]:
         results = frozen_tasks(self, *args, **options)
-        frame = Frame(self.options["task_id"])
+        group_id = self.options["task_id"]
         while True:
-            # Between two of them anything may be frozen: what is asked for them is asked one by one.
-            before, _frames.innermost = _frames.innermost, frame
+            # The caller may freeze anything between two members.
+            before, _frozen.group_id = _frozen.group_id, group_id
             try:
                 result = next(results)
             except StopIteration:
                 return
             finally:
-                _frames.innermost = before
+                _frozen.group_id = before
             yield result
 
     return in_group
@@ -225,14 +219,14 @@ def _in_chain(freeze: Any) -> Any:
         self: Any, _id: Any = None, group_id: Any = None, chord: Any = None, root_id: Any = None,
         parent_id: Any = None, group_index: Any = None, **more: Any,
     ) -> Any:  # fmt: skip
-        before = _frames.innermost
+        before = _frozen.group_id
         own_group = group_id or self.options.get("group_id")
         if before is None and own_group and (group_index is not None or "group_index" in self.options):
-            _frames.innermost = Frame(own_group)
+            _frozen.group_id = own_group
         try:
             return freeze(self, _id, group_id, chord, root_id, parent_id, group_index, **more)
         finally:
-            _frames.innermost = before
+            _frozen.group_id = before
 
     return frozen
 

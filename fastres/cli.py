@@ -224,7 +224,7 @@ def _publish(backend: Any, address: Any) -> None:
 
 def _consume(connection: Any, speak: Dialect, name: str) -> None:
     end = time.monotonic() + PATIENCE
-    while not speak.sift(name, 1, lambda deliveries: [delivery.delivery_tag for delivery in deliveries]):
+    while not speak.take(name, 1, lambda deliveries: [delivery.delivery_tag for delivery in deliveries]):
         if time.monotonic() > end:
             raise TimeoutError(f"the message that was published did not come within {PATIENCE:.0f} seconds")
 

@@ -36,8 +36,8 @@ SNAPSHOTS = 16
 FIRST, MORE = 8, 2
 #: Seconds before each look at a queue that somebody may hold: more than a wait holds it for, see inboxes.HOLD.
 PAUSES = (0.0, 0.002, 0.005, 0.01, 0.02, 0.03)
-#: Seconds after all of them in which a queue is looked at once: somebody waits at it all the time.
-CALM = 0.25
+#: Seconds after all of them in which a queue is read without another attempt: a wait keeps holding its messages.
+NO_RETRY = 0.25
 #: How often a queue is looked at that is empty, and that nobody consumes from: another look may be at it.
 EMPTY = 4
 #: A queue of more messages than this is read again after this many times the seconds it took the last time:
@@ -63,8 +63,8 @@ class Snapshot:
         #: When it was read, and when it may be read again, on the monotonic clock.
         self.at = 0.0
         self.due = 0.0
-        #: Until when it is looked at once.
-        self.calm = 0.0
+        #: Until when it is read without another attempt, on the monotonic clock.
+        self.no_retry_until = 0.0
 
     def guess(self) -> int:
         """How many messages to ask for; none of a large queue before it is known that it has changed."""
@@ -130,11 +130,11 @@ class Looks:
             if task_id in results.metas or self._is_sure(results, state, before, attempt):
                 known = None
                 break
-            if time.monotonic() < results.calm and not waits_too:
+            if time.monotonic() < results.no_retry_until and not waits_too:
                 break
             before = before or set(results.metas)
         else:
-            results.calm = time.monotonic() + CALM
+            results.no_retry_until = time.monotonic() + NO_RETRY
         if results.count is not None and results.count > backlog_limit and ids.parse(task_id) is None:
             raise BacklogLimitExceeded(task_id)
         # What was seen of a task and is held by somebody for long is not unlearned.
@@ -203,8 +203,8 @@ class Looks:
             missing.difference_update(task_id for _, task_id in chosen)
             return [tag for tag, _ in chosen]
 
-        def sift(count: int, writer: Any) -> None:
-            writer.connect().sift(address.name, count, choose, delete)
+        def take(count: int, writer: Any) -> None:
+            writer.connect().take(address.name, count, choose, delete)
 
         for attempt, pause in enumerate(PAUSES):
             if pause:
@@ -214,7 +214,7 @@ class Looks:
                 return
             count = browsed.state.messages
             if count:
-                self._store.run(partial(sift, count + MORE))
+                self._store.run(partial(take, count + MORE))
             if not missing or (not browsed.state.consumers and attempt + 1 >= EMPTY):
                 break
         if delete and address.of_task is not None:

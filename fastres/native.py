@@ -211,10 +211,10 @@ class Native(Dialect):
     def browse(self, asked: Sequence[tuple[str, int]]) -> list[Browsed | None]:
         return self.browser.browse(asked)
 
-    def sift(
+    def take(
         self, name: str, count: int, choose: Callable[[list[Delivery]], list[Any]], delete: bool = False
     ) -> int:
-        return self.browser.sift(name, count, choose, delete)
+        return self.browser.take(name, count, choose, delete)
 
     def channel(self) -> Any:
         channel = self._connection.channel()

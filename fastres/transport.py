@@ -217,11 +217,11 @@ class Dialect:
                 continue
             deliveries: list[DeliveryProtocol] = []
             if count:
-                self.sift(name, count, partial(_keep, deliveries))
+                self.take(name, count, partial(_keep, deliveries))
             browsed.append(Browsed(state, deliveries))
         return browsed
 
-    def sift(
+    def take(
         self,
         name: str,
         count: int,
