@@ -194,10 +194,12 @@ class Looks:
 
         It is deleted when that leaves it empty, unless tasks that are still to be sent will share it.
         """
-        missing = set(task_ids)
+        missing, seen = set(task_ids), 0
         delete = self._auto_delete and not address.is_page
 
         def choose(deliveries: list[Delivery]) -> list[Any]:
+            nonlocal seen
+            seen = len(deliveries)
             arrivals, _ = self._decoder.decode_all(deliveries)
             chosen = [(delivery.delivery_tag, task_id) for delivery, task_id, _ in arrivals if task_id in task_ids]
             missing.difference_update(task_id for _, task_id in chosen)
@@ -215,7 +217,9 @@ class Looks:
             count = browsed.state.messages
             if count:
                 self._store.run(partial(take, count + MORE))
-            if not missing or (not browsed.state.consumers and attempt + 1 >= EMPTY):
+            # With all that was asked for, there may be more: see _browse_all.
+            more = count and seen >= count + MORE
+            if not missing or (not more and not browsed.state.consumers and attempt + 1 >= EMPTY):
                 break
         if delete and address.of_task is not None:
             # States on the way to a result that is gone.
@@ -254,17 +258,13 @@ class Looks:
 
     def read(self, address: Address) -> list[Delivery]:
         """All messages of a queue, which stay there."""
-        count = FIRST
         for pause in PAUSES:
             if pause:
                 time.sleep(pause)
-            (browsed,) = self._browse([(address.name, count)])
+            browsed = self._browse_all(address.name, FIRST)
             if browsed is None:
                 return []
-            while browsed is not None and browsed.state.messages > len(browsed.deliveries) == count:
-                count = browsed.state.messages + MORE
-                (browsed,) = self._browse([(address.name, count)])
-            if browsed is not None and browsed.deliveries:
+            if browsed.deliveries:
                 return browsed.deliveries
         return []
 
@@ -279,6 +279,18 @@ class Looks:
     def _browse(self, asked: Sequence[tuple[str, int]]) -> list[Browsed | None]:
         return self._store.run(lambda writer: writer.connect().browse(asked))
 
+    def _browse_all(self, name: str, count: int) -> Browsed | None:
+        """All messages of a queue, which stay there, when ``count`` were expected.
+
+        The broker may answer how many there are before it has put back those that were read before. So only an
+        answer with fewer messages than were asked for is known to be whole.
+        """
+        while True:
+            (browsed,) = self._browse([(name, count)])
+            if browsed is None or len(browsed.deliveries) < count:
+                return browsed
+            count = max(2 * count, browsed.state.messages + MORE)
+
     def _refresh(self, *snapshots: Snapshot) -> QueueState | None:
         """Read queues again that have changed: the state of the first, None where there is none."""
         asked = [(snapshot.address.name, snapshot.guess()) for snapshot in snapshots]
@@ -286,17 +298,17 @@ class Looks:
         answers = self._browse(asked)
         for snapshot, (name, count), browsed in zip(snapshots, asked, answers):
             before, snapshot.count = snapshot.count, None if browsed is None else browsed.state.messages
-            if (
-                browsed is not None
-                and browsed.state.messages > len(browsed.deliveries)
-                and (len(browsed.deliveries) >= count)
-            ):
-                # There are more.
-                if count == 0 and (not self._has_changed(snapshot, before) or start < snapshot.due):
+            if browsed is not None and len(browsed.deliveries) >= count:
+                # There are more, or may be.
+                waits = not self._has_changed(snapshot, before) or start < snapshot.due
+                if count == 0 and browsed.state.messages and waits:
                     snapshot.count = before
                     continue
-                (browsed,) = self._browse([(name, browsed.state.messages + MORE)])
-            self._read(snapshot, [] if browsed is None else browsed.deliveries)
+                browsed = self._browse_all(name, max(count, browsed.state.messages) + MORE)
+            deliveries = [] if browsed is None else browsed.deliveries
+            if browsed is not None:
+                snapshot.count = max(browsed.state.messages, len(deliveries))
+            self._read(snapshot, deliveries)
             end = snapshot.at = time.monotonic()
             snapshot.due = end + REST * (end - start)
         return None if answers[0] is None else answers[0].state
