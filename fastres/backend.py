@@ -636,7 +636,7 @@ class AMQPBackend(Backend):  # type: ignore[misc]
 
     def group_progress(self, group_id: str) -> int:
         """How many results of a group have come: one passive declare."""
-        return self._groups.progress(group_id, self._reader.progress)
+        return self._looks.progress(group_id, self._reader.progress)
 
     # -- groups
 

@@ -1,4 +1,4 @@
-"""Groups: what is kept of one that was saved, and how far another has come."""
+"""Groups that are saved, each in a queue of its own."""
 
 from __future__ import annotations
 
@@ -89,10 +89,6 @@ class Groups:
         address = self._addresses.saved(group_id)
 
         self._store.run(lambda writer: writer.connect().drop(address.name))
-
-    def progress(self, group_id: str, taken: Callable[[Address], int]) -> int:
-        """How many results of a group have come; ``taken``: how many this process has taken from an address."""
-        return self._looks.progress(group_id, taken)
 
 
 def pack(group_id: str, result: GroupResult) -> list[dict[str, Any]]:

@@ -368,6 +368,11 @@ class Feed(Inbox):
         tags = {tag for tag, consumed in opening.addresses.items() if consumed == address}
         return sum(tag in tags for tag in opening.unacknowledged.values())
 
+    def read_deliveries(self, address: Address, speak: Dialect) -> None:
+        """Read what the broker has delivered until now: on the consumers' channel its answer comes after them."""
+        if self.opening is not None and self.opening.speak is speak:
+            self.opening.channel.queue_declare(address.name, passive=True)
+
     def handed_over(self, batch: Batch, count: int, take: bool) -> None:
         arrivals = batch.arrivals[:count]
         opening: Opening | None = batch.opening

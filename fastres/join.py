@@ -34,6 +34,8 @@ __all__ = ("Join", "Reader")
 INTERVAL = 1.0
 #: Seconds that a result may come behind a message for the same task that cannot be read.
 GRACE = 0.1
+#: How often a queue is counted that is being delivered from meanwhile.
+COUNTS = 3
 #: Queues of which it is remembered how many results were taken.
 REMEMBERED = 1000
 #: A wait of no seconds still lets the broker answer once.
@@ -197,8 +199,26 @@ class Reader:
     def count_taken(self, address: Address, count: int) -> None:
         self._taken[address.name] = self._taken.get(address.name, 0) + count
 
-    def progress(self, address: Address) -> int:
-        """How many results of an address this process has taken, or is about to."""
+    def progress(self, address: Address, ready: Callable[[], int]) -> int:
+        """How many results have come: those in the queue, and those that this process has received or taken.
+
+        Args:
+            ready: asks how many there are in the queue.
+        """
+        taken = self._received(address)
+        for _ in range(COUNTS):
+            count, before = ready(), taken
+            feed = self._feeds.get(address.name)
+            if feed is not None:
+                # What was delivered before it was counted may not have been read yet.
+                self.link.attempt(partial(feed.read_deliveries, address))
+            taken = self._received(address)
+            if taken == before:
+                break
+        # While more is being delivered than can be counted this is too few, and never too many.
+        return count + before
+
+    def _received(self, address: Address) -> int:
         feed = self._feeds.get(address.name)
         return int(self._taken.get(address.name, 0)) + (feed.held(address) if feed is not None else 0)
 

@@ -235,11 +235,11 @@ class Looks:
 
     # -- a group
 
-    def progress(self, group_id: str, taken: Callable[[Address], int]) -> int:
+    def progress(self, group_id: str, count_all: Callable[[Address, Callable[[], int]], int]) -> int:
         """How many results of a group have come.
 
         Args:
-            taken: how many this process has taken from an address, or is about to.
+            count_all: adds to those in a queue what this process has received from it: ``Reader.progress``.
         """
         address = self._addresses.group(group_id)
         kin = ids.parse(group_id)
@@ -248,9 +248,7 @@ class Looks:
             arrivals, _ = self._decoder.decode_all([found for found in self.read(address) if found.keep])
             count = len({task_id for _, task_id, meta in arrivals if meta.get("group_id") == group_id})
         else:
-            (browsed,) = self._browse([(address.name, 0)])
-            # What came before that answer is counted here.
-            count = (0 if browsed is None else browsed.state.messages) + taken(address)
+            count = count_all(address, partial(self._messages, address.name))
         # While somebody reads the queue its messages are out of it, but what has come does not go.
         most: int = max(count, self._progress.get(group_id, 0))
         self._progress[group_id] = most
@@ -278,6 +276,10 @@ class Looks:
 
     def _browse(self, asked: Sequence[tuple[str, int]]) -> list[Browsed | None]:
         return self._store.run(lambda writer: writer.connect().browse(asked))
+
+    def _messages(self, name: str) -> int:
+        (browsed,) = self._browse([(name, 0)])
+        return 0 if browsed is None else browsed.state.messages
 
     def _browse_all(self, name: str, count: int) -> Browsed | None:
         """All messages of a queue, which stay there, when ``count`` were expected.
