@@ -347,19 +347,24 @@ def test_connections_of_the_joiner_are_cut_at_any_time(
         assert unrun.called() == []
 
 
-def test_connections_of_workers_are_cut(alive: Node, broker: Broker, options: dict[str, Any]) -> None:
+def test_connections_of_workers_and_joiners_are_cut(alive: Node, broker: Broker, options: dict[str, Any]) -> None:
+    """All but those that tasks come over: when Celery 5.7 loses one of these while it acknowledges a task, it does
+    not set up its event loop again, and acknowledges nothing from then on.
+    """
     sizes = [random.choice([2, 5, 10]) for _ in range(40)]
-    with (
-        Proxy(alive.port) as proxy,
-        Worker(proxy.url, pool="threads", result_backend_transport_options=options) as worker,
-        client(alive.url, **worker.conf) as app,
-    ):
-        unrun = Unrun(app, broker)
-        for number, size in enumerate(sizes):
-            chord_of_late(unrun, number, size)
-            if number % 10 == 5:
-                time.sleep(0.5)
-                proxy.cut()
-        assert sorted(unrun.wait(len(sizes), LONG)) == results_of(sizes)
-        nothing_is_open(app)
-        assert unrun.called() == []
+    with Proxy(alive.port) as proxy:
+        joiner = JoinerProcess(proxy.url, result_backend_transport_options=options)
+        worker = Worker(
+            alive.url, backend=proxy.url.replace("amqp", "fastres", 1), pool="threads",
+            result_backend_transport_options={**options, "chord_joiner": False},
+        )  # fmt: skip
+        with joiner, worker, client(alive.url, **worker.conf) as app:
+            unrun = Unrun(app, broker)
+            for number, size in enumerate(sizes):
+                chord_of_late(unrun, number, size)
+                if number % 10 == 5:
+                    time.sleep(0.5)
+                    proxy.cut()
+            assert sorted(unrun.wait(len(sizes), LONG)) == results_of(sizes)
+            nothing_is_open(app)
+            assert unrun.called() == []
