@@ -151,7 +151,10 @@ class Native(Dialect):
         left = deque(frames)
         try:
             while left:
-                connection.on_inbound_frame(left.popleft())
+                frame = left.popleft()
+                # Deliveries may come after the end of a channel that both sides have closed at the same time.
+                if not frame[1] or connection.channels is None or frame[1] in connection.channels:
+                    connection.on_inbound_frame(frame)
         finally:
             if left:
                 transport._read_buffer = b"".join(_frame(*frame) for frame in left) + transport._read_buffer
@@ -451,20 +454,18 @@ class Native(Dialect):
     def leave(self, channel: Any, tags: Sequence[str], unacknowledged: Collection[Any]) -> None:
         """Stop consuming; what was not acknowledged goes back to where it was in its queue.
 
-        Only if there is such is the broker's answer waited for: whoever ends a wait has no need of it.
+        The broker's answer is always waited for. It sends messages ahead: those that nobody reads would stay
+        unacknowledged for as long as they fill the socket.
         """
         if not channel.is_open:
             return
         for tag in tags:
             self._receivers.pop((channel.channel_id, tag), None)
         channel.send_method(spec.Channel.Close, "BsBB", (0, "", 0, 0))
-        if unacknowledged:
-            # What still comes is read and dropped here: nobody else has a use for it.
-            self._await(channel, {CLOSE_OK: 1})
-            self._frames.disown(channel.channel_id)
-            channel.collect()
-        else:
-            self._frames.disown(channel.channel_id)
+        # What still comes is read and dropped here: nobody else has a use for it.
+        self._await(channel, {CLOSE_OK: 1})
+        self._frames.disown(channel.channel_id)
+        channel.collect()
 
     def delete(
         self, channel: Any, names: Sequence[str], tags: Sequence[str] = (), full: Sequence[str] = ()
