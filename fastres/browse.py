@@ -30,10 +30,11 @@ AT_ONCE = 200
 PATIENCE = 30.0
 NOT_FOUND, PRECONDITION_FAILED = 404, 406
 
-DECLARE_OK, DELETE_OK, GET_EMPTY, CLOSE, OPEN_OK = (
+DECLARE_OK, DELETE_OK, GET_EMPTY, QOS_OK, CLOSE, OPEN_OK = (
     struct.pack(">HH", *method)
     for method in (
-        spec.Queue.DeclareOk, spec.Queue.DeleteOk, spec.Basic.GetEmpty, spec.Channel.Close, spec.Channel.OpenOk,
+        spec.Queue.DeclareOk, spec.Queue.DeleteOk, spec.Basic.GetEmpty, spec.Basic.QosOk, spec.Channel.Close,
+        spec.Channel.OpenOk,
     )
 )  # fmt: skip
 
@@ -63,11 +64,15 @@ class Browser:
         with self._patiently():
             self._begin(slots, asked)
             for slot in slots:
-                slot.gives_back()
+                if slot.has_asked_for_all():
+                    slot.give_back()
             self._write(slots)
             self._read(slots)
             for slot in slots:
                 self._go_on(slot)
+                slot.give_back()
+            self._write(slots)
+            self._read(slots)
         return [slot.outcome() for slot in slots]
 
     def take(self, name: str, count: int, choose: Callable[[list[Delivery]], list[int]], delete: bool) -> int:
@@ -167,40 +172,39 @@ class Slot:
         self._left = count
         self._asked = 0
         self._empty = 0
-        self._gives_back = False
-        self._deleted = True
+        self._holds = False
+        self._deleted = self._given_back = True
         if not self._is_open:
             self._add(spec.Channel.Open, "s", ("",))
             self._is_open = True
         self._add(spec.Queue.Declare, "BsbbbbbF", (0, name, True, False, False, False, False, None))
         self.get_more()
 
+    def has_asked_for_all(self) -> bool:
+        return not self._left
+
     def wants_more(self) -> bool:
-        """Whether there may be more of the messages asked for; if there are none, what was got is given back."""
-        if self._left and self._is_open and not self._empty:
-            return True
-        if self._gives_back and self._asked > AT_ONCE and self._is_open:
-            self.give_back()
-            self._native.write(b"".join(self.frames))
-            self.frames.clear()
-        return False
+        """Whether there may be more of the messages asked for."""
+        return bool(self._left) and self._is_open and not self._empty
 
     def get_more(self) -> None:
         count = min(self._left, AT_ONCE)
         self._left -= count
         self._asked += count
+        self._holds = self._holds or count > 0
         for _ in range(count):
             self._add(spec.Basic.Get, "Bsb", (0, self._name, False))
 
-    def gives_back(self) -> None:
-        """What is got goes back: in the same write if it is all there is to get."""
-        self._gives_back = True
-        if not self._left:
-            self.give_back()
-
     def give_back(self) -> None:
-        if self._is_open and self._asked:
+        """Put back what was got and is not acknowledged.
+
+        A nack has no answer: that of what follows it tells that the broker has come by it, so that whoever looks
+        after us finds the messages in their queue.
+        """
+        if self._is_open and self._holds:
+            self._holds = self._given_back = False
             self._add(spec.Basic.Nack, "Lbb", (0, True, True))
+            self._add(spec.Basic.Qos, "lBb", (0, 0, False))
 
     def acknowledge(self, tag: int) -> None:
         self._add(spec.Basic.Ack, "Lb", (tag, False))
@@ -214,7 +218,8 @@ class Slot:
     def is_answered(self) -> bool:
         if not self._is_open:
             return True
-        return self._state is not None and self._deleted and len(self.deliveries) + self._empty >= self._asked
+        has_all = len(self.deliveries) + self._empty >= self._asked
+        return self._state is not None and has_all and self._deleted and self._given_back
 
     def answer(self, payload: bytes) -> bool:
         """Take an answer of the broker; False: it is for somebody else."""
@@ -225,6 +230,8 @@ class Slot:
             self._state = QueueState(*struct.unpack_from(">II", payload, 5 + payload[4]))
         elif method == DELETE_OK:
             self._deleted = True
+        elif method == QOS_OK:
+            self._given_back = True
         elif method == CLOSE:
             (code,) = struct.unpack_from(">H", payload, 4)
             text = payload[7 : 7 + payload[6]].decode(errors="replace")

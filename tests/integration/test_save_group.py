@@ -174,6 +174,18 @@ def test_forget_many_members(app: Celery, other: Celery, broker: Broker) -> None
     broker.wait_until_gone(queue_of(held.id))
 
 
+def test_a_look_has_put_back_what_it_read(app: Celery, other: Celery) -> None:
+    """Who looks after it, over another connection, reads all of it again."""
+    held = group_of(app, 150)
+    store_group(other, held)
+    members, backends = {member.id for member in held}, (app.backend, other.backend)
+    for turn in range(100):
+        looks = backends[turn % 2]._looks
+        (browsed,) = looks._browse([(queue_of(held.id), 200)])
+        assert browsed is not None
+        assert {delivery.correlation_id for delivery in browsed.deliveries} == members
+
+
 def test_forget_one_member(app: Celery, other: Celery) -> None:
     held = group_of(app, 2)
     store_group(other, held)
