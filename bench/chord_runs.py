@@ -1,4 +1,4 @@
-"""Runs a process that is measured with chords: beside it a worker, or a joiner."""
+"""Runs a process that is measured with a worker, or a joiner, beside it."""
 
 from __future__ import annotations
 
@@ -8,17 +8,23 @@ import re
 import sys
 from pathlib import Path
 
-from chords import CHORD_PEERS, CHORDS, Chords, FastresChords
+from chords import CHORD_PEERS, CHORDS, PATIENCE, WORKED, Chords, FastresChords
 from filler import fill_redis_chord
 from kombu.utils.json import loads
+from measure import memory
 from rabbitmq_node import Leashed
 from runs import Bench, Case, Process, Run, environment
-from workloads import part_of
+from workloads import body_of, part_of
+
+from fastres.chords.status import ask
 
 HERE = Path(__file__).parent
 #: What runs beside the measured process, as arguments of `celery`.
 WORKER = "worker -c 2 -Q {tasks} -l WARNING --without-gossip --without-mingle --without-heartbeat"
 JOINER = "fastres joiner"
+#: What a last part is stored for; what queues are counted of.
+FIRED = ("fire", "refer")
+COUNTED = ("small", "alone", "group", "chains")
 
 
 def run_of(bench: Bench, case: Case) -> Run:
@@ -35,13 +41,17 @@ class ChordRun(Run):
         self.peer = CHORD_PEERS[case.peer](self.job)
         self._beside: Beside | None = None
         arguments = None
-        if case.how in ("chord", "small"):
+        if case.how in WORKED:
             arguments = WORKER.format(tasks=self.peer.tasks)
-        elif case.how == "fire" and isinstance(self.peer, FastresChords):
+        elif case.how in FIRED and isinstance(self.peer, FastresChords):
             arguments = JOINER
         if arguments:
             self._beside = Beside(self, arguments).start()
-        if case.how == "fire":
+        if case.how == "refer":
+            ask(self.peer.app.backend, PATIENCE)
+            self._joiner_before = self._joiner_memory("VmRSS")
+            self._fill_header()
+        if case.how in FIRED:
             self._fill(case.count - 1)
         process = Process(self.command(), environment(case.peer))
         # A joiner has warmed up, and has left.
@@ -53,15 +63,26 @@ class ChordRun(Run):
         backend = self.peer.app.backend
         if isinstance(self.peer, FastresChords):
             log = backend.addresses.queue(backend.addresses.chords(0))
-            self.bench.broker.fill_log(log, self.job.group_id, count)
+            self.bench.broker.fill_log(log, self.job.group_id, count, by_reference=self.case.how == "refer")
         else:
             fill_redis_chord(backend, self.job.group_id, count)
 
+    def _fill_header(self) -> None:
+        addresses, group_id = self.peer.app.backend.addresses, self.job.group_id
+        body = body_of(self.case.workload, self.case.serializer, group_id)
+        self.bench.broker.fill_header(addresses.queue(addresses.group(group_id)), group_id, self.case.count, body)
+
+    def _joiner_memory(self, name: str) -> float:
+        assert self._beside is not None
+        return memory(name, self._beside.process.pid)
+
     def go(self) -> dict[str, float]:
-        if self.case.how != "small" or not isinstance(self.peer, FastresChords):
+        if self.case.how not in COUNTED or not isinstance(self.peer, FastresChords):
             taken = super().go()
             if self.case.how in ("fire", "join"):
                 self._check_body()
+            if self.case.how == "refer":
+                taken["joiner"] = self._joiner_memory("VmHWM") - self._joiner_before
             return taken
         before = self._created()
         taken = super().go()
@@ -83,7 +104,7 @@ class ChordRun(Run):
         if self._beside is not None:
             self._beside.stop()
         # A look at all queues takes seconds: those of a run that leaves few are told.
-        if self.case.how == "small":
+        if self.case.how in COUNTED:
             self.queues.update(name for name in self.bench.node.queues() if self.job.oid in name)
         else:
             self.queues.update(self.peer.queues())

@@ -1,23 +1,27 @@
-"""The peers with chords: what is done with them, and timed, in the measured process."""
+"""The peers with chords, and with workers: what is done with them, and timed, in the measured process."""
 
 from __future__ import annotations
 
 import json
+import statistics
 import time
 from collections.abc import Iterable
 from typing import Any, Callable
 from uuid import NAMESPACE_OID, uuid5
 
 import kombu
-from celery import Celery, Task, chord
-from kombu.utils.json import dumps
+from celery import Celery, Signature, Task, chain, chord, group
+from kombu.utils.json import dumps, loads
 from peers import PEERS, WARM, Action, Fastres, Job, Peer, Redis
 from workloads import part_of, request_of, task_ids
 
+import fastres
 from fastres.chords.status import ask
 
-#: What is measured of chords.
-CHORDS = ("part", "fire", "join", "hold", "chord", "small")
+#: What is measured with a worker beside.
+WORKED = ("chord", "small", "round_trip", "alone", "group", "chains")
+#: What is measured of chords, or with a worker.
+CHORDS = ("part", "fire", "join", "hold", "refer", *WORKED)
 #: Tasks in a small chord, and in the one that comes first, which opens the connections of both children.
 SMALL, FIRST = 10, 100
 #: Calls with a chord and without it take turns by so many.
@@ -118,7 +122,7 @@ class Chords(Peer):
 
     def small(self, group_id: str, count: int) -> Action:
         """Many small chords, until the bodies of all are in their queue."""
-        body = self.body.s().set(queue=self.bodies)
+        body = self.body_of_chord()
         headers = [[self.noop.si() for _ in range(SMALL)] for _ in range(count)]
 
         def run() -> int:
@@ -134,16 +138,57 @@ class Chords(Peer):
         self.small(self.job.warm_id, 1)()
         self.channel.queue_purge(self.bodies)
 
+    # -- tasks without a chord: one opens the connections
+
+    warm_round_trip = warm_alone = warm_group = warm_chains = warm_chord
+
+    def round_trip(self, group_id: str, count: int) -> Action:
+        """Tasks that do nothing, each sent when the result of the one before is there."""
+
+        def run() -> int:
+            times = []
+            for _ in range(count):
+                start = time.perf_counter()
+                self.noop.delay().get(timeout=PATIENCE)
+                times.append(time.perf_counter() - start)
+            self.taken = {"p50": statistics.median(times)}
+            return count
+
+        return run
+
+    def alone(self, group_id: str, count: int) -> Action:
+        """Tasks that are sent one by one, and read together."""
+
+        def run() -> int:
+            ids = [self.noop.delay().id for _ in range(count)]
+            return sum(1 for _ in self.app.backend.get_many(ids, timeout=PATIENCE))
+
+        return run
+
+    def group(self, group_id: str, count: int) -> Action:
+        return self._grouped(self.noop.si() for _ in range(count))
+
+    def chains(self, group_id: str, count: int) -> Action:
+        """A group of chains of two tasks."""
+        return self._grouped(chain(self.noop.si(), self.noop.si()) for _ in range(count))
+
+    def _grouped(self, tasks: Iterable[Signature]) -> Action:
+        whole = group(list(tasks), app=self.app)
+        return lambda: len(whole.delay().get(timeout=PATIENCE))
+
     # -- what they are made of
 
     def begin(self, group_id: str, count: int) -> Callable[[int], Any]:
         """Say that a chord is sent: what gives the requests of its header's tasks, as their worker has them."""
-        body = self.body.s().set(queue=self.bodies)
+        body = self.body_of_chord()
         body.freeze()
         self.app.backend.apply_chord((group_id, []), body)
         self.app.backend.set_chord_size(group_id, count)
         carried, ids = json.loads(dumps(body)), task_ids(group_id, count)
         return lambda index: request_of(ids[index], group=group_id, group_index=index, chord=carried)
+
+    def body_of_chord(self) -> Signature:
+        return self.body.s().set(queue=self.bodies)
 
     def gather(self, group_id: str, count: int) -> None:
         """Wait until so many parts have been read by who joins them."""
@@ -189,6 +234,32 @@ class FastresChords(Chords, Fastres):
             assert time.monotonic() < end, f"{there} parts instead of {count}"
             time.sleep(0.2)
         time.sleep(SETTLING)
+
+    # -- a body that gets its header's results by reference
+
+    def body_of_chord(self) -> Signature:
+        body = super().body_of_chord()
+        return fastres.lazy(body) if self.job.how == "refer" else body
+
+    def refer(self, group_id: str, count: int) -> Action:
+        """The last part until the body is in its queue; then the body reads all results."""
+        self.app.set_current()
+        fire = self.fire(group_id, count)
+
+        def run() -> int:
+            start = time.perf_counter()
+            fire()
+            fired = time.perf_counter()
+            message = self.channel.basic_get(self.bodies, no_ack=True)
+            [results], *_ = loads(message.body)
+            read = sum(1 for _ in results)
+            self.taken = {"wall": fired - start, "read": time.perf_counter() - fired}
+            return read
+
+        return run
+
+    def warm_refer(self) -> None:
+        self.warm_fire()
 
     # -- the joiner alone: this process is it
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import struct
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import kombu
@@ -16,7 +16,7 @@ from kombu.utils.json import dumps as to_json
 from wire import frame, method
 from workloads import ANY_ID, Body, part_of, task_ids
 
-from fastres.chords.events import CONTENT_TYPE, PERSISTENT, Event, Part, pack_part, write_event
+from fastres.chords.events import CONTENT_TYPE, PERSISTENT, REFERENCE, Event, Part, pack_part, write_event
 
 #: Bytes to write at once; commands of Redis to send at once.
 CHUNK = 1 << 18
@@ -68,28 +68,51 @@ class Broker:
         transport.write(b"".join(waiting))
         self.wait_for(queue.name, expected)
 
-    def fill_log(self, queue: kombu.Queue, group_id: str, count: int) -> None:
+    def fill_log(self, queue: kombu.Queue, group_id: str, count: int, by_reference: bool = False) -> None:
         """Send a log of chords, which somebody may be reading, what the workers of a header's tasks do."""
+
+        def events() -> Iterator[tuple[str, bytes]]:
+            for index, task_id in enumerate(task_ids(group_id, count)):
+                result = to_json(part_of(index)).encode()
+                part = Part(index, "SUCCESS", "application/json", "utf-8", result)
+                packed = REFERENCE if by_reference else pack_part(part)
+                event = Event(group_id, at=time.time(), parts=[(task_id, len(packed))])
+                yield task_id, write_event(event, parts=(packed,))
+
+        self._send(queue, CONTENT_TYPE, "binary", events(), PERSISTENT)
+        # It answers once it has read all that.
+        self.messages(queue.name)
+
+    def fill_header(self, queue: kombu.Queue, group_id: str, count: int, body: Body) -> None:
+        """Send the results of a header, each with its place, to their queue."""
+        results = (
+            (task_id, b'{"group_index": %d, ' % index + body.of(task_id)[1:])
+            for index, task_id in enumerate(task_ids(group_id, count))
+        )
+        self._send(queue, body.content_type, body.content_encoding, results)
+        self.wait_for(queue.name, count)
+
+    def _send(
+        self, queue: kombu.Queue, content_type: str, encoding: str, bodies: Iterable[tuple[str, bytes]],
+        delivery_mode: int = 1,
+    ) -> None:  # fmt: skip
+        """Declare a queue, and send it messages that are each of one frame, with the tasks they are of."""
         queue(self.channel).declare()
         transport = self._connection.connection.transport
-        #: What stands before an event, by its length.
+        #: What stands before a body, by its length.
         heads: dict[int, bytes] = {}
         waiting = bytearray()
-        for index, task_id in enumerate(task_ids(group_id, count)):
-            part = pack_part(Part(index, "SUCCESS", "application/json", "utf-8", to_json(part_of(index)).encode()))
-            event = write_event(Event(group_id, at=time.time(), parts=[(task_id, len(part))]), parts=(part,))
-            length = len(event)
+        for task_id, data in bodies:
+            length = len(data)
             if length not in heads:
-                body = Body(CONTENT_TYPE, "binary", event)
-                whole = publication(self.channel.channel_id, queue.name, body, PERSISTENT)
+                body = Body(content_type, encoding, data)
+                whole = publication(self.channel.channel_id, queue.name, body, delivery_mode)
                 heads[length] = whole[: -length - 1]
-            waiting += heads[length] + event + FRAME_END
+            waiting += heads[length].replace(ANY_ID.encode(), task_id.encode()) + data + FRAME_END
             if len(waiting) > CHUNK:
                 transport.write(bytes(waiting))
                 waiting.clear()
         transport.write(bytes(waiting))
-        # It answers once it has read all that.
-        self.messages(queue.name)
 
     def wait_for(self, name: str, count: int) -> None:
         """Wait until a queue has so many messages: it answers before it takes in what came earlier."""

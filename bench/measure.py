@@ -47,9 +47,9 @@ def cpu() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-def memory(name: str) -> float:
-    """A line of /proc/self/status, in MB."""
-    with open("/proc/self/status") as status:
+def memory(name: str, pid: int | None = None) -> float:
+    """A line of /proc/self/status, or of another process's, in MB."""
+    with open(f"/proc/{pid or 'self'}/status") as status:
         return next(int(line.split()[1]) / 1024 for line in status if line.startswith(f"{name}:"))
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Callable
 
@@ -17,6 +20,12 @@ Action = Callable[[], int]
 WARM = 20
 #: Seconds that a queue of results is kept: Celery's default for result_expires.
 DAY = 86_400
+#: What is done with ids of lone tasks whose results are there before.
+LONE = ("lone", "done")
+#: What stores results.
+STORES = ("store", "store_lone")
+#: Threads that look at the states of tasks.
+THREADS = 8
 
 
 @dataclass(frozen=True)
@@ -89,17 +98,47 @@ class Peer:
         return lambda: sum(1 for _ in self.app.backend.get_many(ids))
 
     def store(self, group_id: str, count: int) -> Action:
-        backend, result = self.app.backend, WORKLOADS[self.job.workload]
         ids = task_ids(group_id, count)
-        requests = [
+        return self._storing(
             request_of(task_id, group=group_id, group_index=index, reply_to=self.job.oid)
             for index, task_id in enumerate(ids)
-        ]
+        )
+
+    def store_lone(self, group_id: str, count: int) -> Action:
+        return self._storing(request_of(task_id, reply_to=self.job.oid) for task_id in lone_ids(group_id, count))
+
+    def done(self, group_id: str, count: int) -> Action:
+        """The states of tasks whose results are there, each once, as a page of a web application asks for them."""
+        ids = lone_ids(group_id, count)
+        random.Random(3).shuffle(ids)
+        return lambda: sum(self._state(task_id) == "SUCCESS" for task_id in ids)
+
+    def pending(self, group_id: str, count: int) -> Action:
+        """The states of tasks that have not run."""
+        ids = lone_ids(group_id, count)
+        return lambda: sum(self._state(task_id) == "PENDING" for task_id in ids)
+
+    def pending_threads(self, group_id: str, count: int) -> Action:
+        """The same, by several threads."""
+        ids = lone_ids(group_id, count)
+
+        def look() -> int:
+            with ThreadPoolExecutor(THREADS) as threads:
+                return sum(state == "PENDING" for state in threads.map(self._state, ids))
+
+        return look
+
+    def _state(self, task_id: str) -> str:
+        return str(self.app.AsyncResult(task_id).state)
+
+    def _storing(self, requests: Iterable[Any]) -> Action:
+        backend, result = self.app.backend, WORKLOADS[self.job.workload]
+        requests = list(requests)
 
         def store() -> int:
-            for task_id, request in zip(ids, requests):
-                backend.store_result(task_id, result, "SUCCESS", request=request)
-            return count
+            for request in requests:
+                backend.store_result(request.id, result, "SUCCESS", request=request)
+            return len(requests)
 
         return store
 

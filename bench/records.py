@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 #: What is measured, from what a process has taken: CPU per result, and per part, in microseconds; memory in MB,
-#: wall in seconds.
+#: wall in seconds, and of each thing that is done in milliseconds.
 MEASURES = {
     "cpu": lambda taken: taken["cpu"] / taken["count"] * 1e6,
     "prepare": lambda taken: taken["prepare"] / taken["count"] * 1e6,
@@ -23,6 +23,11 @@ MEASURES = {
     "part": lambda taken: taken["part"] / taken["count"] * 1e6,
     "stored": lambda taken: taken["stored"] / taken["count"] * 1e6,
     "queues": lambda taken: taken["queues"],
+    "queues each": lambda taken: taken["queues"] / taken["count"],
+    "each": lambda taken: taken["wall"] / taken["count"] * 1e3,
+    "p50": lambda taken: taken["p50"] * 1e3,
+    "read": lambda taken: taken["read"] / taken["count"] * 1e6,
+    "joiner": lambda taken: taken["joiner"],
 }
 
 

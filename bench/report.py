@@ -41,10 +41,26 @@ CHORD_ROWS = (
     ("join", "CPU of the joiner", "parts", "cpu", "µs per part", 1),
     ("hold", "CPU of the joiner while a part is missing", "parts", "cpu", "µs per part", 1),
     ("hold", "memory of the joiner while a part is missing", "parts", "held", "MB", 1),
+    ("refer", "last part stored to body that gets the results by reference", "parts", "wall", "s", 3),
+    ("refer", "memory of the joiner for it", "parts", "joiner", "MB", 1),
+    ("refer", "memory of the body while it reads them", "parts", "growth", "MB", 1),
+    ("refer", "time of the body to read them", "parts", "read", "µs per part", 1),
     ("chord", "a chord of tasks that do nothing", "tasks", "wall", "s", 2),
     ("small", "chords of 10 tasks", "chords", "wall", "s", 2),
     ("small", "queues declared by chords of 10 tasks", "chords", "queues", "queues", 0),
 )
+#: The same of tasks that are sent and read one by one, and of the queues that tasks take.
+SINGLE_ROWS = (
+    ("store_lone", "storing a result, confirmed", "results", "each", "ms", 3),
+    ("pending", "state of a task that has not run", "looks", "each", "ms", 3),
+    ("pending_threads", "the same, from 8 threads", "looks", "each", "ms", 3),
+    ("done", "state of a task whose result is there", "looks", "each", "ms", 3),
+    ("round_trip", "`delay().get()` of a task that does nothing, median", "tasks", "p50", "ms", 2),
+    ("alone", "queues declared by tasks sent one by one", "tasks", "queues", "queues", 0),
+    ("group", "queues declared by a group", "tasks", "queues", "queues", 0),
+    ("chains", "queues declared by a group of chains of two", "chains", "queues", "queues", 0),
+)
+SINGLE_PEERS = {"Celery redis": "Celery redis", "fastres": "fastres"}
 CHORD_PEERS = {
     "Celery redis": "Celery redis",
     "fastres": "fastres",
@@ -90,11 +106,12 @@ def sections(records: Records, command: str) -> Iterable[str]:
         yield other
     yield "## Lone tasks"
     yield lone(records)
+    yield figures(records, SINGLE_ROWS, SINGLE_PEERS)
     yield "## Storing a result"
     yield stored(records)
     yield "## Chords"
     yield CHORDS.strip()
-    yield chords(records)
+    yield figures(records, CHORD_ROWS, CHORD_PEERS)
 
 
 def machine(records: Records, command: str) -> str:
@@ -198,14 +215,14 @@ def stored(records: Records) -> str:
     )
 
 
-def chords(records: Records) -> str:
+def figures(records: Records, lines: Iterable[tuple[str, str, str, str, str, int]], peers: dict[str, str]) -> str:
     """A row for each figure, a column for each peer."""
     rows = []
-    for how, what, unit, measure, of, digits in CHORD_ROWS:
+    for how, what, unit, measure, of, digits in lines:
         for count in sorted({key.count for key in records if key.how == how}):
-            figures = [records.median(measure, Key(peer, how, count)) for peer in CHORD_PEERS]
+            figures = [records.median(measure, Key(peer, how, count)) for peer in peers]
             rows.append((f"{what}, {of}", f"{count:,} {unit}", *(number(figure, digits) for figure in figures)))
-    return markdown(("figure", "of", *CHORD_PEERS.values()), rows)
+    return markdown(("figure", "of", *peers.values()), rows)
 
 
 def by_cpu(records: Records, keys: Iterable[Key]) -> list[Key]:

@@ -11,18 +11,21 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from filler import Broker, empty_redis, fill_redis
-from peers import PEERS, WARM, Job
+from peers import LONE, PEERS, STORES, WARM, Job
 from rabbitmq_node import Node, Redis
 from workloads import body_of, lone_ids, new_group, task_ids
 
 HERE = Path(__file__).parent
 LIMIT_MODES = {"rabbitmq-c": "no-ack", "rabbitmq-c, acknowledging": "ack"}
+#: What is done with results that are there before.
+FILLED = ("get", "get_many", *LONE)
 #: Seconds that strace may take to begin.
 ATTACH_TIMEOUT = 10
 
@@ -83,7 +86,7 @@ class Run:
         if self.case.how == "store":
             self._declare(self.job.warm_id)
             self._declare(self.job.group_id)
-        else:
+        elif self.case.how in FILLED:
             self._store(self.job.warm_id, WARM)
             self._store(self.job.group_id, self.case.count)
         return Process(self.command(), environment(self.case.peer))
@@ -91,7 +94,7 @@ class Run:
     def go(self) -> dict[str, float]:
         """Let it do its job: what that took."""
         taken = self._go()
-        if self.case.how == "store":
+        if self.case.how in STORES:
             self._check()
         return taken
 
@@ -118,7 +121,7 @@ class Run:
         return [str(self.bench.limit), str(self.bench.node.port), queue.name, str(self.case.count), mode]
 
     def _store(self, group_id: str, count: int) -> None:
-        broker, lone = self.bench.broker, self.case.how == "lone"
+        broker, lone = self.bench.broker, self.case.how in LONE
         ids = lone_ids(group_id, count) if lone else task_ids(group_id, count)
         body = body_of(self.case.workload, self.case.serializer, None if lone else group_id)
         if issubclass(PEERS[self.case.peer], PEERS["Celery redis"]):
@@ -141,10 +144,16 @@ class Run:
 
     def _check(self) -> None:
         """What was stored is there; what came first may be in the same queue or in another."""
-        queue = self._peer.inbox(self.job.group_id)
-        if queue is not None:
+        broker, job = self.bench.broker, self.job
+        if self.case.how == "store_lone":
+            for group_id, count in ((job.warm_id, WARM), (job.group_id, job.count)):
+                queues = filter(None, map(self._peer.lone_inbox, lone_ids(group_id, count)))
+                for name, expected in Counter(queue.name for queue in queues).items():
+                    self.queues.add(name)
+                    broker.wait_for(name, expected)
+        elif (queue := self._peer.inbox(job.group_id)) is not None:
             before = WARM if len(self.queues) == 1 else 0
-            self.bench.broker.wait_for(queue.name, before + self.case.count)
+            broker.wait_for(queue.name, before + job.count)
 
 
 class Process:

@@ -44,8 +44,9 @@ class Size:
     scale: tuple[int, int]
     #: Results for each pair of a workload and a serializer, 0: left out.
     matrix: int
-    #: Lone tasks, stored results, results while system calls are counted.
+    #: Lone tasks, looks from several threads, stored results, results while system calls are counted.
     lone: int
+    looks: int
     stored: int
     traced: int
     #: Parts of chords: of two that are fired, of one that is joined, of two that wait, and those that are stored.
@@ -53,9 +54,13 @@ class Size:
     joined: int
     held: tuple[int, int]
     parts: int
-    #: Tasks of a whole chord, and small chords.
+    #: Parts of a chord whose body gets them by reference.
+    referred: int
+    #: Tasks of a whole chord, small chords, tasks that are awaited one by one, and those whose queues are counted.
     tasks: int
     chords: int
+    single: int
+    counted: int
     #: Repetitions: of what takes a second, and of what takes ten.
     fast: int
     slow: int
@@ -63,18 +68,20 @@ class Size:
 
 SIZES = {
     "tiny": Size(
-        joins=(60,), scale=(60, 120), matrix=3, lone=3, stored=20, traced=60,
-        fired=(20, 40), joined=60, held=(20, 40), parts=100, tasks=10, chords=2, fast=1, slow=1,
+        joins=(60,), scale=(60, 120), matrix=3, lone=3, looks=8, stored=20, traced=60,
+        fired=(20, 40), joined=60, held=(20, 40), parts=100, referred=50, tasks=10, chords=2,
+        single=5, counted=20, fast=1, slow=1,
     ),
     "short": Size(
-        joins=(50_000,), scale=(10_000, 100_000), matrix=0, lone=500, stored=5_000, traced=2_000,
-        fired=(10_000, 100_000), joined=50_000, held=(30_000, 100_000), parts=1_000, tasks=2_000, chords=100,
-        fast=2, slow=1,
+        joins=(50_000,), scale=(10_000, 100_000), matrix=0, lone=500, looks=200, stored=5_000, traced=2_000,
+        fired=(10_000, 100_000), joined=50_000, held=(30_000, 100_000), parts=1_000, referred=100_000,
+        tasks=2_000, chords=100, single=300, counted=2_000, fast=2, slow=1,
     ),
     "full": Size(
-        joins=(10_000, 100_000, 1_000_000), scale=(10_000, 1_000_000), matrix=10_000, lone=2_000,
+        joins=(10_000, 100_000, 1_000_000), scale=(10_000, 1_000_000), matrix=10_000, lone=2_000, looks=200,
         stored=20_000, traced=10_000,
-        fired=(10_000, 100_000), joined=100_000, held=(100_000, 300_000), parts=5_000, tasks=10_000, chords=1_000,
+        fired=(10_000, 100_000), joined=100_000, held=(100_000, 300_000), parts=5_000, referred=1_000_000,
+        tasks=10_000, chords=1_000, single=2_000, counted=10_000,
         fast=5, slow=3,
     ),
 }  # fmt: skip

@@ -55,7 +55,7 @@ class Stream(Inbox):
         self._at = time.monotonic()
         link.subscribe(self)
         try:
-            while left:
+            while left > 0:
                 while self._news:
                     opening, arrivals = self._news.popleft()
                     fresh = [arrival for arrival in arrivals if self._is_new(arrival)]
@@ -64,7 +64,7 @@ class Stream(Inbox):
                     marks = list(map(MARK, arrivals))
                     link.soon(partial(self._acknowledge, opening, marks))
                     self._at = time.monotonic()
-                if left:
+                if left > 0:
                     self._read(left)
         finally:
             link.soon(lambda: link.unsubscribe(self, self._close))
