@@ -11,11 +11,12 @@ import signal
 import time
 from datetime import date, datetime, timezone
 from decimal import Decimal
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from uuid import UUID
 
-from celery import Celery, chain, chord, group, shared_task
+from celery import Celery, Task, chain, chord, current_app, group, shared_task
 from celery.result import allow_join_result
 
 Json = dict[str, Any]
@@ -263,6 +264,35 @@ def dies_once(folder: str, number: int) -> int:
     return number
 
 
+class Dying(Task):
+    """When its result is stored its process is killed, and the whole worker if it says so."""
+
+    with_worker = False
+
+    def after_return(self, status: str, value: Any, task_id: str, args: Any, kwargs: Any, einfo: Any) -> None:
+        if self.with_worker:
+            os.kill(os.getppid(), signal.SIGKILL)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+@shared_task(base=Dying, acks_late=True)
+def dies_afterwards(path: str) -> int:
+    return _count_run(path)
+
+
+@shared_task(base=Dying, acks_late=True, with_worker=True)
+def dies_with_its_worker(path: str) -> int:
+    return _count_run(path)
+
+
+def _count_run(path: str) -> int:
+    """How often a task has run."""
+    with open(path, "a+") as runs:
+        runs.write("ran\n")
+        runs.seek(0)
+        return len(runs.readlines())
+
+
 @shared_task(acks_late=True, reject_on_worker_lost=True)
 def late(seconds: float, value: Any) -> Any:
     """Is run again when its worker is lost."""
@@ -279,6 +309,15 @@ def gated(path: str, value: Any) -> Any:
             raise TimeoutError(path)
         time.sleep(0.02)
     return value
+
+
+if find_spec("celery_batches"):
+    from celery_batches import Batches
+
+    @shared_task(base=Batches, flush_every=5, flush_interval=0.2)
+    def doubled(requests: list[Any]) -> None:
+        for request in requests:
+            current_app.backend.mark_as_done(request.id, 2 * request.args[0], request=request)
 
 
 if "PROJ_BROKER" in os.environ:

@@ -7,23 +7,30 @@ import json
 import os
 import time
 from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import pytest
 from backend_kit import until
-from celery import Celery, chord, group, states
+from celery import VERSION, Celery, chord, group, states
 from celery.contrib.abortable import AbortableAsyncResult
 from celery.exceptions import ChordError, NotRegistered, TaskRevokedError, TimeoutError
 from celery.result import AsyncResult, GroupResult
 from kombu import Exchange, Queue
 from kombu.utils.uuid import uuid
-from proj import add, echo, gated, slow, tsum
+from proj import add, dies_afterwards, dies_with_its_worker, echo, gated, slow, tsum
 from rabbitmq_node import Node, Redis
 from workers import Worker, adds, python, start_python, sums
 
 import fastres
 
+if find_spec("celery_batches"):
+    from proj import doubled
+
 SECONDS = 20
+#: Tasks that are revoked while they wait.
+REVOKED = 1_000
 
 #: Celery's Redis backend does all of this in this process.
 pytestmark = [
@@ -149,12 +156,49 @@ def test_members_that_no_worker_has_registered(app: Celery) -> None:
         unknown.clone().apply_async().get(timeout=SECONDS)
 
 
-def test_members_that_are_revoked_while_they_wait(app: Celery, worker: Worker) -> None:
-    count = 200
-    sent = group([slow.s(2)] * 2 + [slow.s(0) for _ in range(count)]).apply_async()
+def test_members_that_are_revoked_while_they_wait(app: Celery, node: Node) -> None:
+    sent = group([slow.s(2)] * 2 + [slow.s(0) for _ in range(REVOKED)]).apply_async()
+    before = len(node.queues())
     sent.revoke()
     with pytest.raises(TaskRevokedError):
         sent.get(timeout=SECONDS)
+    # A pidbox's reply queue comes and goes.
+    assert len(node.queues()) <= before + 2
+
+
+@pytest.mark.skipif(VERSION < (5, 7), reason="this Celery stores that the worker was lost")
+def test_a_worker_that_is_lost_after_a_success(app: Celery, worker: Worker, tmp_path: Path) -> None:
+    result = dies_afterwards.delay(str(tmp_path / "runs"))
+    # The worker looks for the result in its main process.
+    until(lambda: f"{result.id}] succeeded before the worker was lost" in worker.log(), SECONDS)
+    assert result.get(timeout=SECONDS) == 1
+    assert elsewhere(app, "r = app.AsyncResult(args[0]); print(json.dumps([r.state, r.result]))", result.id) == [
+        states.SUCCESS, 1,
+    ]  # fmt: skip
+
+
+def test_a_success_that_is_delivered_again(worker: Worker, tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    own = Worker(worker.broker, worker.backend, worker_deduplicate_successful_tasks=True)
+    with own, own.client():
+        result = dies_with_its_worker.delay(str(runs))
+        until(lambda: not own.running(), SECONDS)
+        own.stop()
+        own.start()
+        assert group(adds(10)).apply_async().get(timeout=SECONDS) == sums(10)
+        until(lambda: "already completed successfully" in own.log(), SECONDS)
+        assert result.get(timeout=SECONDS) == 1
+        assert runs.read_text() == "ran\n"
+
+
+@pytest.mark.skipif(
+    not find_spec("celery_batches"), reason="celery-batches is not installed: Celery 5.7 is too new"
+)
+def test_batches(app: Celery) -> None:
+    """Their requests have no group."""
+    assert group(doubled.s(number) for number in range(12)).apply_async().get(timeout=SECONDS) == sums(12)
+    results = [doubled.delay(number) for number in range(3)]
+    assert [result.get(timeout=SECONDS) for result in results] == sums(3)
 
 
 def test_results_that_are_stored_by_hand(app: Celery) -> None:
