@@ -33,7 +33,7 @@ __all__ = ("Looks", "chosen")
 #: Queues of which it is remembered what they held.
 SNAPSHOTS = 16
 #: Messages that are asked for at the first look at a queue, and how many more than it held at the one before.
-FIRST, MORE = 8, 2
+FIRST, MORE = 2, 2
 #: Seconds before each look at a queue that somebody may hold: more than a wait holds it for, see inboxes.HOLD.
 PAUSES = (0.0, 0.002, 0.005, 0.01, 0.02, 0.03)
 #: Seconds after all of them in which a queue is read without another attempt: a wait keeps holding its messages.
