@@ -5,18 +5,36 @@ from __future__ import annotations
 from fastres._impl import impl as __impl__
 from fastres.backend import AMQPBackend
 from fastres.chords.lazy import HeaderResults, lazy
-from fastres.errors import BacklogLimitExceeded, MalformedEvent, MalformedResult, OversizedResult, ResultTooLarge
+from fastres.errors import (
+    AccessRefused,
+    BacklogLimitExceeded,
+    BrokerUnreachable,
+    Error,
+    MalformedEvent,
+    MalformedResult,
+    OversizedResult,
+    QueueGone,
+    ResultsGone,
+    ResultsMissing,
+    ResultTooLarge,
+)
 from fastres.rpc import RPCBackend
 
 __all__ = (
     "AMQPBackend",
+    "AccessRefused",
     "BacklogLimitExceeded",
+    "BrokerUnreachable",
+    "Error",
     "HeaderResults",
     "MalformedEvent",
     "MalformedResult",
     "OversizedResult",
+    "QueueGone",
     "RPCBackend",
     "ResultTooLarge",
+    "ResultsGone",
+    "ResultsMissing",
     "__impl__",
     "__version__",
     "lazy",

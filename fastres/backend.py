@@ -21,7 +21,6 @@ from celery.result import AsyncResult, GroupResult, result_from_tuple
 from kombu.compression import compress
 from kombu.compression import encoders as compression_encoders
 from kombu.compression import get_encoder as get_compression_encoder
-from kombu.exceptions import OperationalError
 from kombu.utils.functional import LRUCache
 from kombu.utils.url import maybe_sanitize_url
 
@@ -34,7 +33,7 @@ from fastres.chords.lazy import wants_reference
 from fastres.chords.log import Log, shard_of
 from fastres.chords.worker import attend
 from fastres.connections import Connector
-from fastres.errors import BacklogLimitExceeded
+from fastres.errors import BacklogLimitExceeded, BrokerUnreachable
 from fastres.groups import Groups, leaves
 from fastres.join import Join, Reader
 from fastres.link import Link
@@ -217,7 +216,7 @@ class AMQPBackend(Backend):  # type: ignore[misc]
         Raises:
             fastres.errors.ResultTooLarge: the broker does not take a message of this size.
             kombu.exceptions.EncodeError: the result cannot be serialized.
-            kombu.exceptions.OperationalError: the broker could not be reached within ``retry_policy``.
+            fastres.BrokerUnreachable: the broker could not be reached within ``retry_policy``.
         """
         address = self._outbox(task_id, state, request)
         if address is None:
@@ -548,17 +547,17 @@ class AMQPBackend(Backend):  # type: ignore[misc]
                             yield task_id, meta
                 finally:
                     self._reader.handed_over(join, handed, take)
-        except OperationalError as exc:
+        except BrokerUnreachable as exc:
             if join.left() > 0:
                 raise
-            raise join.time_is_over() from exc
+            raise self._reader.time_is_over(join, exc) from exc
         finally:
             self._reader.leave(join)
 
     def iter_header(self, group_id: str, count: int) -> Iterator[Meta]:
         """The metas of so many results of a group, whichever tasks they are of, as they come; each is taken.
 
-        Raises: LookupError: some of them are not there.
+        Raises: fastres.ResultsGone: some of them are not there.
         """
         for _, _, meta in self._reader.stream(self.addresses.group(group_id), count):
             yield self._to_python(meta) if meta["status"] in self.EXCEPTION_STATES else meta

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import ssl
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit, urlunsplit
 
-from kombu.exceptions import OperationalError
+from fastres.errors import BrokerUnreachable
 
 if TYPE_CHECKING:
     from fastres.options import Options
@@ -17,6 +18,11 @@ __all__ = ("Connector", "abandon", "establish")
 
 #: URL schemes of the backend that mean RabbitMQ; the value is whether it is over TLS.
 SCHEMES = {"fastres": False, "fastres-rpc": False, "fastress": True, "fastress-rpc": True, "amqp": False}
+
+#: Of the sockets: for how long the broker may take nothing in, in milliseconds, before the system ends the
+#: connection. py-amqp has one second, in which a broker that is busy or short of memory takes nothing either; and
+#: what was written without a confirm goes down with the connection.
+SOCKET_SETTINGS = {socket.TCP_USER_TIMEOUT: 60_000} if hasattr(socket, "TCP_USER_TIMEOUT") else {}
 
 
 class Connector:
@@ -53,6 +59,14 @@ class Connector:
 
     def open(self) -> Any:
         """A kombu connection, not yet established."""
+        connection = self._connection()
+        if connection.get_transport_cls().driver_name == "py-amqp":
+            options = dict(connection.transport_options)
+            options["socket_settings"] = {**SOCKET_SETTINGS, **(options.get("socket_settings") or {})}
+            connection.transport_options = options
+        return connection
+
+    def _connection(self) -> Any:
         if self._given is not None:
             return self._given.clone()
         if self._url is None and not self._tls:
@@ -81,7 +95,7 @@ def establish(connection: Any) -> None:
     """Connect to the broker: each of its URLs is tried once.
 
     Raises:
-        kombu.exceptions.OperationalError: its certificate is not trusted, which no other attempt will change.
+        fastres.BrokerUnreachable: its certificate is not trusted, which no other attempt will change.
         Exception: one of ``connection.recoverable_connection_errors``.
     """
     try:
@@ -90,7 +104,7 @@ def establish(connection: Any) -> None:
             reraise_as_library_errors=False,
         )  # fmt: skip
     except ssl.SSLCertVerificationError as exc:
-        raise OperationalError(
+        raise BrokerUnreachable(
             f"the certificate of {connection.as_uri()} is not trusted: {exc.verify_message}; "
             "ca_certs of broker_use_ssl, or of ssl in result_backend_transport_options, names who is"
         ) from exc

@@ -2,29 +2,83 @@
 
 from __future__ import annotations
 
-from kombu.exceptions import DecodeError, EncodeError
+import amqp.exceptions
+from celery.exceptions import TimeoutError
+from kombu.exceptions import DecodeError, EncodeError, OperationalError
 
-__all__ = ("BacklogLimitExceeded", "MalformedEvent", "MalformedResult", "OversizedResult", "ResultTooLarge")
+__all__ = (
+    "AccessRefused",
+    "BacklogLimitExceeded",
+    "BrokerUnreachable",
+    "Error",
+    "MalformedEvent",
+    "MalformedResult",
+    "OversizedResult",
+    "QueueGone",
+    "ResultTooLarge",
+    "ResultsGone",
+    "ResultsMissing",
+    "refusal",
+)
 
 
-class BacklogLimitExceeded(Exception):
+class Error(Exception):
+    """The root of what fastres raises; each is also what Celery, kombu or py-amqp raise in its place."""
+
+
+class BrokerUnreachable(Error, OperationalError):  # type: ignore[misc]
+    """There was no connection to be had for as long as was asked for."""
+
+
+class AccessRefused(Error, amqp.exceptions.AccessRefused):  # type: ignore[misc]
+    """The user lacks a permission at the broker."""
+
+
+class QueueGone(Error, OperationalError):  # type: ignore[misc]
+    """A queue is deleted as often as it is declared."""
+
+
+class ResultsMissing(Error, TimeoutError):  # type: ignore[misc]
+    """Not all results came in time; the text says what is known of why."""
+
+
+class ResultsGone(Error, LookupError):
+    """Results that are asked for once are not in their queue: they expired, or somebody took them."""
+
+
+class BacklogLimitExceeded(Error):
     """Too much state history to fast-forward (Celery 3.1)."""
 
 
-class MalformedResult(DecodeError):  # type: ignore[misc]
+class MalformedResult(Error, DecodeError):  # type: ignore[misc]
     """A message that decodes, but is no result: it lacks a field that every Celery result has."""
 
 
-class MalformedEvent(DecodeError):  # type: ignore[misc]
+class MalformedEvent(Error, DecodeError):  # type: ignore[misc]
     """A message in the log of the chords that is no event of a chord."""
 
 
-class OversizedResult(DecodeError):  # type: ignore[misc]
+class OversizedResult(Error, DecodeError):  # type: ignore[misc]
     """A compressed result that unpacks to more than the limit."""
 
 
-class ResultTooLarge(EncodeError):  # type: ignore[misc]
+class ResultTooLarge(Error, EncodeError):  # type: ignore[misc]
     """The broker refused a result because of its size.
 
     An ``EncodeError``, so that Celery's worker turns it into the failure of the task.
     """
+
+
+def refusal(exc: Exception, broker: str) -> Exception:
+    """What the broker closed a channel with, as it is raised: a permission that lacks says what to do.
+
+    Args:
+        broker: its URL, without the password.
+    """
+    if not isinstance(exc, amqp.exceptions.AccessRefused) or isinstance(exc, AccessRefused):
+        return exc
+    # The broker names the queue and the user.
+    return AccessRefused(
+        f"the broker {broker} says: {exc.reply_text}. README lists the permissions that clients and workers need, "
+        "for `rabbitmqctl set_permissions`"
+    )

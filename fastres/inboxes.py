@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from celery import states
 
+from fastres.errors import AccessRefused, refusal
+from fastres.logs import logger
 from fastres.transport import Busy, all_up_to
 
 if TYPE_CHECKING:
@@ -24,6 +26,10 @@ __all__ = ("Feed", "Inbox", "Mailbox")
 
 #: Seconds between two attempts to be the one reader of a queue.
 TURN = 0.1
+#: Seconds since something came after which the broker is listened to before anything is acknowledged.
+HEED = 1.0
+#: Seconds between two attempts to read what the broker has refused.
+REFUSED = 1.0
 #: Seconds for which a result is held that others may want too, and until what was given back is read again: at
 #: least, and this many times the seconds that reading took, and at most.
 HOLD, PAUSE, REST, LONGEST_PAUSE = 0.05, 0.05, 2, 2.0
@@ -67,6 +73,11 @@ class Opening:
         """The queue was deleted under its consumer."""
         self.cancelled = True
 
+    def on_close(self, why: Exception) -> None:
+        """The broker has closed the channel, for a message that was held for longer than it allows, say."""
+        logger.warning("The broker closed a channel that results are read over, which is opened again: %s", why)
+        self.cancelled = True
+
     def address_of(self, delivery: Delivery) -> Address:
         return self.addresses[delivery.consumer_tag]
 
@@ -92,22 +103,47 @@ class Inbox:
         self.received: list[Delivery] = []
         #: When to :meth:`act`, on the monotonic clock.
         self.due: float | None = None
+        #: Why it is not open, None: it is, or there is no connection.
+        self.refused: Exception | None = None
         self._exclusive = exclusive
         self._prefetch = prefetch
 
     def open(self, speak: Dialect) -> None:
+        """Subscribe. What the broker refuses is no error of who speaks to it just now: see :attr:`refused`."""
         if self.opening is not None and self.opening.speak is speak:
             return
+        before, self.refused = self.refused, None
         self.due = None
+        try:
+            self._open(speak)
+        except speak.channel_errors as exc:
+            self._leave()
+            self.refused = refusal(exc, speak.uri)
+            self.due = time.monotonic() + REFUSED
+            if str(before) != str(self.refused):
+                logger.warning("The broker lets no results be read, which is tried again: %s", self.refused)
+
+    def _open(self, speak: Dialect) -> None:
         try:
             if self._exclusive or not self._subscribe(self._begin(speak, speak.unopened_channel())):
                 opening = self._begin(speak, speak.channel())
                 speak.prefetch(opening.channel, self._prefetch)
                 self._found([self._consume(opening, address) for address in self.addresses])
-        except Busy:
+        except Busy as exc:
             # One reader at a time: results shared out between two would complete neither's join.
             self._leave()
+            self.refused = exc
             self.due = time.monotonic() + TURN
+        else:
+            # Once more, if it was busy before.
+            self.refused = None
+            if self.opening is not None:
+                speak.watch(self.opening.channel, self.opening.on_close)
+
+    def check_access(self) -> None:
+        """Raises: fastres.AccessRefused: the broker does not let us read, and will not when it is asked again."""
+        if isinstance(self.refused, AccessRefused):
+            raise self.refused
 
     def _begin(self, speak: Dialect, channel: Any) -> Opening:
         self.received.clear()
@@ -280,9 +316,7 @@ class Feed(Inbox):
         #: Results that were handed over and are to be taken out of their queues, by queue.
         self._to_take: dict[Address, set[str]] = {}
 
-    def open(self, speak: Dialect) -> None:
-        if self.opening is not None and self.opening.speak is speak:
-            return
+    def _open(self, speak: Dialect) -> None:
         self._left_over.clear()
         self._latest_state.clear()
         self._stuck = 0
@@ -291,11 +325,11 @@ class Feed(Inbox):
             self.due = time.monotonic() + self._absence
             self._absence = min(2 * self._absence, LONGEST_ABSENCE)
             return
-        super().open(speak)
+        super()._open(speak)
         if self.opening is None and self._exclusive:
             # Somebody waits for a part of it, or takes it: next to the former it can be read.
             self._share()
-            super().open(speak)
+            super()._open(speak)
             if self.opening is None:
                 self._exclusive, self.shares, self._prefetch = True, False, self._prefetch_to_take
         self._opened = self._came = time.monotonic()
@@ -381,7 +415,10 @@ class Feed(Inbox):
         self._last.extend([(None, task_id, meta) for _, task_id, meta in arrivals[-REMEMBERED:]])
         if not take:
             return
-        if not self.shares:
+        if time.monotonic() > self._came + HEED:
+            # The broker may have closed the channel over what was held for so long.
+            self.reader.link.attempt(lambda speak: speak.heed())
+        if not self.shares and opening is self.opening and not opening.cancelled:
             places = map(opening.address_of, map(MARK, arrivals))
             self._finished += [address for address in places if address.of_task is not None]
             taken = self._acknowledge(opening, map(MARK, arrivals))
@@ -430,6 +467,7 @@ class Feed(Inbox):
         if self.shares:
             self._pass_by(opening, arrivals, len(deliveries))
             return
+        self._came = time.monotonic()
         ready, states_, repeated, foreign = self._offer(opening, arrivals)
         if states_ or self._latest_state:
             self._supersede(opening, ready, states_)

@@ -9,10 +9,10 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Callable, NamedTuple
 
 from celery import states
-from celery.exceptions import TimeoutError
 from kombu.utils.functional import LRUCache
 
 from fastres._impl import Aggregate
+from fastres.errors import ResultsMissing
 from fastres.inboxes import Feed, Mailbox
 from fastres.logs import logger
 from fastres.stream import Stream
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from fastres._protocols import Aggregate as AggregateProtocol
     from fastres._protocols import Arrival, Decoder, Meta, Sorted
     from fastres.addresses import Address, Addresses
+    from fastres.errors import BrokerUnreachable
     from fastres.inboxes import Inbox, Opening
     from fastres.link import Link
     from fastres.logs import Reports
@@ -75,7 +76,8 @@ class Join:
         self._end = math.inf if timeout is None else now() + max(timeout, LEAST_TIMEOUT)
         self.inboxes: list[Inbox] = []
         self.aggregate: AggregateProtocol = Aggregate(task_ids, ready_states)
-        self.alone = len(self.aggregate) == 1
+        self._total = len(self.aggregate)
+        self.alone = self._total == 1
         #: Whether everything has come.
         self.complete = False
         #: What came and was not taken yet, and what is being handed over.
@@ -129,14 +131,20 @@ class Join:
         """The timeout on the monotonic clock."""
         return time.monotonic() + self.left()
 
-    def time_is_over(self) -> TimeoutError:
+    def time_is_over(self, why: str) -> ResultsMissing:
+        """What is raised at the timeout.
+
+        Args:
+            why: what is known of the broker, a sentence.
+        """
         missing = self.aggregate.missing()
         shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
-        text = f"The operation timed out: {len(missing)} results are missing ({shown})."
-        for task_id, why in list(self.unreadable.items())[:1]:
+        of_all = f" of {self._total}" if len(missing) < self._total else ""
+        text = f"The operation timed out: {len(missing)} results are missing{of_all} ({shown})."
+        for task_id, exc in list(self.unreadable.items())[:1]:
             text += f" For {len(self.unreadable)} of them something came that cannot be read, for task {task_id}: "
-            text += f"{type(why).__name__}: {why}"
-        return TimeoutError(text)
+            text += f"{type(exc).__name__}: {exc}."
+        return ResultsMissing(f"{text} {why}")
 
 
 class Reader:
@@ -240,7 +248,7 @@ class Reader:
     def stream(self, address: Address, count: int) -> Iterator[Arrival]:
         """So many results from a group's queue, whichever tasks they are of; each is taken.
 
-        Raises: LookupError: some of them are not there.
+        Raises: fastres.ResultsGone: some of them are not there.
         """
         return iter(Stream(self, address, count, self._prefetch))
 
@@ -344,7 +352,8 @@ class Reader:
             rounds: how often to look, None: until all is there.
 
         Raises:
-            celery.exceptions.TimeoutError: not all came in time.
+            fastres.ResultsMissing: not all came in time.
+            fastres.AccessRefused: the broker does not let us read.
             kombu.exceptions.ContentDisallowed, kombu.exceptions.DecodeError: what is missing came, and cannot be
                 read.
         """
@@ -360,8 +369,10 @@ class Reader:
                 if complete:
                     return
                 left = join.left()
+            for inbox in join.inboxes:
+                inbox.check_access()
             if left <= 0:
-                raise join.time_is_over()
+                raise self.time_is_over(join)
             # Everything else was handed over. A lone wait need not wait for its timeout to be told.
             if len(join.unreadable) >= len(join.aggregate) and (join.timeout is None or join.alone):
                 if join.looked_again:
@@ -376,6 +387,17 @@ class Reader:
             self.mailbox.tell()
             if on_interval is not None:
                 on_interval()
+
+    def time_is_over(self, join: Join, unreachable: BrokerUnreachable | None = None) -> ResultsMissing:
+        """What is raised at the timeout of a join."""
+        refused = [str(inbox.refused) for inbox in join.inboxes if inbox.refused is not None]
+        if unreachable is not None:
+            why = f"There was no connection: {unreachable}."
+        elif refused:
+            why = f"They cannot be read: {refused[0]}"
+        else:
+            why = f"The broker {self.link.uri} has nothing more of them."
+        return join.time_is_over(why)
 
     def _give_back(self, join: Join) -> None:
         """Before the user has the word, who may keep it for long: others may want what is held."""

@@ -17,10 +17,10 @@ import weakref
 from collections import deque
 from typing import TYPE_CHECKING, Any, Callable, Protocol, TypeVar
 
-from kombu.exceptions import OperationalError
 from kombu.utils.compat import detect_environment
 
 from fastres.connections import abandon, establish
+from fastres.errors import BrokerUnreachable
 from fastres.logs import logger
 from fastres.native import RECORD_TIMEOUT, Native, dialect
 from fastres.transport import Busy
@@ -80,6 +80,8 @@ class Link:
         self._seeking: Any = None
         self._established = False
         self._failures = 0
+        #: What went wrong the last time.
+        self._why_not = "cannot reach the broker in so short a time"
         self._retry_at = 0.0
         self._subscribers: list[Subscriber] = []
         self._deferred: deque[Callable[[], object]] = deque()
@@ -92,6 +94,11 @@ class Link:
         self._wanted = 0
         self._bell: tuple[socket.socket, socket.socket] | None = None
 
+    @property
+    def uri(self) -> str:
+        """The broker's URL, without the password."""
+        return str((self._connection or self._seeking or self._connect()).as_uri())
+
     def call(self, operation: Callable[[Dialect], T], deadline: float | None = None) -> T:
         """Do something with the broker, over a new connection if the present one breaks.
 
@@ -99,7 +106,7 @@ class Link:
             deadline: until when to seek a connection, on the monotonic clock; None: as ``retry_policy`` says.
 
         Raises:
-            kombu.exceptions.OperationalError: there was no connection to be had.
+            fastres.BrokerUnreachable: there was no connection to be had.
         """
         broken = 0
         while True:
@@ -115,7 +122,7 @@ class Link:
                         self._lost(exc)
                         broken += 1
                         if broken == ATTEMPTS or _passed(deadline):
-                            raise OperationalError(f"the connection broke {broken} times: {exc!r}") from exc
+                            raise BrokerUnreachable(f"the connection broke {broken} times: {exc!r}") from exc
             self._pause(math.inf, deadline)
 
     def attempt(
@@ -197,6 +204,8 @@ class Link:
                 try:
                     with self._whole(connection):
                         self._drain(speak, timeout)
+                except connection.channel_errors:
+                    pass  # whoever reads over the channel was told, and opens it again
                 except connection.connection_errors as exc:
                     self._lost(exc)
                 return
@@ -271,7 +280,7 @@ class Link:
         """Connect if it is time for an attempt: how to speak over the connection, None without one.
 
         Raises:
-            kombu.exceptions.OperationalError: that was the last attempt.
+            fastres.BrokerUnreachable: that was the last attempt.
         """
         if time.monotonic() < self._retry_at:
             return None
@@ -307,12 +316,13 @@ class Link:
     def _failed(self, connection: Any, exc: BaseException, deadline: float | None) -> None:
         policy = self._retry_policy
         self._failures += 1
+        self._why_not = f"cannot reach the broker {connection.as_uri()}: {exc!r}"
         self._drop()
         patient = self._established and deadline is not None
         if _passed(deadline) or (not patient and self._failures > policy["max_retries"]):
             self._failures = 0
-            raise OperationalError(f"cannot reach the broker {connection.as_uri()}: {exc!r}") from exc
-        logger.warning("Cannot reach the broker %s, trying again: %r", connection.as_uri(), exc)
+            raise BrokerUnreachable(self._why_not) from exc
+        logger.warning("Trying again: %s", self._why_not)
         interval = policy["interval_start"] + policy["interval_step"] * (self._failures - 1)
         self._retry_at = time.monotonic() + min(interval, policy["interval_max"])
 
@@ -343,12 +353,12 @@ class Link:
             raise
 
     def _pause(self, timeout: float, deadline: float | None) -> None:
-        """Wait until it is time for the next attempt to connect. Raises OperationalError at the deadline."""
+        """Wait until it is time for the next attempt to connect. Raises BrokerUnreachable at the deadline."""
         pause = min(self._retry_at - time.monotonic(), timeout, _left(deadline, math.inf))
         if pause > 0:
             time.sleep(pause)
         if _passed(deadline):
-            raise OperationalError("the broker cannot be reached")
+            raise BrokerUnreachable(self._why_not)
 
     @staticmethod
     @contextlib.contextmanager
@@ -424,7 +434,7 @@ class Link:
         return self._bell[0]
 
 
-class Occupied(OperationalError):  # type: ignore[misc]
+class Occupied(BrokerUnreachable):
     """The connection is in use by another thread."""
 
 

@@ -12,7 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Callable
 
 from amqp import spec
-from amqp.exceptions import AccessRefused, MessageNacked, PreconditionFailed
+from amqp.exceptions import AccessRefused, ChannelError, MessageNacked, PreconditionFailed, error_for_code
 from amqp.serialization import dumps
 from kombu.utils.compat import detect_environment
 from kombu.utils.functional import LRUCache
@@ -51,6 +51,8 @@ OPEN_OK, CLOSE_OK, DECLARE_OK, CONSUME_OK, ACK, NACK, COMMIT_OK = (
         spec.Basic.Nack, spec.Tx.CommitOk,
     )
 )  # fmt: skip
+#: How RabbitMQ words that a queue has a reader who wants to be the only one; permissions have the same code.
+IN_USE = "in exclusive use"
 #: The first RabbitMQ that has single active consumers.
 SINGLE_ACTIVE = (3, 8)
 
@@ -265,7 +267,7 @@ class Native(Dialect):
                     frames.append(_declaration(channel, post.queue))
         declared = len(frames)
         if not confirm:
-            self._heed(connection.transport)
+            self.heed()
         for message, exchange, routing_key, _, mandatory in posts:
             headers = dumps("F", (message.headers,)) if message.headers else b""
             frames.append(
@@ -314,8 +316,7 @@ class Native(Dialect):
     def _on_return(self, exc: BaseException, exchange: str, routing_key: str, message: Any) -> None:
         self._returned.add(routing_key)
 
-    def _heed(self, transport: Any) -> None:
-        """Notice what the broker has said unasked: that a channel is closed, or that it is short of memory."""
+    def heed(self) -> None:
         if detect_environment() != "default":
             with contextlib.suppress(socket.timeout):
                 self._connection.connection.drain_events(timeout=0)
@@ -323,7 +324,7 @@ class Native(Dialect):
         if self._poller is None:
             self._poller = select.poll()
             self._poller.register(self.socket, select.POLLIN)
-        while _has_read_ahead(transport) or self._poller.poll(0):
+        while self.buffered or self._poller.poll(0):
             self.drain(RECORD_TIMEOUT)
 
     def _await(self, channel: Any, awaited: dict[bytes, int], declared: list[QueueState] | None = None) -> None:
@@ -381,6 +382,8 @@ class Native(Dialect):
                 name, tag, exclusive=exclusive, on_cancel=on_cancel, callback=channel.callbacks[tag]
             )
         except AccessRefused as exc:
+            if IN_USE not in exc.reply_text:
+                raise
             raise Busy(exc.reply_text) from exc
 
     def subscribe(
@@ -422,6 +425,24 @@ class Native(Dialect):
                 return None
         return states
 
+    def watch(self, channel: Any, on_close: Callable[[Exception], None]) -> None:
+        channel._callbacks[spec.Channel.Close] = partial(self._on_close, channel, on_close)
+
+    def _on_close(
+        self, channel: Any, on_close: Callable[[Exception], None], code: int, text: str, *method: int
+    ) -> None:
+        if not channel.is_open:
+            return
+        _let_close(channel)
+        number = channel.channel_id
+        for consumer in [consumer for consumer in self._receivers if consumer[0] == number]:
+            del self._receivers[consumer]
+        self._frames.disown(number)
+        closed = error_for_code(code, text, method, ChannelError)
+        on_close(closed)
+        # To whoever waits for an answer on it.
+        raise closed
+
     def _register(self, channel: Any, tag: str, receiver: Receiver, on_cancel: Callable[[str], None]) -> None:
         self._receivers[channel.channel_id, tag] = receiver
         channel.callbacks[tag] = lambda raw: receiver([_delivery(raw, tag)])
@@ -461,11 +482,14 @@ class Native(Dialect):
             return
         for tag in tags:
             self._receivers.pop((channel.channel_id, tag), None)
+        # The broker may be closing it too, and answers all the same.
+        channel._callbacks[spec.Channel.Close] = partial(_let_close, channel)
         channel.send_method(spec.Channel.Close, "BsBB", (0, "", 0, 0))
         # What still comes is read and dropped here: nobody else has a use for it.
         self._await(channel, {CLOSE_OK: 1})
         self._frames.disown(channel.channel_id)
-        channel.collect()
+        if channel.is_open:
+            channel.collect()
 
     def delete(
         self, channel: Any, names: Sequence[str], tags: Sequence[str] = (), full: Sequence[str] = ()
@@ -490,10 +514,15 @@ def _has_read_ahead(transport: Any) -> bool:
 
 
 def _let_close(channel: Any, *why: Any) -> None:
-    """Agree to the end of a channel that we have no use for."""
-    channel.send_method(spec.Channel.CloseOk)
-    # What we said to end it is answered too, or we have not said it yet.
-    channel.is_open = False
+    """Agree to the end of a channel.
+
+    Its number is not used again: RabbitMQ 3.10 repeats itself, once a minute, until it has read our answer, and
+    takes a second answer for an error of the protocol.
+    """
+    if channel.is_open:
+        channel.send_method(spec.Channel.CloseOk)
+        # What we said to end it is answered too, or we have not said it yet.
+        channel.is_open = False
 
 
 def _method(channel: Any, signature: tuple[int, int], types: str, arguments: tuple[Any, ...]) -> bytes:

@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Any, Callable, NamedTuple, TypeVar
 from weakref import WeakSet
 
 from amqp.exceptions import PreconditionFailed
-from kombu.exceptions import OperationalError
 from kombu.utils.functional import retry_over_time
 
 from fastres.connections import abandon, establish
-from fastres.errors import ResultTooLarge
+from fastres.errors import BrokerUnreachable, QueueGone, ResultTooLarge, refusal
 from fastres.logs import logger
 from fastres.native import dialect
 from fastres.transport import Post
@@ -90,7 +89,7 @@ class Store:
 
         Raises:
             fastres.errors.ResultTooLarge: the broker does not take a message of this size.
-            kombu.exceptions.OperationalError: the broker was not there for as long as ``retry_policy`` says.
+            fastres.BrokerUnreachable: the broker was not there for as long as ``retry_policy`` says.
         """
         letter = Letter(address, message, declare)
         together = getattr(self._gathered, "letters", None)
@@ -113,6 +112,10 @@ class Store:
     def run(self, operation: Callable[[Writer], T]) -> T:
         """Do something with a connection of this thread's own, and again if it breaks.
 
+        Raises:
+            fastres.AccessRefused: the user lacks a permission.
+            fastres.BrokerUnreachable: the broker was not there for as long as ``retry_policy`` says.
+
         After an exception that may have come in the middle of a frame (a signal's, a killed greenlet's), the
         connection is not used again: the broker takes back what was read over it.
         """
@@ -123,7 +126,10 @@ class Store:
             except writer.errors as exc:
                 result = self._again(writer, operation, exc)
         except BaseException as exc:
-            if not isinstance(exc, (*writer.refusals, ResultTooLarge)):
+            if isinstance(exc, writer.refusals):
+                self._put_back(writer)
+                raise refusal(exc, writer.connection.as_uri()) from exc
+            if not isinstance(exc, ResultTooLarge):
                 writer.drop()
             self._put_back(writer)
             raise
@@ -171,12 +177,14 @@ class Store:
             )  # fmt: skip
         except writer.errors as exc:
             writer.drop()
-            raise OperationalError(f"cannot write to {writer.connection.as_uri()}: {exc}") from exc
+            raise BrokerUnreachable(f"cannot write to {writer.connection.as_uri()}: {exc}") from exc
 
     def close(self) -> None:
         """Close the connections that are not in use."""
-        while self._idle:
-            self._idle.pop().drop()
+        with self._returned:
+            idle, self._idle = self._idle, []
+        for writer in idle:
+            writer.drop()
 
     def abandon(self) -> None:
         """In a forked child: forget the parent's connections, without a word on them."""
@@ -196,7 +204,7 @@ class Writer:
         #: What a connection breaks with.
         self.errors: tuple[type[BaseException], ...] = self.connection.recoverable_connection_errors
         #: What the broker says no with, to an operation that has come to its end.
-        self.refusals: tuple[type[BaseException], ...] = self.connection.channel_errors
+        self.refusals: tuple[type[Exception], ...] = self.connection.channel_errors
         self._speak: Dialect | None = None
         #: When each queue was declared, on the monotonic clock.
         self._declared: dict[str, float] = {}
@@ -247,7 +255,7 @@ class Writer:
             if not returned:
                 return
             letters = [letter for letter in letters if letter.address.name in returned]
-        raise OperationalError(f"queue {letters[0].address.name!r} is deleted as often as it is declared")
+        raise QueueGone(f"queue {letters[0].address.name!r} is deleted as often as it is declared")
 
     def _post(self, letter: Letter, afresh: bool, confirm: bool) -> Post:
         address, message, declare = letter

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from celery import states
 
+from fastres.errors import ResultsGone
 from fastres.inboxes import MARK, TURN, Inbox
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ class Stream(Inbox):
         self._at = 0.0
 
     def __iter__(self) -> Iterator[Arrival]:
-        """Raises: LookupError: some of them are not there."""
+        """Raises: fastres.ResultsGone: some of them are not there."""
         link, left = self.reader.link, self._count
         self._at = time.monotonic()
         link.subscribe(self)
@@ -72,17 +73,18 @@ class Stream(Inbox):
     def awaited(self) -> int:
         return self._prefetch
 
-    def open(self, speak: Dialect) -> None:
+    def _open(self, speak: Dialect) -> None:
         self._news.clear()
-        super().open(speak)
+        super()._open(speak)
 
     def _read(self, left: int) -> None:
         link = self.reader.link
         if self.due is not None and self.due <= time.monotonic():
             link.call(self.open)
+        self.check_access()
         link.read(TURN if self.due is not None else 1.0, lambda: bool(self._news), None)
         if not self._news and time.monotonic() > self._at + PATIENCE:
-            raise LookupError(
+            raise ResultsGone(
                 f"{left} of {self._count} results are not in queue {self.addresses[0].name!r}: they have expired "
                 "(result_expires), were deleted, or were read before"
             )

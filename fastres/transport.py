@@ -80,6 +80,17 @@ class Dialect:
     def hand_back(self) -> None:
         """Let the transport read on from here."""
 
+    @property
+    def channel_errors(self) -> tuple[type[Exception], ...]:
+        """What the broker closes a channel with."""
+        errors: tuple[type[Exception], ...] = self._connection.channel_errors
+        return errors
+
+    @property
+    def uri(self) -> str:
+        """The broker's URL, without the password."""
+        return str(self._connection.as_uri())
+
     def channel(self) -> Any:
         return self._connection.channel()
 
@@ -186,6 +197,12 @@ class Dialect:
     def acknowledge(self, channel: Any, tags: Sequence[Any], all_up_to: int | None) -> None:
         for tag in tags:
             channel.basic_ack(tag)
+
+    def watch(self, channel: Any, on_close: Callable[[Exception], None]) -> None:
+        """Call this when the broker closes a channel, before the error is raised to whoever reads it."""
+
+    def heed(self) -> None:
+        """Notice what the broker has said unasked: that a channel is closed, or that it is short of memory."""
 
     def unlimit(self, channel: Any, tags: Sequence[str]) -> None:
         for tag in tags:

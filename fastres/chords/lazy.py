@@ -40,13 +40,13 @@ class HeaderResults:
         return self._size
 
     def __iter__(self) -> Iterator[Any]:
-        """Raises: LookupError: some of them are not there any more."""
+        """Raises: fastres.ResultsGone: some of them are not there any more."""
         return (meta["result"] for meta in self._metas())
 
     def in_order(self) -> Iterator[Any]:
         """The results in the order of the header. Those that come before their turn are held.
 
-        Raises: LookupError: some of them are not there any more.
+        Raises: fastres.ResultsGone: some of them are not there any more.
         """
         return (meta["result"] for meta in in_order(self._metas(), lambda meta: meta.get("group_index")))
 

@@ -1,0 +1,298 @@
+"""A broker that says no: it closes channels, refuses, has nothing. No wait hangs, and all are told why."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from backend_kit import (
+    ENOUGH,
+    Broker,
+    MakeApp,
+    group_of,
+    ids_of,
+    member_ids,
+    new_ids,
+    page_ids,
+    queue_of,
+    store,
+    store_group,
+    store_member,
+    until,
+)
+from celery import Celery
+from kombu.exceptions import OperationalError
+from kombu.utils.uuid import uuid
+from rabbitmq_node import Node
+
+import fastres
+from fastres.chords.status import ask
+
+#: Seconds for which the impatient broker lets a message be unacknowledged, and until it has surely noticed.
+HELD, NOTICED = 2, 5
+
+
+@pytest.fixture(scope="module")
+def impatient() -> Iterator[Node]:
+    with Node({"consumer_timeout": f"{HELD}000"}, advanced={"channel_tick_interval": "1000"}) as node:
+        yield node
+
+
+@pytest.fixture
+def slow(impatient: Node, make_app: MakeApp) -> Celery:
+    """An application whose broker does not wait long for acknowledgements."""
+    return make_app(impatient.url)
+
+
+def wait_in_thread(get: Any) -> tuple[threading.Thread, list[Any]]:
+    got: list[Any] = []
+
+    def run() -> None:
+        try:
+            got.append(get())
+        except Exception as exc:
+            got.append(exc)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    return thread, got
+
+
+# -- what is held for longer than the broker allows
+
+
+@pytest.mark.usefixtures("both")
+@pytest.mark.parametrize("no_ack", [True, False], ids=["taken", "left"])
+def test_a_slow_loop_over_results(slow: Celery, make_app: MakeApp, impatient: Node, no_ack: bool) -> None:
+    held = group_of(slow, 5)
+    store_group(make_app(impatient.url), held)
+    found = []
+    for _, meta in slow.backend.get_many(ids_of(held), timeout=ENOUGH, no_ack=no_ack):
+        if not found:
+            # Meanwhile this thread reads nothing: the broker's word comes before the next acknowledgement.
+            time.sleep(NOTICED)
+        found.append(meta["result"])
+    assert sorted(found) == list(range(5))
+    again = group_of(slow, 2)
+    store_group(slow, again)
+    assert again.get(timeout=ENOUGH) == [0, 1]
+    assert impatient.queues().get(queue_of(held.id), 0) == (0 if no_ack else 5)
+
+
+@pytest.mark.usefixtures("both")
+def test_a_state_of_a_long_task(slow: Celery, impatient: Node, make_app: MakeApp) -> None:
+    """It is held until a later one comes; the wait of another thread is none of its business."""
+    worker, held, (lone,) = make_app(impatient.url), group_of(slow), page_ids(1)
+    told: list[str] = []
+    waits = [
+        wait_in_thread(lambda: held.get(timeout=30, on_message=lambda meta: told.append(meta["status"]))),
+        wait_in_thread(lambda: slow.AsyncResult(lone).get(timeout=30)),
+    ]
+    store_member(worker, held, 0, {"step": 1}, "PROGRESS")
+    time.sleep(NOTICED)
+    store_member(worker, held, 0, {"step": 2}, "PROGRESS")
+    time.sleep(NOTICED)
+    store_group(worker, held)
+    store(worker, lone, "lone")
+    for thread, _ in waits:
+        thread.join(ENOUGH)
+    assert [got for _, got in waits] == [[[0, 1, 2]], ["lone"]]
+    assert told.count("SUCCESS") == 3
+    assert told[0] == "PROGRESS"
+
+
+@pytest.mark.usefixtures("both")
+def test_a_slow_body_with_results_by_reference(slow: Celery) -> None:
+    held = group_of(slow, 8)
+    store_group(slow, held)
+    found = []
+    for meta in slow.backend.iter_header(held.id, 8):
+        if len(found) in (0, 5):
+            time.sleep(NOTICED)
+        found.append(meta["result"])
+    assert sorted(found) == list(range(8))
+
+
+@pytest.mark.usefixtures("both")
+def test_a_mailbox_that_nobody_reads_for_long(impatient: Node, make_app: MakeApp) -> None:
+    app = make_app(impatient.url, backend="fastres-rpc://")
+    worker = make_app(impatient.url, backend="fastres-rpc://")
+    for _ in range(2):
+        first, second = new_ids(2)
+        app.backend.on_task_call(None, first)
+        store(worker, first, 1, reply_to=app.thread_oid)
+        time.sleep(NOTICED)
+        assert app.AsyncResult(first).get(timeout=ENOUGH) == 1
+        app.backend.on_task_call(None, second)
+        store(worker, second, 2, reply_to=app.thread_oid)
+        assert app.AsyncResult(second).get(timeout=ENOUGH) == 2
+
+
+# -- permissions
+
+#: What a user may: configure, write, read.
+NOTHING, ALL = "^$", ".*"
+LACKING = {
+    "configure": (NOTHING, ALL, ALL),
+    "write": (ALL, NOTHING, ALL),
+    "read": (ALL, ALL, NOTHING),
+}
+
+
+@pytest.fixture(params=LACKING)
+def lacking(request: pytest.FixtureRequest, node: Node) -> Iterator[tuple[str, str, str]]:
+    """Which permission a user lacks, its name, and the URL."""
+    name = f"user-{uuid()}"
+    node.ctl("add_user", name, "secret")
+    node.ctl("set_permissions", name, *LACKING[request.param])
+    yield request.param, name, node.url.replace("guest:guest", f"{name}:secret")
+    node.ctl("delete_user", name)
+
+
+def refused(call: Any) -> None:
+    """That a call is told at once, and why."""
+    start = time.monotonic()
+    with pytest.raises(fastres.AccessRefused, match=r"user 'user-.*set_permissions") as raised:
+        call()
+    assert isinstance(raised.value, fastres.Error)
+    assert "secret" not in str(raised.value)
+    assert time.monotonic() - start < 5
+
+
+@pytest.mark.usefixtures("both")
+def test_a_permission_that_lacks(
+    lacking: tuple[str, str, str], make_app: MakeApp, node: Node, broker: Broker
+) -> None:
+    which, user, url = lacking
+    app, worker = make_app(url), make_app()
+    (there,) = page_ids(1)
+    store(worker, there, "there")
+    (pending,) = page_ids(1)
+    held = group_of(app)
+    store_group(worker, held)
+    gets = [
+        lambda: app.AsyncResult(pending).get(timeout=30),
+        lambda: app.AsyncResult(pending).get(),
+        lambda: app.AsyncResult(there).get(timeout=30),
+        lambda: held.get(timeout=30),
+        lambda: list(app.backend.get_many(ids_of(held))),
+    ]
+    if which == "write":
+        for _ in range(2):
+            refused(lambda: store(app, new_ids(1)[0], 1))
+        assert [app.AsyncResult(there).get(timeout=ENOUGH), held.get(timeout=ENOUGH)] == ["there", [0, 1, 2]]
+        return
+    for get in gets * 2:
+        refused(get)
+    if which == "read":
+        refused(lambda: app.AsyncResult(there).state)
+    else:
+        # A look declares nothing; what stores a result does.
+        assert app.AsyncResult(there).state == "SUCCESS"
+        refused(lambda: store(app, new_ids(1)[0], 1))
+    node.ctl("set_permissions", user, ALL, ALL, ALL)
+    assert app.AsyncResult(there).get(timeout=ENOUGH) == "there"
+    assert held.get(timeout=ENOUGH) == [0, 1, 2]
+
+
+def test_the_least_permissions(node: Node, make_app: MakeApp) -> None:
+    """Those of README."""
+    name = f"user-{uuid()}"
+    node.ctl("add_user", name, "secret")
+    node.ctl("set_permissions", name, r"^fastres\.", r"^amq\.default$", r"^fastres\.")
+    app = make_app(node.url.replace("guest:guest", f"{name}:secret"))
+    ids = [*page_ids(2), "mine", *new_ids(1)]
+    for task_id in ids:
+        store(app, task_id, {"step": 1}, "PROGRESS")
+        assert app.AsyncResult(task_id).state == "PROGRESS"
+        store(app, task_id, task_id)
+        assert app.AsyncResult(task_id).state == "SUCCESS"
+        assert app.AsyncResult(task_id).get(timeout=ENOUGH) == task_id
+        app.AsyncResult(task_id).forget()
+    held = group_of(app)
+    held.save()
+    store_group(app, held)
+    assert app.backend.group_progress(held.id) == 3
+    assert held.get(timeout=ENOUGH) == [0, 1, 2]
+    held.delete()
+    joiner = app.backend.joiner
+    joiner.start()
+    assert [shard.waiting for shard in ask(app.backend, ENOUGH)] == [0]
+    joiner.stop()
+    node.ctl("delete_user", name)
+
+
+@pytest.mark.usefixtures("both")
+def test_a_permission_that_is_taken_away_while_somebody_waits(node: Node, make_app: MakeApp) -> None:
+    name = f"user-{uuid()}"
+    node.ctl("add_user", name, "secret")
+    node.ctl("set_permissions", name, ALL, ALL, ALL)
+    app = make_app(node.url.replace("guest:guest", f"{name}:secret"))
+    held = group_of(app)
+    thread, got = wait_in_thread(lambda: held.get(timeout=30))
+    time.sleep(0.5)
+    node.ctl("set_permissions", name, ALL, ALL, NOTHING)
+    node.ctl("close_all_user_connections", name, "test")
+    thread.join(ENOUGH)
+    assert isinstance(got[0], fastres.AccessRefused)
+    node.ctl("delete_user", name)
+
+
+@pytest.mark.parametrize("lacking", ["configure", "read"], indirect=True)
+def test_a_mailbox_without_a_permission(lacking: tuple[str, str, str], make_app: MakeApp) -> None:
+    app = make_app(lacking[2], backend="fastres-rpc://")
+    for _ in range(2):
+        refused(lambda: app.AsyncResult(new_ids(1)[0]).get(timeout=30))
+
+
+# -- a broker that stands still
+
+
+@pytest.mark.timeout(180)
+def test_results_without_confirms_outlast_a_broker_that_stands_still(make_app: MakeApp) -> None:
+    count, pause = 40_000, 3.0
+    with Node() as node, contextlib.closing(Broker(node.url)) as broker:
+        app = make_app(node.url, result_backend_transport_options={"confirm": False})
+        group_id = uuid()
+        ids = member_ids(group_id, count)
+        store(app, ids[0], 0, group=group_id)
+        pid = int(node.ctl("eval", "os:getpid().").strip().strip('"'))
+
+        def stand_still() -> None:
+            for _ in range(2):
+                os.kill(pid, signal.SIGSTOP)
+                time.sleep(pause)
+                os.kill(pid, signal.SIGCONT)
+                time.sleep(0.2)
+
+        standing = threading.Thread(target=stand_still)
+        standing.start()
+        for number, task_id in enumerate(ids[1:], 1):
+            store(app, task_id, number, group=group_id)
+        standing.join()
+        until(lambda: broker.messages(queue_of(group_id)) == count, 60)
+
+
+# -- what a timeout says
+
+
+def test_a_timeout_says_what_is_known(make_app: MakeApp) -> None:
+    app = make_app()
+    held = group_of(app)
+    store_group(app, held, [1])
+    with pytest.raises(fastres.ResultsMissing, match=r"2 results are missing of 3 .* has nothing more"):
+        held.get(timeout=0.5)
+    away = make_app("amqp://guest:secret@127.0.0.1:1//")
+    with pytest.raises(
+        fastres.ResultsMissing, match=r"cannot reach the broker .*127\.0\.0\.1:1.*refused"
+    ) as unreachable:
+        away.AsyncResult(new_ids(1)[0]).get(timeout=1)
+    assert "secret" not in str(unreachable.value)
+    with pytest.raises(OperationalError):
+        away.backend.store_result(new_ids(1)[0], 1, "SUCCESS")
