@@ -152,6 +152,8 @@ class AMQPBackend(Backend):  # type: ignore[misc]
             self.Exchange,
         )
         self.exchange = self.addresses.exchange
+        # An attribute of the class in Celery 3.1, which subclasses may set.
+        self.retry_policy = {**self.retry_policy, **(self.options.retry_policy or {})}  # type: ignore[misc]
         self.connector = Connector(app, self.url, connection, self.options)
         self._store = Store(
             self.connector.open,

@@ -8,16 +8,18 @@ by the next write that needs it.
 from __future__ import annotations
 
 import contextlib
+import socket
 import struct
 from typing import TYPE_CHECKING, Any, Callable
 
 from amqp import spec
 from amqp.exceptions import ChannelError, error_for_code
 
+from fastres.errors import BrokerUnreachable
 from fastres.transport import Browsed, QueueState
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from fastres._protocols import Delivery, Frame
     from fastres.native import Native
@@ -140,15 +142,14 @@ class Browser:
             self._write(slots)
 
     @contextlib.contextmanager
-    def _patiently(self) -> Any:
-        sock = self._native.socket
-        before = sock.gettimeout()
-        sock.settimeout(PATIENCE)
+    def _patiently(self) -> Iterator[None]:
         try:
-            yield
-        finally:
-            with contextlib.suppress(OSError):
-                sock.settimeout(before)
+            with self._native.patiently(PATIENCE):
+                yield
+        except socket.timeout as exc:
+            raise BrokerUnreachable(
+                f"the broker {self._native.uri} has not answered for {PATIENCE:.0f} seconds"
+            ) from exc
 
 
 class Slot:

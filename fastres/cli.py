@@ -15,6 +15,7 @@ import click
 import kombu
 from celery.bin.base import CeleryCommand, handle_preload_options
 from celery.exceptions import ImproperlyConfigured
+from kombu.exceptions import OperationalError
 from kombu.utils.uuid import uuid
 
 import fastres as package
@@ -56,6 +57,8 @@ def joiner(ctx: Any) -> None:
     """Join chords, until told to stop (Ctrl-C, SIGTERM): as workers do, without running tasks."""
     backend = _backend_with_chords(ctx.obj.app)
     ctx.obj.app.log.setup(loglevel="INFO")
+    with _in_one_line(backend), contextlib.closing(backend.connector.open()) as connection:
+        establish(connection)
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, lambda *_: backend.joiner.stop())
     ctx.obj.echo(f"Joining the chords of {', '.join(_shards(backend))} at {backend.as_uri()}")
@@ -72,11 +75,25 @@ def status(ctx: Any, timeout: float) -> None:
     """Show the open chords: parts that came, parts that are missing, and how old they are."""
     backend = _backend_with_chords(ctx.obj.app)
     silent = False
-    for shard in ask(backend, timeout):
+    with _in_one_line(backend):
+        shards = ask(backend, timeout)
+    for shard in shards:
         silent = silent or shard.open is None
         for line in _describe(shard):
             ctx.obj.echo(line)
     ctx.exit(int(silent))
+
+
+@contextlib.contextmanager
+def _in_one_line(backend: Any) -> Iterator[None]:
+    """Say what is wrong with the broker without a traceback; the exit code is 1."""
+    try:
+        yield
+    except (package.Error, ImproperlyConfigured) as exc:
+        raise click.ClickException(str(exc)) from exc
+    except (OSError, amqp.AMQPError, OperationalError) as exc:
+        uri = backend.connector.open().as_uri()
+        raise click.ClickException(f"cannot reach the broker {uri}: {exc!r}") from exc
 
 
 def _backend_with_chords(app: Any) -> Any:

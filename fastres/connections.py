@@ -6,10 +6,14 @@ import contextlib
 import os
 import socket
 import ssl
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit, urlunsplit
 
-from fastres.errors import BrokerUnreachable
+import amqp.exceptions
+from celery.exceptions import ImproperlyConfigured
+
+from fastres.errors import AccessRefused, BrokerUnreachable
 
 if TYPE_CHECKING:
     from fastres.options import Options
@@ -39,11 +43,14 @@ class Connector:
         self._app = app
         self._given = connection
         self._options = options
-        self._url, self._tls = self._parse(url)
+        # Several brokers stand in one URL, as in Celery's broker_url.
+        parsed = [self._parse(each) for each in (url or "").split(";")]
+        self._url = ";".join(each for each, _ in parsed if each) or None
+        self._tls = any(tls for _, tls in parsed)
 
     @staticmethod
-    def _parse(url: str | None) -> tuple[str | None, bool]:
-        parts = urlsplit(url or "")
+    def _parse(url: str) -> tuple[str | None, bool]:
+        parts = urlsplit(url)
         if parts.scheme not in SCHEMES:
             # "fastres+redis://host" reaches us as "redis://host": any transport of kombu.
             return url or None, False
@@ -73,10 +80,10 @@ class Connector:
             return self._app.connection_for_write()
         if not self._tls:
             return self._app.connection_for_write(self._url)
-        tls = dict(self._options.ssl or self._app.conf.broker_use_ssl or {})
-        url = self._url or self._app.conf.broker_write_url
-        tls.setdefault("server_hostname", urlsplit(url).hostname or "localhost")
-        return self._app.connection_for_write(url, ssl=tls)
+        given = self._options.ssl or self._app.conf.broker_use_ssl
+        # The name that the certificate must have is that of the host: see establish().
+        tls = {"server_hostname": None, **(given if isinstance(given, Mapping) else {})}
+        return self._app.connection_for_write(self._url, ssl=tls)
 
 
 def _where(connection: Any) -> tuple[Any, ...]:
@@ -95,19 +102,45 @@ def establish(connection: Any) -> None:
     """Connect to the broker: each of its URLs is tried once.
 
     Raises:
+        celery.exceptions.ImproperlyConfigured: a file of its TLS settings is not there.
+        fastres.AccessRefused: it does not know the user, or the password is another.
         fastres.BrokerUnreachable: its certificate is not trusted, which no other attempt will change.
-        Exception: one of ``connection.recoverable_connection_errors``.
+        Exception: one of ``connection.connection_errors``.
     """
-    try:
-        connection.ensure_connection(
-            max_retries=max(0, len(connection.alt) - 1), interval_start=0, interval_step=0, interval_max=0,
-            reraise_as_library_errors=False,
-        )  # fmt: skip
-    except ssl.SSLCertVerificationError as exc:
-        raise BrokerUnreachable(
-            f"the certificate of {connection.as_uri()} is not trusted: {exc.verify_message}; "
-            "ca_certs of broker_use_ssl, or of ssl in result_backend_transport_options, names who is"
-        ) from exc
+    for left in reversed(range(max(1, len(connection.alt)))):
+        _prepare_tls(connection)
+        try:
+            connection.ensure_connection(
+                max_retries=0, interval_start=0, interval_step=0, interval_max=0, reraise_as_library_errors=False
+            )
+        except ssl.SSLCertVerificationError as exc:
+            raise BrokerUnreachable(
+                f"the certificate of {connection.as_uri()} is not trusted: {exc.verify_message}; "
+                "ca_certs of broker_use_ssl, or of ssl in result_backend_transport_options, names who is"
+            ) from exc
+        except amqp.exceptions.AccessRefused as exc:
+            raise AccessRefused(f"the broker {connection.as_uri()} says: {exc.reply_text}") from exc
+        except connection.connection_errors:
+            if not left:
+                raise
+            connection.maybe_switch_next()
+        else:
+            return
+
+
+def _prepare_tls(connection: Any) -> None:
+    tls = connection.ssl
+    if not isinstance(tls, dict):
+        return
+    for name in ("ca_certs", "certfile", "keyfile"):
+        if tls.get(name) and not os.path.exists(tls[name]):
+            raise ImproperlyConfigured(
+                f"TLS to {connection.as_uri()}: there is no file {tls[name]!r}, which {name} names "
+                "(broker_use_ssl, or ssl in result_backend_transport_options)"
+            )
+    if tls.get("server_hostname", "") is None:
+        # kombu would have 127.0.0.1 for localhost, and keep the name of the first of several hosts.
+        connection.ssl = {**tls, "server_hostname": connection.hostname or "localhost"}
 
 
 def abandon(connection: Any) -> None:

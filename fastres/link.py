@@ -68,8 +68,8 @@ class Link:
 
     Args:
         connect: returns a kombu connection, not yet established.
-        retry_policy: ``max_retries``, ``interval_start``, ``interval_step``, ``interval_max`` (seconds). A wait
-            seeks a connection that was lost for as long as it lasts.
+        retry_policy: ``max_retries``, ``interval_start``, ``interval_step``, ``interval_max``, and perhaps
+            ``timeout`` (seconds). A wait seeks a connection that was lost for as long as it lasts.
     """
 
     def __init__(self, connect: Callable[[], Any], retry_policy: dict[str, Any]) -> None:
@@ -80,6 +80,7 @@ class Link:
         self._seeking: Any = None
         self._established = False
         self._failures = 0
+        self._seeking_since = 0.0
         #: What went wrong the last time.
         self._why_not = "cannot reach the broker in so short a time"
         self._retry_at = 0.0
@@ -90,7 +91,8 @@ class Link:
         self._reader = threading.Lock()
         self._reading: int | None = None
         self._news = threading.Condition()
-        self._count = threading.Lock()
+        # Reentrant: the garbage collector may end a wait of this thread at any line.
+        self._count = threading.RLock()
         self._wanted = 0
         self._bell: tuple[socket.socket, socket.socket] | None = None
 
@@ -115,7 +117,7 @@ class Link:
                 if speak is not None:
                     connection = self._connection
                     try:
-                        with self._patiently(speak, deadline), self._whole(connection):
+                        with _patiently(speak, deadline), self._whole(connection):
                             speak.hand_back()
                             return operation(speak)
                     except connection.connection_errors as exc:
@@ -138,7 +140,7 @@ class Link:
             if speak is None:
                 return
             try:
-                with self._patiently(speak, deadline), self._whole(connection):
+                with _patiently(speak, deadline), self._whole(connection):
                     if reads:
                         speak.hand_back()
                     operation(speak)
@@ -296,10 +298,10 @@ class Link:
             establish(connection)
             speak = dialect(connection)
             self._connection, self._speak, self._seeking = connection, speak, None
-            with self._patiently(speak, deadline):
+            with _patiently(speak, deadline):
                 for subscriber in list(self._subscribers):
                     subscriber.open(speak)
-        except connection.recoverable_connection_errors as exc:
+        except connection.connection_errors as exc:
             self._failed(connection, exc, deadline)
             return None
         except BaseException:
@@ -316,10 +318,14 @@ class Link:
     def _failed(self, connection: Any, exc: BaseException, deadline: float | None) -> None:
         policy = self._retry_policy
         self._failures += 1
+        if self._failures == 1:
+            self._seeking_since = time.monotonic()
         self._why_not = f"cannot reach the broker {connection.as_uri()}: {exc!r}"
         self._drop()
         patient = self._established and deadline is not None
-        if _passed(deadline) or (not patient and self._failures > policy["max_retries"]):
+        sought = time.monotonic() - self._seeking_since
+        gives_up = self._failures > policy["max_retries"] or sought >= policy.get("timeout", math.inf)
+        if _passed(deadline) or (gives_up and not patient):
             self._failures = 0
             raise BrokerUnreachable(self._why_not) from exc
         logger.warning("Trying again: %s", self._why_not)
@@ -359,23 +365,6 @@ class Link:
             time.sleep(pause)
         if _passed(deadline):
             raise BrokerUnreachable(self._why_not)
-
-    @staticmethod
-    @contextlib.contextmanager
-    def _patiently(speak: Dialect, deadline: float | None) -> Iterator[None]:
-        """Let an operation wait for answers of the broker no longer than makes sense."""
-        if not isinstance(speak, Native):
-            yield
-            return
-        sock = speak.socket
-        before = sock.gettimeout()
-        sock.settimeout(_left(deadline, PATIENCE) + LENIENCE)
-        try:
-            yield
-        finally:
-            # It may have been closed meanwhile.
-            with contextlib.suppress(OSError):
-                sock.settimeout(before)
 
     # -- reading
 
@@ -445,3 +434,8 @@ def _left(deadline: float | None, most: float) -> float:
 
 def _passed(deadline: float | None) -> bool:
     return deadline is not None and time.monotonic() >= deadline
+
+
+def _patiently(speak: Dialect, deadline: float | None) -> contextlib.AbstractContextManager[None]:
+    """Let an operation wait for answers of the broker no longer than makes sense."""
+    return speak.patiently(_left(deadline, PATIENCE) + LENIENCE)

@@ -45,6 +45,8 @@ EMPTY = 4
 LARGE, REST = 200, 4
 #: Seconds for which a result that was seen beside another one is known.
 KNOWN_FOR = 1.0
+#: Seconds for which it is remembered what a queue held that is not looked at any more.
+KEPT_FOR = 60.0
 #: Groups of which it is remembered how many results have come, and queues of which some results are forgotten.
 REMEMBERED = 1000
 
@@ -271,6 +273,11 @@ class Looks:
     def _snapshot(self, address: Address) -> Snapshot:
         snapshot: Snapshot | None = self._snapshots.get(address.name)
         if snapshot is None:
+            # A large group's takes memory for as long as it is kept.
+            before = time.monotonic() - KEPT_FOR
+            for name, other in list(self._snapshots.items()):
+                if 0 < other.at < before:
+                    self._snapshots.pop(name, None)
             snapshot = self._snapshots[address.name] = Snapshot(address)
         return snapshot
 

@@ -24,7 +24,7 @@ from fastres.logs import logger
 from fastres.transport import Busy, Dialect, QueueState, is_open, make_delivery
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
+    from collections.abc import Collection, Iterator, Sequence
 
     from fastres._protocols import Delivery, Frame
     from fastres.transport import Browsed, Post, Receiver
@@ -315,6 +315,21 @@ class Native(Dialect):
 
     def _on_return(self, exc: BaseException, exchange: str, routing_key: str, message: Any) -> None:
         self._returned.add(routing_key)
+
+    @contextlib.contextmanager
+    def patiently(self, seconds: float) -> Iterator[None]:
+        sock = self.socket
+        before = sock.gettimeout()
+        sock.settimeout(seconds)
+        try:
+            yield
+        finally:
+            # It may have been closed meanwhile.
+            with contextlib.suppress(OSError):
+                sock.settimeout(before)
+
+    def limit(self, seconds: float) -> None:
+        self.socket.settimeout(seconds)
 
     def heed(self) -> None:
         if detect_environment() != "default":

@@ -15,6 +15,8 @@ __all__ = ("Options",)
 
 #: What an option may be that has a few values.
 CHOICES = {"task_ids": ("fastres", "celery"), "take": ("joins", "always", "never")}
+#: What ``retry_policy`` has.
+RETRY = ("max_retries", "interval_start", "interval_step", "interval_max", "timeout")
 #: Names that begin with "amq." are the broker's; the names of queues end 255 bytes from here.
 NAMESPACE = re.compile(r"(?!amq\.)[\w.-]{1,100}", re.ASCII)
 
@@ -48,18 +50,21 @@ class Options:
     prefetch: int = 2000
     #: Largest size of a compressed result once unpacked, in bytes.
     max_unpacked_size: int = 1 << 30
+    #: How long to seek a broker that cannot be reached, over the defaults: ``max_retries``, ``interval_start``,
+    #: ``interval_step``, ``interval_max`` and ``timeout`` (seconds in all), as for Celery's Redis backend.
+    retry_policy: Mapping[str, Any] | None = field(default=None, hash=False)
     #: TLS settings of a ``fastress://`` connection, as ``broker_use_ssl`` takes them.
     ssl: Mapping[str, Any] | None = field(default=None, hash=False)
 
     def __post_init__(self) -> None:
         expected: dict[str, Any] = {
             "namespace": str, "confirm": bool, "task_ids": str, "take": str, "keep_chord_results": bool,
-            "prefetch": int, "max_unpacked_size": int, "ssl": Mapping,
+            "prefetch": int, "max_unpacked_size": int, "ssl": Mapping, "retry_policy": Mapping,
             "chord_shards": int, "chord_joiner": bool, "chord_renewal": int,
         }  # fmt: skip
         for name, kind in expected.items():
             value = getattr(self, name)
-            if value is None and name in ("namespace", "ssl"):
+            if value is None and name in ("namespace", "ssl", "retry_policy"):
                 continue
             if not isinstance(value, kind) or (kind is int and (isinstance(value, bool) or value < 1)):
                 what = "a positive int" if kind is int else f"a {kind.__name__.lower()}"
@@ -77,6 +82,13 @@ class Options:
                 "result_backend_transport_options: namespace has 1 to 100 letters, digits, '.', '_' or '-', "
                 f"and does not begin with 'amq.', not {self.namespace!r}"
             )
+        for name, value in (self.retry_policy or {}).items():
+            number = isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0
+            if name not in RETRY or not number:
+                raise ImproperlyConfigured(
+                    "result_backend_transport_options: retry_policy has numbers from 0 on for "
+                    f"{', '.join(RETRY)}, not {name!r}: {value!r}"
+                )
         for name, limit in (("prefetch", 65535), ("max_unpacked_size", sys.maxsize)):
             if getattr(self, name) > limit:
                 raise ImproperlyConfigured(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import socket
 import threading
 import time
 from typing import TYPE_CHECKING, Any, Callable, NamedTuple, TypeVar
@@ -35,6 +36,10 @@ DECLARED_FOR = 60.0
 #: Bodies from this size, in bytes, are confirmed whatever the option says: it is how their refusal is noticed.
 LARGE = 1 << 20
 
+#: Seconds that the broker may take to take in a message and to confirm it: an alarm of its memory, or of its disk,
+#: holds all of them back until it is over.
+CONFIRMED = 300.0
+
 #: Seconds between two looks for a connection that its thread has lost.
 LOST = 1.0
 
@@ -57,7 +62,8 @@ class Store:
     Args:
         connect: returns a kombu connection, not yet established.
         addresses: the backend's addresses.
-        retry_policy: ``max_retries``, ``interval_start``, ``interval_step``, ``interval_max`` (seconds).
+        retry_policy: ``max_retries``, ``interval_start``, ``interval_step``, ``interval_max``, and perhaps
+            ``timeout`` (seconds).
         confirm: wait for the broker's confirm.
         limit: how many connections the threads of this process may open.
     """
@@ -128,7 +134,10 @@ class Store:
         except BaseException as exc:
             if isinstance(exc, writer.refusals):
                 self._put_back(writer)
-                raise refusal(exc, writer.connection.as_uri()) from exc
+                said = refusal(exc, writer.connection.as_uri())
+                if said is exc:
+                    raise
+                raise said from exc
             if not isinstance(exc, ResultTooLarge):
                 writer.drop()
             self._put_back(writer)
@@ -174,6 +183,7 @@ class Store:
                 attempt, writer.errors, errback=on_error,
                 max_retries=policy["max_retries"], interval_start=policy["interval_start"],
                 interval_step=policy["interval_step"], interval_max=policy["interval_max"],
+                timeout=policy.get("timeout"),
             )  # fmt: skip
         except writer.errors as exc:
             writer.drop()
@@ -202,7 +212,7 @@ class Writer:
         self._store = store
         self.connection = store._connect()
         #: What a connection breaks with.
-        self.errors: tuple[type[BaseException], ...] = self.connection.recoverable_connection_errors
+        self.errors: tuple[type[BaseException], ...] = self.connection.connection_errors
         #: What the broker says no with, to an operation that has come to its end.
         self.refusals: tuple[type[Exception], ...] = self.connection.channel_errors
         self._speak: Dialect | None = None
@@ -213,6 +223,7 @@ class Writer:
         if self._speak is None:
             establish(self.connection)
             self._speak = dialect(self.connection)
+            self._speak.limit(CONFIRMED)
         return self._speak
 
     def drop(self) -> None:
@@ -240,6 +251,11 @@ class Writer:
             posts = [self._post(letter, afresh, confirm) for letter in letters]
             try:
                 returned = speak.publish(posts, confirm)
+            except socket.timeout as exc:
+                raise BrokerUnreachable(
+                    f"the broker {speak.uri} has not taken a message to {letters[0].address.name!r} for "
+                    f"{CONFIRMED:.0f} seconds: it stands still, or an alarm (memory, disk) makes it wait"
+                ) from exc
             except PreconditionFailed as exc:
                 if len(letters) == 1:
                     limit = SIZE_LIMIT.search(exc.reply_text or "")

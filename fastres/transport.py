@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from functools import partial
 from typing import TYPE_CHECKING, Any, Callable, NamedTuple
 
@@ -200,6 +201,13 @@ class Dialect:
 
     def watch(self, channel: Any, on_close: Callable[[Exception], None]) -> None:
         """Call this when the broker closes a channel, before the error is raised to whoever reads it."""
+
+    def patiently(self, seconds: float) -> contextlib.AbstractContextManager[None]:
+        """Wait no longer than so many seconds for what the broker says next: else ``socket.timeout``."""
+        return contextlib.nullcontext()
+
+    def limit(self, seconds: float) -> None:
+        """The same from now on, and for what is written."""
 
     def heed(self) -> None:
         """Notice what the broker has said unasked: that a channel is closed, or that it is short of memory."""

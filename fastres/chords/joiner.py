@@ -21,6 +21,7 @@ from fastres.chords.forks import busy
 from fastres.chords.reducer import LARGE
 from fastres.chords.shard import Shard
 from fastres.connections import abandon, establish
+from fastres.errors import Error
 from fastres.logs import logger
 from fastres.native import Native, dialect
 from fastres.store import SIZE_LIMIT
@@ -213,8 +214,10 @@ class Joiner:
             self.careful = len(firing) > 1
             if not self.careful:
                 self._refused[firing[0].id] = getattr(exc, "reply_text", None) or repr(exc)
-        elif isinstance(exc, (*self.lost, *channel_errors)):
-            logger.warning("The joiner of chords has lost the broker, and connects again: %r", exc)
+        elif isinstance(exc, (*self.lost, *channel_errors, Error)):
+            what = "cannot reach" if self._speak is None else "has lost"
+            where = "" if self._connection is None else f" {self._connection.as_uri()}"
+            logger.warning("The joiner of chords %s the broker%s, and tries again: %r", what, where, exc)
         else:
             logger.exception("The joiner of chords starts again: %r", exc)
 

@@ -279,6 +279,47 @@ def test_results_without_confirms_outlast_a_broker_that_stands_still(make_app: M
         until(lambda: broker.messages(queue_of(group_id)) == count, 60)
 
 
+def test_a_broker_that_stands_still_is_waited_for_until_an_end(
+    own_node: Node, make_app: MakeApp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fastres.browse.PATIENCE", 1.0)
+    monkeypatch.setattr("fastres.store.CONFIRMED", 1.0)
+    app = make_app(own_node.url)
+    there, later = page_ids(2)
+    store(app, there, "there")
+    assert app.AsyncResult(there).state == "SUCCESS"
+    pid = int(own_node.ctl("eval", "os:getpid().").strip().strip('"'))
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        for call in (lambda: app.AsyncResult(later).state, lambda: store(app, later, "later")):
+            start = time.monotonic()
+            # A new connection for each, that is not even greeted any more, has a time limit of its own.
+            with pytest.raises(fastres.BrokerUnreachable, match="has not"):
+                call()
+            assert time.monotonic() - start < 3
+            os.kill(pid, signal.SIGCONT)
+            store(app, there, "there")
+            os.kill(pid, signal.SIGSTOP)
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    store(app, later, "later")
+    assert app.AsyncResult(later).get(timeout=ENOUGH) == "later"
+
+
+@pytest.mark.parametrize("policy", [{"max_retries": 1}, {"timeout": 0.5}], ids=str)
+def test_how_long_a_broker_is_sought_is_an_option(make_app: MakeApp, policy: dict[str, float]) -> None:
+    app = make_app("amqp://guest:secret@127.0.0.1:1//", result_backend_transport_options={"retry_policy": policy})
+    for call in (
+        lambda: app.AsyncResult(new_ids(1)[0]).state,
+        lambda: app.AsyncResult(new_ids(1)[0]).get(),
+        lambda: store(app, new_ids(1)[0], 1),
+    ):
+        start = time.monotonic()
+        with pytest.raises(fastres.BrokerUnreachable, match=r"127\.0\.0\.1:1"):
+            call()
+        assert time.monotonic() - start < 5
+
+
 # -- what a timeout says
 
 

@@ -1,4 +1,4 @@
-"""``celery -A proj fastres doctor``: what it says, and its exit code."""
+"""``celery -A proj fastres ...``: what the commands say of a broker, and their exit codes."""
 
 from __future__ import annotations
 
@@ -14,14 +14,16 @@ from rabbitmq_node import Node
 import fastres
 
 
-def doctor(folder: Path, broker: str, backend: str = "fastres://", conf: str = "{}") -> tuple[int, str]:
+def doctor(
+    folder: Path, broker: str, backend: str = "fastres://", conf: str = "{}", command: str = "doctor"
+) -> tuple[int, str]:
     (folder / "patient.py").write_text(
         "from celery import Celery\n"
         f"app = Celery(broker={broker!r}, backend={backend!r})\n"
         f"app.conf.update({conf})\n"
     )
     done = subprocess.run(
-        [sys.executable, "-m", "celery", "-A", "patient", "--no-color", "fastres", "doctor"],
+        [sys.executable, "-m", "celery", "-A", "patient", "--no-color", "fastres", command],
         cwd=folder, env={**os.environ, "PYTHONPATH": str(folder)}, capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     return done.returncode, done.stdout + done.stderr
@@ -76,3 +78,23 @@ def test_results_that_never_expire_are_warned_of(node: Node, tmp_path: Path) -> 
     code, said = doctor(tmp_path, node.url, conf="{'result_expires': None}")
     assert code == 0
     assert "warn result_expires" in said
+
+
+@pytest.mark.parametrize("command", ["status", "joiner"])
+@pytest.mark.parametrize(
+    ("broker", "text"),
+    [
+        ("amqp://guest:secret@127.0.0.1:1//", "Connection refused"),
+        ("amqp://guest:secret@127.0.0.1:{port}//", "ACCESS_REFUSED"),
+        ("amqp://guest:guest@127.0.0.1:{port}/nowhere", "vhost nowhere not found"),
+    ],
+)
+def test_what_is_wrong_is_one_line(node: Node, tmp_path: Path, command: str, broker: str, text: str) -> None:
+    code, said = doctor(tmp_path, broker.format(port=node.port), command=command)
+    assert code == 1
+    *_, last = said.splitlines()
+    assert last.startswith("Error: ")
+    assert text in last
+    assert "guest:**@127.0.0.1" in last
+    assert "Traceback" not in said
+    assert "secret" not in said

@@ -10,12 +10,14 @@ import pytest
 from backend_kit import queue_of, takes, unlearn, until
 from celery import Celery, chain, chord, group, uuid
 from celery.contrib.testing.worker import start_worker
-from celery.exceptions import ChordError, TimeoutError
+from celery.exceptions import ChordError, ImproperlyConfigured, TimeoutError
 from celery.result import GroupResult
 from kombu.exceptions import OperationalError
 from proj import OutOfStockError, add, fail, gated, progress, tsum
 from rabbitmq_node import Node, Redis
 from workers import Worker, adds, client, python, sums
+
+import fastres
 
 SECONDS = 20
 
@@ -184,6 +186,47 @@ def test_tls_without_the_authority(tls_node: Node, node: Node) -> None:
     with client(node.url, url) as app, pytest.raises(OperationalError, match=r"is not trusted: .*self-signed"):
         app.backend.store_result("unchecked", 1, "SUCCESS")
     assert time.monotonic() - start < SECONDS / 2, "it was tried again, as if that could help"
+
+
+@pytest.mark.parametrize("given", [True, {}])
+def test_tls_with_the_systems_authorities(tls_node: Node, node: Node, given: Any) -> None:
+    url = f"fastress://guest:guest@127.0.0.1:{tls_node.tls_port}//"
+    with client(node.url, url) as app:
+        app.conf.broker_use_ssl = given
+        with pytest.raises(fastres.BrokerUnreachable, match="is not trusted"):
+            app.backend.store_result("unchecked", 1, "SUCCESS")
+
+
+def test_tls_with_a_file_that_is_not_there(tls_node: Node, node: Node) -> None:
+    url = f"fastress://guest:guest@127.0.0.1:{tls_node.tls_port}//"
+    options = {"ssl": {"ca_certs": "/nowhere/ca.pem"}}
+    with client(node.url, url, result_backend_transport_options=options) as app, takes(0, late=SECONDS / 4):
+        for call in (lambda: app.backend.store_result("x", 1, "SUCCESS"), lambda: app.AsyncResult("x").get()):
+            with pytest.raises(ImproperlyConfigured, match=r"no file '/nowhere/ca\.pem', which ca_certs names"):
+                call()
+
+
+def test_several_brokers_over_tls(tls_node: Node, node: Node) -> None:
+    """The name in the certificate is that of the host that is connected to."""
+    hosts = ("nowhere.invalid:1", f"localhost:{tls_node.tls_port}", f"127.0.0.1:{tls_node.tls_port}")
+    for some in (hosts, hosts[::2], hosts[::-1]):
+        url = ";".join(f"fastress://guest:guest@{host}//" for host in some)
+        with client(
+            node.url, url, result_backend_transport_options={"ssl": {"ca_certs": tls_node.ca_file}}
+        ) as app:
+            task_id = uuid()
+            app.backend.store_result(task_id, "there", "SUCCESS")
+            assert app.AsyncResult(task_id).get(timeout=SECONDS) == "there"
+
+
+def test_a_password_that_is_wrong(node: Node) -> None:
+    with (
+        client(node.url, node.url.replace("amqp://guest:guest", "fastres://guest:secret")) as app,
+        takes(0, late=SECONDS / 4),
+    ):
+        for call in (lambda: app.backend.store_result("x", 1, "SUCCESS"), lambda: app.AsyncResult("x").get()):
+            with pytest.raises(fastres.AccessRefused, match=r"guest:\*\*@.*Login was refused"):
+                call()
 
 
 def test_tls_of_a_large_result(tls_node: Node, node: Node) -> None:

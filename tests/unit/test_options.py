@@ -27,6 +27,7 @@ def test_defaults() -> None:
         "chord_renewal": 600,
         "prefetch": 2000,
         "max_unpacked_size": 1 << 30,
+        "retry_policy": None,
         "ssl": None,
     }
 
@@ -50,6 +51,8 @@ def test_defaults() -> None:
         ("prefetch", 65535),
         ("max_unpacked_size", 1),
         ("max_unpacked_size", 1 << 40),
+        ("retry_policy", {"max_retries": 2, "timeout": 5.0}),
+        ("retry_policy", None),
         ("ssl", {"ca_certs": "ca.pem"}),
         ("ssl", None),
     ],
