@@ -6,7 +6,7 @@ import contextlib
 import os
 import socket
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from datetime import datetime, timezone
 from operator import itemgetter
 from typing import Any, Callable, ClassVar
@@ -417,13 +417,15 @@ class AMQPBackend(Backend):  # type: ignore[misc]
     ) -> Meta:
         join = Join([task_id], ready_states, timeout)
         take = self._takes(no_ack, alone=True)
-        for _, meta in self._results(join, take, ready_states, on_interval=on_interval, on_message=on_message):
-            # As Celery's other backends do after each message: AsyncResult.get looks at the parents there, and
-            # raises what made a chord's header fail instead of the ChordError of its body.
-            if on_interval is not None:
-                on_interval()
-            return meta
-        raise AssertionError("a wait ends with a result or with an exception")
+        results = self._results(join, take, ready_states, on_interval=on_interval, on_message=on_message)
+        with contextlib.closing(results):
+            _, meta = next(results)
+        # As Celery's other backends do after each message: AsyncResult.get looks at the parents there, and raises
+        # what made a chord's header fail instead of the ChordError of its body. Not before the end of the wait:
+        # the parents' results may be in the same queue.
+        if on_interval is not None:
+            on_interval()
+        return meta
 
     def get_many(
         self,
@@ -521,7 +523,7 @@ class AMQPBackend(Backend):  # type: ignore[misc]
         on_interval: Callable[[], Any] | None = None,
         on_message: Callable[[Meta], Any] | None = None,
         rounds: int | None = None,
-    ) -> Iterator[tuple[str, Meta]]:
+    ) -> Generator[tuple[str, Meta], None, None]:
         """Final results of tasks as they come, each handed over when the next one is asked for."""
         if not join.aggregate:
             return

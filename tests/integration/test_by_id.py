@@ -19,7 +19,7 @@ from celery.exceptions import ChordError, NotRegistered, TaskRevokedError, Timeo
 from celery.result import AsyncResult, GroupResult
 from kombu import Exchange, Queue
 from kombu.utils.uuid import uuid
-from proj import add, dies_afterwards, dies_with_its_worker, echo, gated, slow, tsum
+from proj import OutOfStockError, add, dies_afterwards, dies_with_its_worker, echo, fail, gated, slow, tsum
 from rabbitmq_node import Node, Redis
 from workers import Worker, adds, python, start_python, sums
 
@@ -296,6 +296,14 @@ def test_a_chord_of_a_group_of_chains(app: Celery) -> None:
     assert sent.get(timeout=SECONDS) == 7
     code = "print(json.dumps([app.AsyncResult(id).get(timeout=15) for id in args[0]]))"
     assert elsewhere(app, code, [part.id for part in sent.parent.results]) == [3, 4]
+
+
+def test_what_made_a_header_fail_is_raised(app: Celery) -> None:
+    """Whoever waits for the body looks at its parents, whose results are beside the one that he has just read."""
+    for size in range(8):
+        result = chord([fail.si("apples"), *adds(size)])(tsum.s())
+        with pytest.raises(OutOfStockError):
+            result.get(timeout=SECONDS)
 
 
 def test_a_member_and_its_group_at_the_same_time(app: Celery, tmp_path: Any) -> None:
