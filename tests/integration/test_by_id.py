@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from backend_kit import until
-from celery import VERSION, Celery, chord, group, states
+from backend_kit import CELERY, until
+from celery import Celery, chord, group, states
 from celery.contrib.abortable import AbortableAsyncResult
 from celery.exceptions import ChordError, NotRegistered, TaskRevokedError, TimeoutError
 from celery.result import AsyncResult, GroupResult
@@ -166,7 +166,7 @@ def test_members_that_are_revoked_while_they_wait(app: Celery, node: Node) -> No
     assert len(node.queues()) <= before + 2
 
 
-@pytest.mark.skipif(VERSION < (5, 7), reason="this Celery stores that the worker was lost")
+@pytest.mark.skipif(CELERY < (5, 7), reason="this Celery stores that the worker was lost")
 def test_a_worker_that_is_lost_after_a_success(app: Celery, worker: Worker, tmp_path: Path) -> None:
     result = dies_afterwards.delay(str(tmp_path / "runs"))
     # The worker looks for the result in its main process.
