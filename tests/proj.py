@@ -181,6 +181,12 @@ def progress(self: Any, steps: int, pause: float = 0.05) -> int:
     return steps
 
 
+@shared_task(bind=True, soft_time_limit=1)
+def progress_without_end(self: Any) -> None:
+    while True:
+        self.update_state(state="PROGRESS", meta={"at": time.time()})
+
+
 @shared_task(bind=True)
 def ids(self: Any) -> Json:
     request = self.request

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import random
+import signal
 import sys
 import threading
 from collections.abc import Iterator
@@ -12,6 +14,10 @@ from typing import Any, Callable
 
 import pytest
 from backend_kit import ENOUGH, Broker, MakeApp, group_of, new_ids, page_ids, store, store_group, until
+from celery.exceptions import SoftTimeLimitExceeded
+from proj import add, progress_without_end
+from rabbitmq_node import Node
+from workers import Worker
 
 from fastres.ids import queue_name
 
@@ -213,3 +219,77 @@ def test_many_interrupted_threads_leave_room_for_others(make_app: MakeApp) -> No
         thread.start()
         thread.join()
     look()
+
+
+# -- signals, at moments that nobody chooses
+
+#: How often the timer of a process goes off in all.
+SIGNALS = 500
+
+
+class Alarm(Exception):
+    """As ``SoftTimeLimitExceeded``: raised by the handler of a signal."""
+
+
+@contextlib.contextmanager
+def alarms(seed: int) -> Iterator[Callable[[Callable[[], Any]], Any]]:
+    """Gives what does something with a timer that goes off meanwhile, or soon after."""
+    moments = random.Random(seed)
+
+    def on_alarm(*args: Any) -> None:
+        raise Alarm
+
+    def do(operation: Callable[[], Any]) -> Any:
+        try:
+            try:
+                signal.setitimer(signal.ITIMER_REAL, moments.uniform(0.0001, 0.006))
+                return operation()
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+        except Alarm:
+            return None
+
+    before = signal.signal(signal.SIGALRM, on_alarm)
+    try:
+        yield do
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.timeout(180)
+def test_signals_at_any_moment(make_app: MakeApp, broker: Broker) -> None:
+    """Nothing is lost, nothing is stuck, nobody consumes: of stores, looks, waits and joins."""
+    app, other = make_app(), make_app()
+    lone, pages = page_ids(40), set()
+    for task_id in lone:
+        store(other, task_id, task_id)
+        pages.add(queue_name(task_id))
+    with alarms(seed=9) as do:
+        for number in range(SIGNALS):
+            task_id = lone[number % len(lone)]
+            own = new_ids(1)[0]
+            held = group_of(app, 5)
+            store_group(other, held)
+            do(lambda: store(app, own, "own"))
+            do(lambda: app.AsyncResult(task_id).state)
+            do(lambda: app.AsyncResult(task_id).get(timeout=5))
+            do(lambda: held.get(timeout=5))
+            # What was interrupted goes on: with what was handed over before, and what is in the queue.
+            assert held.get(timeout=ENOUGH) == list(range(5))
+            store(app, own, "own")
+            assert app.AsyncResult(own).get(timeout=ENOUGH) == "own"
+    for task_id in lone:
+        assert app.AsyncResult(task_id).get(timeout=ENOUGH) == task_id
+        assert other.AsyncResult(task_id).state == "SUCCESS"
+    gc.collect()
+    until(lambda: is_clean(broker, sorted(pages), len(lone)), ENOUGH)
+
+
+def test_a_task_that_reports_until_its_time_is_over(node: Node) -> None:
+    """Its process is used again, and so are its connections."""
+    with Worker(node.url, concurrency=1) as worker, worker.client():
+        for _ in range(5):
+            with pytest.raises(SoftTimeLimitExceeded):
+                progress_without_end.delay().get(timeout=ENOUGH)
+            assert add.delay(1, 2).get(timeout=ENOUGH) == 3
