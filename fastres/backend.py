@@ -556,7 +556,12 @@ class AMQPBackend(Backend):  # type: ignore[misc]
                 raise
             raise self._reader.time_is_over(join, exc) from exc
         finally:
-            self._reader.leave(join)
+            # Outside of the method: a signal may come before its first line.
+            try:
+                self._reader.leave(join)
+            except BaseException:
+                self._reader.abandon(join)
+                raise
 
     def iter_header(self, group_id: str, count: int) -> Iterator[Meta]:
         """The metas of so many results of a group, whichever tasks they are of, as they come; each is taken.

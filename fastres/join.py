@@ -276,7 +276,7 @@ class Reader:
             self.link.subscribe(feed, join.deadline)
 
     def leave(self, join: Join) -> None:
-        """End a join, however it ended."""
+        """End a join, however it ended; :meth:`abandon` it if that is interrupted."""
         ended: list[Feed] = []
 
         def leave() -> None:
@@ -290,16 +290,12 @@ class Reader:
                     self.link.unsubscribe(inbox, inbox.close, deadline)
                     ended.append(inbox)
 
-        try:
-            self.link.soon(leave)
-            for feed in ended:
-                for address, task_ids in feed.to_take().items():
-                    self._take(address, task_ids)
-        except BaseException:
-            self._abandon(join)
-            raise
+        self.link.soon(leave)
+        for feed in ended:
+            for address, task_ids in feed.to_take().items():
+                self._take(address, task_ids)
 
-    def _abandon(self, join: Join) -> None:
+    def abandon(self, join: Join) -> None:
         """The end of a join was interrupted: nothing of it may stay behind, with what others wait for."""
         left: list[Inbox] = []
         for inbox in join.inboxes:

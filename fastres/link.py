@@ -46,6 +46,8 @@ FEW = 50
 #: Seconds after which a broker that does not answer is taken to be gone, and how far over a deadline that may go.
 PATIENCE = 30.0
 LENIENCE = 0.2
+#: Seconds after which whoever waits for another thread looks for himself.
+UNTOLD = 0.1
 #: How often an operation is tried again when the connection breaks under it.
 ATTEMPTS = 5
 
@@ -86,10 +88,12 @@ class Link:
         self._retry_at = 0.0
         self._subscribers: list[Subscriber] = []
         self._deferred: deque[Callable[[], object]] = deque()
-        # _io: who talks to the broker. _reader: who reads for all. _news: a batch was handed on.
-        self._io = threading.RLock()
-        self._reader = threading.Lock()
+        # The threads who talk to the broker, and who read for all. No locks: after a signal's exception between
+        # getting a lock and noting that it was got nobody would give it back. Whom these name has it.
+        self._talking: int | None = None
         self._reading: int | None = None
+        #: When somebody has ended to talk; when a batch was handed on.
+        self._silent = threading.Condition()
         self._news = threading.Condition()
         # Reentrant: the garbage collector may end a wait of this thread at any line.
         self._count = threading.RLock()
@@ -177,21 +181,21 @@ class Link:
 
         Returns after a batch, when interrupted, or when the time is over. ``deadline`` is that of :meth:`call`.
         """
-        reads = False
+        me = threading.get_ident()
         try:
-            reads = self._reader.acquire(blocking=False)
-            if reads:
-                self._reading = threading.get_ident()
+            with self._count:
+                if self._reading in (None, me):
+                    self._reading = me
+            if self._reading == me:
                 self._read(timeout, done, deadline)
                 return
         finally:
-            if reads:
+            if self._reading == me:
                 self._reading = None
-                self._reader.release()
                 with self._news:
                     self._news.notify_all()
         with self._news:
-            self._news.wait_for(lambda: done() or not self._reader.locked(), timeout)
+            self._news.wait_for(lambda: done() or self._reading is None, timeout)
 
     def _read(self, timeout: float, done: Callable[[], bool], deadline: float | None) -> None:
         self._step_aside()
@@ -242,23 +246,23 @@ class Link:
 
         Raises: Occupied: another thread was at it until the deadline.
         """
-        # An exception may come between any two lines, and must find the lock released and nothing wanted.
-        acquired = counted = False
+        me = threading.get_ident()
+        nested = self._talking == me
+        # An exception may come between any two lines, and must find nothing wanted.
+        counted = False
         try:
-            with self._count:
-                counted = ring
-                self._wanted += ring
-                # Who is about to read, and was not seen here, looks at what is wanted before it sleeps.
-                if ring and self._bell is not None and self._reading not in (None, threading.get_ident()):
-                    with contextlib.suppress(BlockingIOError):
-                        self._bell[1].send(b"\0")
-            forever = deadline is None or deadline == math.inf
-            acquired = self._io.acquire(timeout=-1 if forever else max(0.0, deadline - time.monotonic()))  # type: ignore[operator]
-            with self._count:
-                self._wanted -= counted
-                counted = False
-            if not acquired:
-                raise Occupied("another thread is waiting for an answer of the broker")
+            if not nested:
+                with self._count:
+                    counted = ring
+                    self._wanted += ring
+                    # Who is about to read, and was not seen here, looks at what is wanted before it sleeps.
+                    if ring and self._bell is not None and self._reading not in (None, me):
+                        with contextlib.suppress(BlockingIOError):
+                            self._bell[1].send(b"\0")
+                self._begin_to_talk(me, math.inf if deadline is None else deadline)
+                with self._count:
+                    self._wanted -= counted
+                    counted = False
             while self._deferred:
                 self._deferred.popleft()()
             yield
@@ -266,8 +270,20 @@ class Link:
             if counted:
                 with self._count:
                     self._wanted -= 1
-            if acquired:
-                self._io.release()
+            if self._talking == me and not nested:
+                self._talking = None
+                with self._silent:
+                    self._silent.notify()
+
+    def _begin_to_talk(self, me: int, deadline: float) -> None:
+        with self._silent:
+            while self._talking is not None:
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    raise Occupied("another thread is waiting for an answer of the broker")
+                # Whoever was interrupted when it ended has told nobody.
+                self._silent.wait(min(left, UNTOLD))
+            self._talking = me
 
     def _step_aside(self) -> None:
         """Let those who ring go first: a lock is not a queue, and the reader comes back fast."""

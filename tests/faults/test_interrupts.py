@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
+from functools import partial
 from types import FrameType
 from typing import Any, Callable
 
@@ -267,18 +268,18 @@ def test_signals_at_any_moment(make_app: MakeApp, broker: Broker) -> None:
         pages.add(queue_name(task_id))
     with alarms(seed=9) as do:
         for number in range(SIGNALS):
-            task_id = lone[number % len(lone)]
-            own = new_ids(1)[0]
+            result = app.AsyncResult(lone[number % len(lone)])
+            own = app.AsyncResult(new_ids(1)[0])
             held = group_of(app, 5)
             store_group(other, held)
-            do(lambda: store(app, own, "own"))
-            do(lambda: app.AsyncResult(task_id).state)
-            do(lambda: app.AsyncResult(task_id).get(timeout=5))
-            do(lambda: held.get(timeout=5))
+            do(partial(store, app, own.id, "own"))
+            do(partial(getattr, result, "state"))
+            do(partial(result.get, timeout=5))
+            do(partial(held.get, timeout=5))
             # What was interrupted goes on: with what was handed over before, and what is in the queue.
             assert held.get(timeout=ENOUGH) == list(range(5))
-            store(app, own, "own")
-            assert app.AsyncResult(own).get(timeout=ENOUGH) == "own"
+            store(app, own.id, "own")
+            assert own.get(timeout=ENOUGH) == "own"
     for task_id in lone:
         assert app.AsyncResult(task_id).get(timeout=ENOUGH) == task_id
         assert other.AsyncResult(task_id).state == "SUCCESS"
