@@ -180,7 +180,7 @@ class AMQPBackend(Backend):  # type: ignore[misc]
         #: Joins the chords, where it is started.
         self.joiner = Joiner(self) if self._joins else None
         if self._declares and self.options.task_ids == "fastres":
-            canvas.install(app, self.expires)
+            canvas.install(app, self.expires, pages=self.connector.is_amqp)
         _backends.add(self)
 
     # -- where a result goes

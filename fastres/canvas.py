@@ -58,9 +58,12 @@ class TaskIds:
 
     Args:
         expires: seconds that results are kept for, None: for ever.
+        pages: whether lone tasks share queues. Not over transports that cannot be read without being in the way of
+            others; a queue costs less there.
     """
 
-    def __init__(self, expires: float | None) -> None:
+    def __init__(self, expires: float | None, pages: bool = True) -> None:
+        self.pages = pages
         self._seconds = min(PAGE_SECONDS, expires * PAGE_PART) if expires else PAGE_SECONDS
         self.forget()
         _all.add(self)
@@ -79,7 +82,7 @@ class TaskIds:
             now = time.monotonic()
             if self._left <= 0 or now > self._until:
                 self._page, self._left, self._until = new_kin(), PAGE_SIZE, now + self._seconds
-            self._left -= count
+            self._left = self._left - count if self.pages else 0
             return new_id(self._page, Kind.PAGE)
 
     @staticmethod
@@ -91,15 +94,11 @@ class TaskIds:
         return new_id(kin_of(group_id), kind)
 
 
-def install(app: Any, expires: float | None) -> None:
-    """Have fastres make the ids of an application's tasks.
-
-    Args:
-        expires: seconds that results are kept for, None: for ever.
-    """
+def install(app: Any, expires: float | None, pages: bool = True) -> None:
+    """Have fastres make the ids of an application's tasks: ``expires`` and ``pages`` as of :class:`TaskIds`."""
     if getattr(app, ATTRIBUTE, None) is not None:
         return
-    task_ids = TaskIds(expires)
+    task_ids = TaskIds(expires, pages)
     setattr(app, ATTRIBUTE, task_ids)
     send_task = app.send_task
 
@@ -192,7 +191,8 @@ def _place(header: Any, body: Any) -> None:
     """Put a small header that has no id yet onto the page."""
     if body and "task_id" not in header.options and isinstance(header.tasks, (list, tuple)):
         count = len(header.tasks)
-        if 0 < count <= PAGE_SIZE and not wants_reference(body) and (task_ids := _task_ids(header)) is not None:
+        task_ids = _task_ids(header)
+        if task_ids is not None and task_ids.pages and 0 < count <= PAGE_SIZE and not wants_reference(body):
             header.options["task_id"] = task_ids.on_page(count)
 
 

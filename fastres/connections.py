@@ -64,6 +64,11 @@ class Connector:
         own, tasks = self.open(), self._app.connection_for_write()
         return _where(own) == _where(tasks)
 
+    @property
+    def is_amqp(self) -> bool:
+        """Whether this is a broker that speaks AMQP, and not another transport of kombu."""
+        return bool(self._connection().get_transport_cls().driver_type == "amqp")
+
     def open(self) -> Any:
         """A kombu connection, not yet established."""
         connection = self._connection()

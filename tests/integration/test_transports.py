@@ -120,6 +120,15 @@ def test_a_chain_and_a_chord(app: Celery) -> None:
     assert result.parent.get(timeout=SECONDS) == sums(5)
 
 
+def test_lone_tasks_do_not_share_queues(app: Celery) -> None:
+    """``chord_unlock`` looks at a header while somebody waits for its body: they would be in each other's way."""
+    rkey = app.backend.rkey
+    results = [add.delay(1, 1), add.delay(1, 1), chord(adds(2))(tsum.s())]
+    assert len({rkey(result.id) for result in [*results, *results[-1].parent]}) == 4
+    for result in results:
+        result.get(timeout=SECONDS)
+
+
 def test_a_failing_chord(app: Celery) -> None:
     result = chord([add.s(1, 1), fail.s("apples", 4)])(tsum.s())
     with pytest.raises(ChordError, match="apples"):

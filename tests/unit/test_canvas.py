@@ -18,15 +18,18 @@ import fastres
 from fastres import canvas
 from fastres.ids import Kind, kin_of, parse, queue_name
 
+#: RabbitMQ, to which nothing is written here.
+NOWHERE = "fastres://127.0.0.1:1//"
+
 Sent = list[tuple[dict[str, Any], Any]]
 
 
 @pytest.fixture
 def app(monkeypatch: pytest.MonkeyPatch) -> Iterator[Celery]:
     """An application whose messages go nowhere."""
-    with Celery("shapes", broker="memory://", backend="fastres+memory://", set_as_current=False) as app:
-        # On this transport Celery joins chords by polling: that is not what is tested here.
-        monkeypatch.setattr(app.backend, "apply_chord", lambda *args, **options: None)
+    with Celery("shapes", broker="memory://", backend=NOWHERE, set_as_current=False) as app:
+        for name in ("apply_chord", "set_chord_size"):
+            monkeypatch.setattr(app.backend, name, lambda *args, **options: None)
         yield app
 
 
