@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,10 +27,12 @@ from backend_kit import (
     store_member,
     until,
 )
-from celery import Celery
+from celery import Celery, group
 from kombu.exceptions import OperationalError
 from kombu.utils.uuid import uuid
+from proj import add, gated
 from rabbitmq_node import Node
+from workers import Worker
 
 import fastres
 from fastres.chords.status import ask
@@ -277,6 +280,25 @@ def test_results_without_confirms_outlast_a_broker_that_stands_still(make_app: M
             store(app, task_id, number, group=group_id)
         standing.join()
         until(lambda: broker.messages(queue_of(group_id)) == count, 60)
+
+
+@pytest.mark.parametrize("confirm", [True, False])
+def test_an_alarm_holds_results_back_until_it_is_over(
+    own_node: Node, make_app: MakeApp, tmp_path: Path, confirm: bool
+) -> None:
+    """Nothing is lost, and what somebody reads meanwhile comes."""
+    worker = Worker(own_node.url, concurrency=1, result_backend_transport_options={"confirm": confirm})
+    with worker, worker.client():
+        assert add.delay(1, 1).get(timeout=ENOUGH) == 2
+        gate = tmp_path / "gate"
+        sent = group(gated.s(str(gate), number) for number in range(50)).apply_async()
+        own_node.ctl("set_vm_memory_high_watermark", "0.00000001")
+        gate.touch()
+        with pytest.raises(fastres.ResultsMissing, match="has nothing more"):
+            sent.get(timeout=3)
+        own_node.ctl("set_vm_memory_high_watermark", "0.6")
+        assert sent.get(timeout=ENOUGH) == list(range(50))
+        assert add.delay(1, 2).get(timeout=ENOUGH) == 3
 
 
 def test_a_broker_that_stands_still_is_waited_for_until_an_end(
