@@ -503,9 +503,11 @@ class AMQPBackend(Backend):  # type: ignore[misc]
             elif waiting.setdefault(child.id, child) is not child:
                 again.setdefault(child.id, []).append(child)
         join = Join(waiting, timeout=timeout)
-        for pair in self._results(join, self._takes(no_ack), on_message=on_message, on_interval=on_interval):
+        results = self._results(
+            join, self._takes(no_ack), on_message=on_message, on_interval=on_interval, waiting=waiting
+        )
+        for pair in results:
             task_id, meta = pair
-            fulfil(waiting.pop(task_id), meta)
             if again:
                 for child in again.get(task_id, ()):
                     fulfil(child, meta)
@@ -523,8 +525,14 @@ class AMQPBackend(Backend):  # type: ignore[misc]
         on_interval: Callable[[], Any] | None = None,
         on_message: Callable[[Meta], Any] | None = None,
         rounds: int | None = None,
+        waiting: dict[str, AsyncResult] | None = None,
     ) -> Generator[tuple[str, Meta], None, None]:
-        """Final results of tasks as they come, each handed over when the next one is asked for."""
+        """Final results of tasks as they come, each handed over when the next one is asked for.
+
+        Args:
+            waiting: by task id, what is to hold each result before it counts as handed over: whoever iterates may
+                be interrupted before it has done anything with it.
+        """
         if not join.aggregate:
             return
         few = len(join.aggregate) <= CACHED
@@ -547,6 +555,8 @@ class AMQPBackend(Backend):  # type: ignore[misc]
                             # What is not in its queue any more can be asked for again.
                             if (few and not failed) or (failed and take):
                                 self._cache[task_id] = meta
+                            if waiting is not None:
+                                fulfil(waiting[task_id], meta)
                             handed += 1
                             yield task_id, meta
                 finally:
