@@ -225,7 +225,7 @@ def test_many_interrupted_threads_leave_room_for_others(make_app: MakeApp) -> No
 # -- signals, at moments that nobody chooses
 
 #: How often the timer of a process goes off in all.
-SIGNALS = 500
+SIGNALS = 100
 
 
 class Alarm(Exception):
