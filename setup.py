@@ -30,5 +30,11 @@ ext_modules = extensions()
 setup(
     ext_modules=ext_modules,
     # Without its modules the package must not exist: fastres takes an importable fastres_ext for a whole one.
-    packages=["fastres", "fastres._py", "fastres.chords", *(["fastres_ext"] if ext_modules else [])],
+    packages=[
+        "fastres",
+        "fastres._py",
+        "fastres.chords",
+        "fastres.write",
+        *(["fastres_ext"] if ext_modules else []),
+    ],
 )

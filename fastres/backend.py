@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import multiprocessing.util
 import os
 import socket
 import time
@@ -18,6 +20,7 @@ from celery._state import get_current_task
 from celery.backends.base import Backend
 from celery.exceptions import ImproperlyConfigured, TimeoutError
 from celery.result import AsyncResult, GroupResult, result_from_tuple
+from celery.signals import worker_process_shutdown
 from kombu.compression import compress
 from kombu.compression import encoders as compression_encoders
 from kombu.compression import get_encoder as get_compression_encoder
@@ -41,8 +44,8 @@ from fastres.logs import Reports
 from fastres.look import Looks
 from fastres.options import Options
 from fastres.pending import Pending
-from fastres.store import Store
 from fastres.transport import Message
+from fastres.write.publisher import Publisher
 
 __all__ = ("AMQPBackend",)
 
@@ -61,7 +64,19 @@ def _after_fork_in_child() -> None:
         backend._after_fork()
 
 
+def _at_exit(**kwargs: Any) -> None:
+    """The end of a process: what it has published is confirmed before."""
+    for backend in list(_backends):
+        backend._publisher.close()
+
+
 os.register_at_fork(after_in_child=_after_fork_in_child)
+atexit.register(_at_exit)
+# The children of Celery's pool end without it, those of multiprocessing's have finalizers of their own.
+worker_process_shutdown.connect(_at_exit, weak=False, dispatch_uid="fastres-confirms")
+multiprocessing.util.register_after_fork(
+    _at_exit, lambda at_exit: multiprocessing.util.Finalize(None, at_exit, exitpriority=0)
+)
 attend()
 
 
@@ -155,16 +170,17 @@ class AMQPBackend(Backend):  # type: ignore[misc]
         # An attribute of the class in Celery 3.1, which subclasses may set.
         self.retry_policy = {**self.retry_policy, **(self.options.retry_policy or {})}  # type: ignore[misc]
         self.connector = Connector(app, self.url, connection, self.options)
-        self._store = Store(
+        self._publisher = Publisher(
             self.connector.open,
             self.addresses,
             self.retry_policy,
             self.options.confirm,
+            self.options.confirm_window,
             conf.broker_pool_limit or 10,
         )
         self._link = Link(self.connector.open, self.retry_policy)
         decoder = Decoder(self.accept, self.options.max_unpacked_size)
-        self._looks = Looks(self._store, self.addresses, decoder, self.reports, auto_delete)
+        self._looks = Looks(self._publisher, self.addresses, decoder, self.reports, auto_delete)
         self._reader = Reader(
             self._link,
             self.addresses,
@@ -175,8 +191,8 @@ class AMQPBackend(Backend):  # type: ignore[misc]
             auto_delete,
         )
         self._pending = Pending()
-        self._groups = Groups(self._store, self._send, self._looks, self.addresses, decoder, self.reports)
-        self._chords = Log(self, self._store, self.addresses, self.options.chord_shards)
+        self._groups = Groups(self._publisher, self._send, self._looks, self.addresses, decoder, self.reports)
+        self._chords = Log(self, self._publisher, self.addresses, self.options.chord_shards)
         #: Joins the chords, where it is started.
         self.joiner = Joiner(self) if self._joins else None
         if self._declares and self.options.task_ids == "fastres":
@@ -245,7 +261,7 @@ class AMQPBackend(Backend):  # type: ignore[misc]
         state: str = states.SUCCESS,
     ) -> None:
         """As in Celery; the result of a chord's part is sent to its group and to its chord in one write."""
-        together = self._store.together() if request and request.chord else contextlib.nullcontext()
+        together = self._publisher.together() if request and request.chord else contextlib.nullcontext()
         with together:
             super().mark_as_done(task_id, result, request, store_result, state)
 
@@ -298,7 +314,7 @@ class AMQPBackend(Backend):  # type: ignore[misc]
         if len(correlation_id) > LONGEST_CORRELATION_ID or not correlation_id.isprintable():
             correlation_id = ""
         message = Message(body, content_type, content_encoding, correlation_id, self.delivery_mode, headers or {})
-        self._store.publish(address, message, declare=declare)
+        self._publisher.publish(address, message, declare=declare)
 
     def _prepare_compression(self, compression: str | None) -> str | None:
         if not compression:
@@ -771,12 +787,12 @@ class AMQPBackend(Backend):  # type: ignore[misc]
     def close(self) -> None:
         """Close this process's connections; results that nobody has taken stay in their queues."""
         self._link.reset()
-        self._store.close()
+        self._publisher.close()
 
     def _after_fork(self) -> None:
         """In a forked child: the connections, and what came over them, are the parent's."""
         self._link.abandon()
-        self._store.abandon()
+        self._publisher.abandon()
         if self.joiner is not None:
             self.joiner.abandon()
         self._reader.forget_all()

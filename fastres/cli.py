@@ -236,7 +236,9 @@ def _broker(connection: Any, speak: Dialect) -> Iterator[str]:
 
 
 def _publish(backend: Any, address: Any) -> None:
-    backend._store.publish(address, Message(b"{}", "application/json", "utf-8", address.name, 1, {}), declare=True)
+    backend._publisher.publish(
+        address, Message(b"{}", "application/json", "utf-8", address.name, 1, {}), declare=True
+    )
 
 
 def _consume(connection: Any, speak: Dialect, name: str) -> None:

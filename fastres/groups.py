@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from fastres.addresses import Address, Addresses
     from fastres.logs import Reports
     from fastres.look import Looks
-    from fastres.store import Store
+    from fastres.write.publisher import Publisher
 
 __all__ = ("Groups", "Saved", "leaves", "pack", "unpack")
 
@@ -45,14 +45,14 @@ class Groups:
 
     def __init__(
         self,
-        store: Store,
+        publisher: Publisher,
         send: Callable[[Address, Meta, str], None],
         looks: Looks,
         addresses: Addresses,
         decoder: Decoder,
         reports: Reports,
     ) -> None:
-        self._store = store
+        self._publisher = publisher
         self._send = send
         self._looks = looks
         self._addresses = addresses
@@ -62,7 +62,7 @@ class Groups:
     def save(self, group_id: str, result: GroupResult) -> None:
         """Keep a group in the place of what was saved under its id before."""
         address = self._addresses.saved(group_id)
-        self._store.run(lambda writer: writer.clear(address))
+        self._publisher.run(lambda writer: writer.clear(address))
         for message in pack(group_id, result):
             self._send(address, message, group_id)
 
@@ -88,7 +88,7 @@ class Groups:
         """Delete what was saved under an id."""
         address = self._addresses.saved(group_id)
 
-        self._store.run(lambda writer: writer.connect().drop(address.name))
+        self._publisher.run(lambda writer: writer.connect().drop(address.name))
 
 
 def pack(group_id: str, result: GroupResult) -> list[dict[str, Any]]:

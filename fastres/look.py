@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from fastres._protocols import Decoder, Delivery, Meta
     from fastres.addresses import Address, Addresses
     from fastres.logs import Reports
-    from fastres.store import Store
     from fastres.transport import Browsed, QueueState
+    from fastres.write.publisher import Publisher
 
 __all__ = ("Looks", "chosen")
 
@@ -79,7 +79,7 @@ class Looks:
     """Looks at queues.
 
     Args:
-        store: whose connections they go over.
+        publisher: whose connections they go over.
         addresses: the backend's addresses.
         decoder: message to result.
         reports: where unusable messages are reported.
@@ -87,9 +87,9 @@ class Looks:
     """
 
     def __init__(
-        self, store: Store, addresses: Addresses, decoder: Decoder, reports: Reports, auto_delete: bool
+        self, publisher: Publisher, addresses: Addresses, decoder: Decoder, reports: Reports, auto_delete: bool
     ) -> None:
-        self._store = store
+        self._publisher = publisher
         self._addresses = addresses
         self._decoder = decoder
         self._reports = reports
@@ -218,7 +218,7 @@ class Looks:
                 return
             count = browsed.state.messages
             if count:
-                self._store.run(partial(take, count + MORE))
+                self._publisher.run(partial(take, count + MORE))
             # With all that was asked for, there may be more: see _browse_all.
             more = count and seen >= count + MORE
             if not missing or (not more and not browsed.state.consumers and attempt + 1 >= EMPTY):
@@ -226,7 +226,7 @@ class Looks:
         if delete and address.of_task is not None:
             # States on the way to a result that is gone.
             name = self._addresses.states(address.of_task).name
-            self._store.run(lambda writer: writer.connect().drop(name))
+            self._publisher.run(lambda writer: writer.connect().drop(name))
 
     def drop(self, task_id: str) -> None:
         """What was seen of a task counts no more: it may run again."""
@@ -282,7 +282,7 @@ class Looks:
         return snapshot
 
     def _browse(self, asked: Sequence[tuple[str, int]]) -> list[Browsed | None]:
-        return self._store.run(lambda writer: writer.connect().browse(asked))
+        return self._publisher.run(lambda writer: writer.connect().browse(asked))
 
     def _messages(self, name: str) -> int:
         (browsed,) = self._browse([(name, 0)])

@@ -12,7 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Callable
 
 from amqp import spec
-from amqp.exceptions import AccessRefused, ChannelError, MessageNacked, PreconditionFailed, error_for_code
+from amqp.exceptions import AccessRefused, ChannelError, PreconditionFailed, error_for_code
 from amqp.serialization import dumps
 from kombu.utils.compat import detect_environment
 from kombu.utils.functional import LRUCache
@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Sequence
 
     from fastres._protocols import Delivery, Frame
-    from fastres.transport import Browsed, Post, Receiver
+    from fastres.transport import Browsed, Publishing, Receiver
+    from fastres.write.window import Window
 
 __all__ = ("Native", "dialect")
 
@@ -44,11 +45,11 @@ METHOD, FRAME_OVERHEAD = 1, 8
 #: The octet that ends it, and the frame of an acknowledgement.
 FRAME_END, ACKNOWLEDGEMENT = 0xCE, struct.Struct(">BHIHHQBB")
 #: How the methods begin that answers are awaited with.
-OPEN_OK, CLOSE_OK, DECLARE_OK, CONSUME_OK, ACK, NACK, COMMIT_OK = (
+OPEN_OK, CLOSE_OK, DECLARE_OK, CONSUME_OK, ACK, COMMIT_OK = (
     struct.pack(">HH", *method)
     for method in (
         spec.Channel.OpenOk, spec.Channel.CloseOk, spec.Queue.DeclareOk, spec.Basic.ConsumeOk, spec.Basic.Ack,
-        spec.Basic.Nack, spec.Tx.CommitOk,
+        spec.Tx.CommitOk,
     )
 )  # fmt: skip
 #: How RabbitMQ words that a queue has a reader who wants to be the only one; permissions have the same code.
@@ -66,13 +67,12 @@ class Native(Dialect):
         super().__init__(connection)
         #: Queues that are there with other arguments than ours.
         self._foreign = LRUCache(limit=FOREIGN)
-        #: Channels to publish on, without and with confirms.
-        self._outlets: dict[bool, Any] = {}
-        #: The routing keys of what came back, of the last publish.
-        self._returned: set[str] = set()
-        #: The number of the last message that was published for a confirm, and those that are not confirmed yet.
+        #: The channel to publish on, the number of the last message on it, and what is not confirmed.
+        self._outlet: Any = None
         self._published = 0
-        self._unconfirmed: set[int] = set()
+        self._window: Window | None = None
+        #: What the broker has closed it with.
+        self._closed_with: Exception | None = None
         self._frames = Frames(connection.connection.frame_max)
         self._receivers: dict[tuple[int, str], Receiver] = {}
         self._poller: Any = None
@@ -249,72 +249,82 @@ class Native(Dialect):
         """Whether a queue that was declared is there with other arguments."""
         return name in self._foreign
 
-    def publish(self, posts: Sequence[Post], confirm: bool = False) -> set[str]:
-        """As in ``Dialect``, in one write with the declarations of the queues, and one round trip.
+    def publish(self, publishings: Sequence[Publishing], queues: Sequence[Any], window: Window) -> None:
+        """As in ``Dialect``: messages and declarations are one write, the answers to the latter are waited for.
 
         Raises:
-            amqp.exceptions.PreconditionFailed: the broker does not take a message of this size.
-            amqp.exceptions.MessageNacked: the broker refused a message.
+            amqp.exceptions.ChannelError: the broker has closed the channel.
         """
         connection = self._connection.connection
-        channel = self._outlet(confirm)
+        channel = self._outlet_for(window)
         frames: list[bytes] = []
-        for post in posts:
-            if post.queue is not None:
-                if post.queue.exchange.name or post.queue.name in self._foreign:
-                    self.declare(post.queue)
-                else:
-                    frames.append(_declaration(channel, post.queue))
+        for queue in queues:
+            if queue.exchange.name or queue.name in self._foreign:
+                self.declare(queue)
+            else:
+                frames.append(_declaration(channel, queue))
         declared = len(frames)
-        if not confirm:
-            self.heed()
-        for message, exchange, routing_key, _, mandatory in posts:
+        for message, exchange, routing_key, address in publishings:
             headers = dumps("F", (message.headers,)) if message.headers else b""
             frames.append(
                 publication(
-                    channel.channel_id, connection.frame_max, exchange, routing_key, mandatory, message.body,
-                    message.content_type, message.content_encoding, headers, message.delivery_mode,
+                    channel.channel_id, connection.frame_max, exchange, routing_key, address is not None,
+                    message.body, message.content_type, message.content_encoding, headers, message.delivery_mode,
                     message.correlation_id,
                 )
             )  # fmt: skip
             connection.bytes_sent += 2 - (-len(message.body) // (connection.frame_max - FRAME_OVERHEAD))
         connection.transport.write(b"".join(frames) if len(frames) > 1 else frames[0])
         connection.bytes_sent += declared
-        self._returned = set()
-        self._unconfirmed = set()
-        if not declared and not confirm:
-            return self._returned
-        if confirm:
-            first = self._published + 1
-            self._published += len(posts)
-            self._unconfirmed.update(range(first, self._published + 1))
-        awaited = {DECLARE_OK: declared, ACK: len(self._unconfirmed)}
+        window.add(self._published + 1, publishings)
+        self._published += len(publishings)
+        if not declared:
+            return
+        awaited = {DECLARE_OK: declared}
         try:
             self._await(channel, awaited)
-        except self._connection.channel_errors as exc:
-            # py-amqp opens a channel again that the broker has closed, but not for confirms.
-            self._outlets.pop(confirm).close()
-            if not isinstance(exc, PreconditionFailed) or not awaited[DECLARE_OK]:
+        except PreconditionFailed:
+            if not awaited[DECLARE_OK]:
                 raise
             # A queue is there with other arguments: the messages went down with the channel.
-            for post in posts:
-                if post.queue is not None:
-                    self.declare(post.queue)
-            return self.publish([post._replace(queue=None) for post in posts], confirm)
-        return self._returned
+            window.withdraw(publishings)
+            for queue in queues:
+                self.declare(queue)
+            self.publish(publishings, (), window)
 
-    def _outlet(self, confirm: bool) -> Any:
-        channel = self._outlets.get(confirm)
-        if channel is None or not is_open(channel):
-            channel = self._outlets[confirm] = self.channel()
-            if confirm:
-                self._published = 0
-                channel.confirm_select()
-                channel.events["basic_return"].add(self._on_return)
-        return channel
+    def settle(self, window: Window, enough: Callable[[], bool]) -> None:
+        """As in ``Dialect``.
 
-    def _on_return(self, exc: BaseException, exchange: str, routing_key: str, message: Any) -> None:
-        self._returned.add(routing_key)
+        Raises:
+            amqp.exceptions.ChannelError: the broker has closed the channel.
+        """
+        channel = self._outlet
+        if channel is None:
+            return
+        self._await(channel, {}, enough)
+        closed_with, self._closed_with = self._closed_with, None
+        if closed_with is not None:
+            raise closed_with
+
+    def _outlet_for(self, window: Window) -> Any:
+        if self._outlet is None or not is_open(self._outlet):
+            self._outlet = channel = self.channel()
+            self._window, self._published, self._closed_with = window, 0, None
+            channel.confirm_select()
+            channel.events["basic_return"].add(
+                lambda exc, exchange, routing_key, message: window.give_back(routing_key)
+            )
+            channel.events["basic_ack"].add(window.confirm)
+            channel.events["basic_nack"].add(window.refuse)
+            # Not an error of who happens to read it: whoever waits for an answer on this channel is told.
+            channel._callbacks[spec.Channel.Close] = partial(self._on_outlet_closed, channel, window)
+        return self._outlet
+
+    def _on_outlet_closed(self, channel: Any, window: Window, code: int, text: str, *method: int) -> None:
+        if channel.is_open:
+            _let_close(channel)
+            self._closed_with = error_for_code(code, text, method, ChannelError)
+            window.lose(doubtful=True)
 
     @contextlib.contextmanager
     def patiently(self, seconds: float) -> Iterator[None]:
@@ -342,40 +352,41 @@ class Native(Dialect):
         while self.buffered or self._poller.poll(0):
             self.drain(RECORD_TIMEOUT)
 
-    def _await(self, channel: Any, awaited: dict[bytes, int], declared: list[QueueState] | None = None) -> None:
+    def _await(
+        self,
+        channel: Any,
+        awaited: dict[bytes, int],
+        enough: Callable[[], bool] = lambda: True,
+        declared: list[QueueState] | None = None,
+    ) -> None:
         """Read until the broker has answered with so many of these methods; what has come is counted down.
 
         Args:
+            enough: whether what has come besides is enough.
             declared: the states of queues that were declared are added to it.
         """
         connection = self._connection.connection
-        while any(awaited.values()):
+        outlet = 0 if self._outlet is None else self._outlet.channel_id
+        while any(awaited.values()) or not enough():
+            if channel is self._outlet and not channel.is_open:
+                raise self._closed_with or ConnectionResetError("the channel was closed")
             frames = self.next_frames()
             left: list[Frame] = []
             for number, (kind, channel_id, payload) in enumerate(frames):
-                method = payload[:4] if kind == METHOD and channel_id == channel.channel_id else b""
-                if awaited.get(method):
+                method = payload[:4] if kind == METHOD else b""
+                if channel_id == channel.channel_id and awaited.get(method):
                     connection.bytes_recv += 1
-                    awaited[method] -= self._confirmed(payload) if method == ACK else 1
+                    awaited[method] -= 1
                     if method == DECLARE_OK and declared is not None:
                         declared.append(QueueState(*struct.unpack_from(">II", payload, 5 + payload[4])))
-                elif method == NACK:
+                elif method == ACK and channel_id == outlet and not left and self._window is not None:
+                    # Behind what py-amqp is to handle it has to wait: a message comes back before its confirm.
                     connection.bytes_recv += 1
-                    self.pass_on([*left, *frames[number + 1 :]])
-                    raise MessageNacked("the broker refused the message")
+                    self._window.confirm(*struct.unpack_from(">QB", payload, 4))
                 else:
                     left.append(frames[number])
             if left:
                 self.pass_on(left)
-
-    def _confirmed(self, ack: bytes) -> int:
-        """How many messages are confirmed by a ``basic.ack``."""
-        last, several = struct.unpack_from(">QB", ack, 4)
-        before = len(self._unconfirmed)
-        self._unconfirmed = (
-            {number for number in self._unconfirmed if number > last} if several else (self._unconfirmed - {last})
-        )
-        return before - len(self._unconfirmed)
 
     def consume(
         self,
@@ -433,7 +444,7 @@ class Native(Dialect):
             connection.transport.write(b"".join(frames))
             connection.bytes_sent += len(frames)
             try:
-                self._await(channel, awaited, states)
+                self._await(channel, awaited, declared=states)
             except self._connection.channel_errors:
                 # One of the queues is there with other arguments, or taken, which ends the channel for all.
                 self.leave(channel, [tag for _, tag in consumers], ())

@@ -33,6 +33,8 @@ class Options:
     namespace: str | None = None
     #: Wait for the broker's confirm of every result (of large ones in any case).
     confirm: bool = True
+    #: Without: how many messages may wait for their confirm on a connection, kept to be sent again if it breaks.
+    confirm_window: int = 1000
     #: Who makes the ids of tasks: "fastres" makes those near each other that are read together; "celery" leaves
     #: every task an id, and with it a queue, of its own.
     task_ids: str = "fastres"
@@ -59,8 +61,8 @@ class Options:
     def __post_init__(self) -> None:
         expected: dict[str, Any] = {
             "namespace": str, "confirm": bool, "task_ids": str, "take": str, "keep_chord_results": bool,
-            "prefetch": int, "max_unpacked_size": int, "ssl": Mapping, "retry_policy": Mapping,
-            "chord_shards": int, "chord_joiner": bool, "chord_renewal": int,
+            "confirm_window": int, "prefetch": int, "max_unpacked_size": int, "ssl": Mapping,
+            "retry_policy": Mapping, "chord_shards": int, "chord_joiner": bool, "chord_renewal": int,
         }  # fmt: skip
         for name, kind in expected.items():
             value = getattr(self, name)

@@ -15,8 +15,10 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Sequence
 
     from fastres._protocols import Delivery as DeliveryProtocol
+    from fastres.addresses import Address
+    from fastres.write.window import Window
 
-__all__ = ("Browsed", "Busy", "Dialect", "Message", "Post", "QueueState", "all_up_to")
+__all__ = ("Browsed", "Busy", "Dialect", "Message", "Publishing", "QueueState", "all_up_to")
 
 #: Called with deliveries to its consumers, in order.
 Receiver = Callable[[list["DeliveryProtocol"]], object]
@@ -49,16 +51,14 @@ class Message(NamedTuple):
     headers: dict[str, Any]
 
 
-class Post(NamedTuple):
-    """A message on its way."""
+class Publishing(NamedTuple):
+    """A message, and where it goes."""
 
-    message: Message
+    message: Any
     exchange: str
     routing_key: str
-    #: To be declared before, None: it was.
-    queue: Any = None
-    #: Whether to have it back if there is no queue for it.
-    mandatory: bool = False
+    #: The queue that is made for it if there is none; None: it is not ours to make.
+    address: Address | None = None
 
 
 class Busy(Exception):
@@ -127,25 +127,24 @@ class Dialect:
             return None
         return QueueState(answer[1], answer[2])
 
-    def publish(self, posts: Sequence[Post], confirm: bool = False) -> set[str]:
-        """Publish messages.
+    def publish(self, publishings: Sequence[Publishing], queues: Sequence[Any], window: Window) -> None:
+        """Publish messages, after some queues were declared.
 
         Args:
-            confirm: wait until the broker has stored them, where it tells.
-
-        Returns: the routing keys of those that came back.
+            window: keeps the messages until they are confirmed, where the broker tells.
         """
-        for post in posts:
-            if post.queue is not None:
-                self.declare(post.queue)
+        for queue in queues:
+            self.declare(queue)
         if self._publishing is None or not is_open(self._publishing):
             self._publishing = self.channel()
-        for post in posts:
-            properties = post.message._asdict()
+        for message, exchange, routing_key, _ in publishings:
+            properties = message._asdict()
             Producer(self._publishing, auto_declare=False).publish(
-                properties.pop("body"), exchange=post.exchange, routing_key=post.routing_key, **properties
+                properties.pop("body"), exchange=exchange, routing_key=routing_key, **properties
             )
-        return set()
+
+    def settle(self, window: Window, enough: Callable[[], bool]) -> None:
+        """Read confirms until there are enough."""
 
     def purge(self, name: str) -> None:
         """Delete all messages of a queue."""

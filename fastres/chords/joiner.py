@@ -24,8 +24,8 @@ from fastres.connections import abandon, establish
 from fastres.errors import Error
 from fastres.logs import logger
 from fastres.native import Native, dialect
-from fastres.store import SIZE_LIMIT
 from fastres.transport import is_open
+from fastres.write.publisher import SIZE_LIMIT
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from fastres.addresses import Addresses
-    from fastres.store import Store
+    from fastres.write.publisher import Publisher
 
 __all__ = ("Log", "shard_of")
 
@@ -51,14 +51,14 @@ class Log:
 
     Args:
         backend: the backend of the chords.
-        store: publishes them.
+        publisher: publishes them.
         addresses: the backend's addresses.
         shards: how many there are.
     """
 
-    def __init__(self, backend: Any, store: Store, addresses: Addresses, shards: int) -> None:
+    def __init__(self, backend: Any, publisher: Publisher, addresses: Addresses, shards: int) -> None:
         self._backend = backend
-        self._store = store
+        self._publisher = publisher
         self._addresses = addresses
         self._shards = shards
         #: Packed plans of chords by their id.
@@ -70,7 +70,7 @@ class Log:
     def supported(self) -> bool:
         """Whether the broker lets one joiner at a time read a shard."""
         if self._supported is None:
-            self._supported = self._store.run(lambda writer: writer.connect().single_active_consumer)
+            self._supported = self._publisher.run(lambda writer: writer.connect().single_active_consumer)
         return self._supported
 
     def begin(self, chord_id: str, body: Any, results: Any) -> None:
@@ -162,7 +162,7 @@ class Log:
 
     def _send(self, shard: int, correlation_id: str, body: bytes) -> None:
         message = Message(body, CONTENT_TYPE, "binary", correlation_id, PERSISTENT, {})
-        self._store.publish(self._addresses.chords(shard), message, declare=True)
+        self._publisher.publish(self._addresses.chords(shard), message, declare=True)
 
 
 def shard_of(body: Any) -> int | None:

@@ -341,10 +341,6 @@ def test_a_queue_is_deleted_between_two_results(
         store_group(writer, result, range(1))
         until(lambda: broker.state(queue_of(result.id)), so="the first result's queue")
         broker.channel().queue_delete(queue_of(result.id))
-        if not confirm:
-            # Without confirms the broker cannot give it back: somebody has to declare the queue.
-            addresses = reader.backend.addresses
-            broker.declare(queue_of(result.id), addresses.queue(addresses.group(result.id)).queue_arguments)
         store_member(writer, result, 1, 1)
         assert result.results[1].get(timeout=SECONDS) == 1
 

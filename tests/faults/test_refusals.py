@@ -306,7 +306,7 @@ def test_a_broker_that_stands_still_is_waited_for_until_an_end(
     own_node: Node, make_app: MakeApp, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fastres.browse.PATIENCE", 1.0)
-    monkeypatch.setattr("fastres.store.CONFIRMED", 1.0)
+    monkeypatch.setattr("fastres.write.publisher.CONFIRMED", 1.0)
     app = make_app(own_node.url)
     there, later = page_ids(2)
     store(app, there, "there")

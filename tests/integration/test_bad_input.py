@@ -82,7 +82,7 @@ def lone_queue(app: Celery, task_id: str) -> str:
     """The queue of a lone task, declared."""
     store(app, task_id)
     name = str(app.backend.rkey(task_id))
-    app.backend._store.run(lambda writer: writer.connect().purge(name))
+    app.backend._publisher.run(lambda writer: writer.connect().purge(name))
     return name
 
 

@@ -19,6 +19,7 @@ def test_defaults() -> None:
     assert {name: getattr(Options(), name) for name in NAMES} == {
         "namespace": None,
         "confirm": True,
+        "confirm_window": 1000,
         "task_ids": "fastres",
         "take": "joins",
         "keep_chord_results": True,

@@ -1,0 +1,465 @@
+"""Publishes: a declaration where one is due and a message are one write, confirmed by the broker."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import socket
+import threading
+import time
+from typing import TYPE_CHECKING, Any, Callable, TypeVar
+from weakref import WeakSet
+
+from amqp.exceptions import MessageNacked, PreconditionFailed
+from kombu.utils.functional import retry_over_time
+
+from fastres.connections import abandon, establish
+from fastres.errors import BrokerUnreachable, QueueGone, ResultTooLarge, refusal
+from fastres.logs import logger
+from fastres.native import dialect
+from fastres.transport import Publishing
+from fastres.write.window import Window
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from fastres.addresses import Address, Addresses
+    from fastres.transport import Dialect, Message
+
+__all__ = ("Publisher",)
+
+T = TypeVar("T")
+
+#: Queues that a connection remembers to have declared.
+DECLARED = 10_000
+#: A declaration is made again after this many seconds at the latest: it also keeps a queue from expiring.
+DECLARED_FOR = 60.0
+#: Bodies from this size, in bytes, are confirmed whatever the option says: it is how their refusal is noticed.
+LARGE = 1 << 20
+
+#: Seconds that the broker may take to take in a message and to confirm it: an alarm of its memory, or of its disk,
+#: holds all of them back until it is over.
+CONFIRMED = 300.0
+
+#: Bytes of messages that may wait for their confirm on one connection.
+WINDOW_SIZE = 16 << 20
+#: How often the confirms that have come are read while more is published: after how many messages, and seconds.
+HEED_EVERY, HEEDED = 64, 0.1
+#: Seconds between two looks at what is not confirmed, and since something was added to it.
+SETTLED_EVERY = 0.2
+
+#: Seconds between two looks for a connection that its thread has lost.
+LOST = 1.0
+
+#: How RabbitMQ words the refusal: "message size 300 is larger than configured max size 200".
+SIZE_LIMIT = re.compile(r"message size (\d+)\D+(\d+)")
+
+
+class Publisher:
+    """Publishes results and events, over a few connections that the threads of a process share.
+
+    Args:
+        connect: returns a kombu connection, not yet established.
+        addresses: the backend's addresses.
+        retry_policy: ``max_retries``, ``interval_start``, ``interval_step``, ``interval_max``, and perhaps
+            ``timeout`` (seconds).
+        confirm: wait for the broker's confirm of each message. Otherwise messages are kept until it has come, and
+            sent again when a connection breaks: up to ``window`` of them, or ``WINDOW_SIZE`` bytes, for each
+            connection.
+        window: see there.
+        limit: how many connections the threads of this process may open.
+    """
+
+    def __init__(
+        self,
+        connect: Callable[[], Any],
+        addresses: Addresses,
+        retry_policy: dict[str, Any],
+        confirm: bool,
+        window: int,
+        limit: int,
+    ) -> None:
+        self.connect = connect
+        self.addresses = addresses
+        self.confirm = confirm
+        self.window = window
+        self._retry_policy = retry_policy
+        self._limit = limit
+        self._gathered = threading.local()
+        self.abandon()
+
+    def abandon(self) -> None:
+        """In a forked child: forget the parent's connections, without a word on them."""
+        for writer in getattr(self, "_idle", ()):
+            abandon(writer.connection)
+        self._idle: list[Writer] = []
+        #: Those there are. One that an exception took from its thread is not counted for longer than it is held;
+        #: what it had not got confirmed is in one of the windows.
+        self._writers: WeakSet[Writer] = WeakSet()
+        self._windows: list[Window] = []
+        self._returned = threading.Condition()
+        self._settling = threading.RLock()
+        #: Waits for confirms when nobody publishes any more.
+        self._settler: threading.Thread | None = None
+
+    def publish(self, address: Address, message: Message, *, declare: bool) -> None:
+        """Send a message to an address, and wait for the broker's confirm if that is asked for.
+
+        Args:
+            declare: create the queue if it is not there (a reply queue belongs to the one who waits at it).
+
+        Raises:
+            fastres.errors.ResultTooLarge: the broker does not take a message of this size.
+            fastres.BrokerUnreachable: the broker was not there for as long as ``retry_policy`` says.
+        """
+        publishing = Publishing(message, self.addresses.exchange.name, address.name, address if declare else None)
+        together = getattr(self._gathered, "publishings", None)
+        if together is None:
+            self._publish([publishing])
+        else:
+            together.append(publishing)
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """What this thread publishes in here is sent at the end, in one write, with one wait for all confirms."""
+        publishings = self._gathered.publishings = []
+        try:
+            yield
+        finally:
+            del self._gathered.publishings
+        if publishings:
+            self._publish(publishings)
+
+    def _publish(self, publishings: list[Publishing]) -> None:
+        # A large one is confirmed at once in any case: it is how its refusal is noticed.
+        confirm = self.confirm or any(len(publishing.message.body) >= LARGE for publishing in publishings)
+        self.run(lambda writer: writer.publish(publishings, confirm))
+        if not confirm and self._settler is None:
+            self._start_to_settle()
+
+    # -- what is not confirmed yet
+
+    def settle(self, seconds: float = 0.0) -> None:
+        """Wait until the broker has confirmed what was published, for ``retry_policy`` if it is away.
+
+        Args:
+            seconds: only what has not been added to for so long.
+
+        What nobody waited for is an error of nobody's: it is logged.
+        """
+        with self._settling:
+            self._settle(time.monotonic() - seconds)
+
+    def _settle(self, quiet: float) -> None:
+        with self._returned:
+            writers = [writer for writer in self._idle if writer.window and writer.published_at <= quiet]
+            self._idle = [writer for writer in self._idle if writer not in writers]
+            held = {id(writer.window) for writer in self._writers}
+            orphans = [window for window in self._windows if window and id(window) not in held]
+            if orphans:
+                # A signal has taken a thread from its writer, and the writer is no more.
+                writers.append(self._new_writer())
+                for window in orphans:
+                    writers[-1].window.adopt(window)
+                    self._windows.remove(window)
+        for writer in writers:
+            try:
+                self._run(writer, Writer.settle)
+            except Exception as exc:
+                logger.error(
+                    "%d messages with results are kept, and sent again: the broker has not confirmed them: %r",
+                    len(writer.window),
+                    exc,
+                )
+
+    def _start_to_settle(self) -> None:
+        with self._returned:
+            if self._settler is None:
+                self._settler = threading.Thread(target=self._keep_settled, name="fastres-confirms", daemon=True)
+                self._settler.start()
+
+    def _keep_settled(self) -> None:
+        """Until everything is confirmed: what its thread does not add to any more is waited for here."""
+        while True:
+            time.sleep(SETTLED_EVERY)
+            with self._returned:
+                if self._settler is not threading.current_thread():
+                    return
+                if not any(self._windows):
+                    self._settler = None
+                    return
+            self.settle(SETTLED_EVERY)
+
+    # -- connections
+
+    def run(self, operation: Callable[[Writer], T]) -> T:
+        """Do something with a connection of this thread's own, and again if it breaks.
+
+        Raises:
+            fastres.AccessRefused: the user lacks a permission.
+            fastres.BrokerUnreachable: the broker was not there for as long as ``retry_policy`` says.
+
+        After an exception that may have come in the middle of a frame (a signal's, a killed greenlet's), the
+        connection is not used again: the broker takes back what was read over it.
+        """
+        return self._run(self._take(), operation)
+
+    def _run(self, writer: Writer, operation: Callable[[Writer], T]) -> T:
+        try:
+            try:
+                result = operation(writer)
+            except writer.errors as exc:
+                result = self._again(writer, operation, exc)
+        except BaseException as exc:
+            if isinstance(exc, writer.refusals):
+                self._put_back(writer)
+                said = refusal(exc, writer.connection.as_uri())
+                if said is exc:
+                    raise
+                raise said from exc
+            if not isinstance(exc, ResultTooLarge):
+                writer.drop()
+            self._put_back(writer)
+            raise
+        self._put_back(writer)
+        return result
+
+    def _take(self) -> Writer:
+        with self._returned:
+            while True:
+                if self._idle:
+                    return self._idle.pop()
+                if len(self._writers) < self._limit:
+                    return self._new_writer()
+                self._returned.wait(LOST)
+
+    def _new_writer(self) -> Writer:
+        writer = Writer(self)
+        self._writers.add(writer)
+        self._windows.append(writer.window)
+        return writer
+
+    def _put_back(self, writer: Writer) -> None:
+        with self._returned:
+            self._idle.append(writer)
+            self._returned.notify()
+
+    def _again(self, writer: Writer, operation: Callable[[Writer], T], broken: BaseException) -> T:
+        policy = self._retry_policy
+        failed: BaseException | None = broken
+
+        def attempt() -> T:
+            # The first attempt was made before.
+            nonlocal failed
+            if failed is not None:
+                exc, failed = failed, None
+                raise exc
+            return operation(writer)
+
+        def on_error(exc: BaseException, intervals: Iterator[float], retries: int) -> float:
+            logger.warning("Lost the connection to the broker while writing, trying again: %r", exc)
+            writer.drop()
+            return next(intervals)
+
+        try:
+            return retry_over_time(  # type: ignore[no-any-return]
+                attempt, writer.errors, errback=on_error,
+                max_retries=policy["max_retries"], interval_start=policy["interval_start"],
+                interval_step=policy["interval_step"], interval_max=policy["interval_max"],
+                timeout=policy.get("timeout"),
+            )  # fmt: skip
+        except writer.errors as exc:
+            writer.drop()
+            raise BrokerUnreachable(f"cannot write to {writer.connection.as_uri()}: {exc}") from exc
+
+    def close(self) -> None:
+        """Close the connections that are not in use, after what was published over them was confirmed."""
+        self.settle()
+        with self._returned:
+            idle, self._idle = self._idle, []
+        for writer in idle:
+            if writer.window:
+                logger.error("%d messages with results are lost: the broker was not there", len(writer.window))
+            writer.drop()
+
+
+class Writer:
+    """A connection of the publisher, and what was declared on it."""
+
+    def __init__(self, publisher: Publisher) -> None:
+        self._publisher = publisher
+        self._addresses = publisher.addresses
+        self.connection = publisher.connect()
+        #: What a connection breaks with.
+        self.errors: tuple[type[BaseException], ...] = self.connection.connection_errors
+        #: What the broker says no with, to an operation that has come to its end.
+        self.refusals: tuple[type[Exception], ...] = self.connection.channel_errors
+        #: What is not confirmed, and when the last of it was sent, on the monotonic clock.
+        self.window = Window(publisher.window, WINDOW_SIZE)
+        self.published_at = 0.0
+        self._heeded_at = 0.0
+        self._speak: Dialect | None = None
+        #: When each queue was declared, on the monotonic clock.
+        self._declared: dict[str, float] = {}
+
+    def connect(self) -> Dialect:
+        if self._speak is None:
+            establish(self.connection)
+            self._speak = dialect(self.connection)
+            self._speak.limit(CONFIRMED)
+        return self._speak
+
+    def drop(self) -> None:
+        """Leave a connection that broke; :meth:`connect` makes a new one."""
+        # Nothing that goes wrong while a broken connection is dropped can be news.
+        with contextlib.suppress(Exception):
+            self.connection.collect()
+        self.connection = self._publisher.connect()
+        self._speak = None
+        self._declared.clear()
+        self.window.lose()
+
+    def clear(self, address: Address) -> None:
+        """Make sure that there is a queue, and that it is empty."""
+        self.connect().declare(self._addresses.queue(address))
+        self.connect().purge(address.name)
+
+    def publish(self, publishings: list[Publishing], confirm: bool) -> None:
+        """Send messages: they are confirmed then, or kept until they are."""
+        speak = self.connect()
+        if self.window:
+            self._make_room(speak)
+        if not confirm:
+            self._send(speak, publishings)
+        elif len(publishings) == 1:
+            self._send_and_wait(speak, publishings)
+        else:
+            try:
+                self._send_and_wait(speak, publishings)
+            except PreconditionFailed:
+                # Of several, one may be too large.
+                for publishing in publishings:
+                    self._send_and_wait(speak, [publishing])
+
+    def settle(self) -> None:
+        """Wait until everything is confirmed that was sent."""
+        speak = self.connect()
+        while self.window:
+            self._send_again(speak)
+            self._settle(speak, lambda: not self.window.unconfirmed)
+
+    def _make_room(self, speak: Dialect) -> None:
+        """Read the confirms that have come, now and then; wait for them when too many are awaited."""
+        window, now = self.window, time.monotonic()
+        if window.is_full():
+            self._settle(speak, window.has_room)
+        elif not window.unconfirmed % HEED_EVERY or now - self._heeded_at > HEEDED:
+            self._heeded_at = now
+            speak.heed()
+        self._send_again(speak)
+
+    def _settle(self, speak: Dialect, enough: Callable[[], bool]) -> None:
+        # The broker closes the channel over a message, not over the one that is to be sent now.
+        with contextlib.suppress(*self.refusals):
+            self._wait(speak, enough)
+
+    def _send_again(self, speak: Dialect) -> None:
+        """Send what came back, or went down with a channel or a connection."""
+        window = self.window
+        if window.again:
+            again = list(window.again)
+            window.again.clear()
+            try:
+                for publishing in again:
+                    self._declared.pop(publishing.routing_key, None)
+                window.taken_again(again)
+                self._send(speak, again)
+            except BaseException:
+                window.again.extendleft(reversed(again))
+                raise
+        while window.doubtful:
+            publishing = window.doubtful.popleft()
+            try:
+                self._send_and_wait(speak, [publishing])
+            except (*self.refusals, ResultTooLarge, QueueGone, MessageNacked) as exc:
+                logger.error("A result is lost that nobody waited for: %s", refusal(exc, speak.uri))
+            except BaseException:
+                window.doubtful.appendleft(publishing)
+                raise
+
+    def _send(self, speak: Dialect, publishings: list[Publishing]) -> None:
+        addresses = [each.address for each in publishings if each.address and self._is_due(each.address)]
+        queues = [self._addresses.queue(address) for address in dict.fromkeys(addresses)]
+        try:
+            speak.publish(publishings, queues, self.window)
+        except BaseException:
+            self.window.withdraw(publishings)
+            raise
+        for address in addresses:
+            self._remember(address)
+        self.published_at = time.monotonic()
+
+    def _send_and_wait(self, speak: Dialect, publishings: list[Publishing]) -> None:
+        """Send messages, and wait for their confirms.
+
+        Raises:
+            fastres.errors.ResultTooLarge: the broker does not take a message of this size.
+            amqp.exceptions.MessageNacked: the broker has refused a message.
+            fastres.QueueGone: there is no queue for a message, although it was declared twice.
+        """
+        window, left = self.window, publishings
+        # A queue may have been deleted or have expired since this connection declared it: the broker then returns
+        # the message, and it is sent again to a new one.
+        for _ in range(2):
+            try:
+                self._send(speak, left)
+                self._wait(speak, lambda: not window.unconfirmed)
+                refused = list(window.doubtful)
+            except PreconditionFailed as exc:
+                limit = SIZE_LIMIT.search(exc.reply_text or "")
+                if limit is None or len(publishings) > 1:
+                    raise
+                raise _too_large(publishings[0], *limit.groups()) from exc
+            finally:
+                came_back = window.withdraw(left)
+            if not came_back:
+                return
+            if any(publishing in came_back for publishing in refused):
+                raise MessageNacked(f"the broker has refused a message to {came_back[0].routing_key!r}")
+            left = came_back
+            for publishing in left:
+                self._declared.pop(publishing.routing_key, None)
+            window.taken_again(left)
+        raise QueueGone(f"queue {left[0].routing_key!r} is deleted as often as it is declared")
+
+    def _wait(self, speak: Dialect, enough: Callable[[], bool]) -> None:
+        try:
+            speak.settle(self.window, enough)
+        except socket.timeout as exc:
+            raise BrokerUnreachable(
+                f"the broker {speak.uri} has not taken messages for {CONFIRMED:.0f} seconds: it stands still, or "
+                "an alarm (memory, disk) makes it wait"
+            ) from exc
+
+    def _is_due(self, address: Address) -> bool:
+        """Whether a queue is to be declared, for the first time or again."""
+        declared = self._declared.get(address.name)
+        if declared is None:
+            return True
+        expires = self._addresses.expires
+        return time.monotonic() - declared > (min(DECLARED_FOR, expires / 4) if expires else DECLARED_FOR)
+
+    def _remember(self, address: Address) -> None:
+        # A lone task's queue is declared once and never again: the oldest go first.
+        self._declared.pop(address.name, None)
+        self._declared[address.name] = time.monotonic()
+        if len(self._declared) > DECLARED:
+            del self._declared[next(iter(self._declared))]
+
+
+def _too_large(publishing: Publishing, size: str, limit: str) -> ResultTooLarge:
+    return ResultTooLarge(
+        f"the result of task {publishing.message.correlation_id} makes a message of {size} bytes, "
+        f"over the broker's limit of {limit} bytes (RabbitMQ's max_message_size): "
+        "store large values elsewhere and return where they are, or raise the limit"
+    )
