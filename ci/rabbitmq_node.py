@@ -129,7 +129,8 @@ class Node(Leashed, TCPExecutor):
 
     `config` is lines of rabbitmq.conf, such as {"consumer_timeout": "5000"}, and `advanced` parameters of RabbitMQ
     that it has no line for, such as {"channel_tick_interval": "1000"}. `tls` adds a listener at `tls_port` whose
-    certificate for localhost and 127.0.0.1 is signed by `ca_file` (needs trustme).
+    certificate for localhost and 127.0.0.1 is signed by `ca_file` (needs trustme). With a running `peer` it
+    forms a cluster.
 
     After kill() a durable queue may be missing that was declared less than two seconds before, with its messages:
     Mnesia, RabbitMQ 3's database, puts the last transaction on disk at once, but that it was committed only later.
@@ -139,7 +140,11 @@ class Node(Leashed, TCPExecutor):
     hint = "Its log above has the reason: a wrong line of configuration, perhaps, or a full disk."
 
     def __init__(
-        self, config: dict[str, str] | None = None, tls: bool = False, advanced: dict[str, str] | None = None
+        self,
+        config: dict[str, str] | None = None,
+        tls: bool = False,
+        advanced: dict[str, str] | None = None,
+        peer: Node | None = None,
     ) -> None:
         self._config = config or {}
         self._advanced = advanced or {}
@@ -150,6 +155,9 @@ class Node(Leashed, TCPExecutor):
         self._epmd_port = ports.pop()
         self._distribution_port = ports.pop()
         self._cookie = secrets.token_hex(16)
+        self._peer = peer
+        if peer is not None:
+            self._epmd_port, self._cookie = peer._epmd_port, peer._cookie
         super().__init__(host=HOST, port=ports.pop())
 
     @property
@@ -191,6 +199,9 @@ class Node(Leashed, TCPExecutor):
         conf = {"listeners.tcp.1": f"{HOST}:{self.port}", "log.file.level": "info"}
         if self._tls:
             conf.update(_certificates(folder), **{"listeners.ssl.1": f"{HOST}:{self.tls_port}"})
+        if self._peer is not None:
+            conf["cluster_formation.peer_discovery_backend"] = "classic_config"
+            conf["cluster_formation.classic_config.nodes.1"] = f"node-{self._peer.port}@localhost"
         conf.update(self._config)
         (folder / "rabbitmq.conf").write_text("".join(f"{key} = {value}\n" for key, value in conf.items()))
         parameters = ", ".join(f"{{{key}, {value}}}" for key, value in self._advanced.items())
@@ -201,7 +212,8 @@ class Node(Leashed, TCPExecutor):
             cookie.touch(mode=0o600)
             cookie.write_text(self._cookie)
         server = _lean_home(_server(), folder / "home")
-        return f"epmd -address {HOST} -port {self._epmd_port} & exec {shlex.quote(str(server))}"
+        mapper = "" if self._peer is not None else f"epmd -address {HOST} -port {self._epmd_port} & "
+        return f"{mapper}exec {shlex.quote(str(server))}"
 
     def after_start_check(self) -> bool:
         return super().after_start_check() and (not self._tls or _accepts(self.tls_port))

@@ -16,7 +16,7 @@ from amqp import spec
 from amqp.exceptions import ChannelError, error_for_code
 
 from fastres.errors import BrokerUnreachable
-from fastres.transport import Browsed, QueueState
+from fastres.transport import Browsed, QueueState, says_no_queue
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -239,8 +239,9 @@ class Slot:
             cause = struct.unpack_from(">HH", payload, 7 + payload[6])
             # Something has come, or somebody, since it was found empty: it stays.
             kept = not self._deleted and code == PRECONDITION_FAILED
-            if code != NOT_FOUND and not kept:
-                self._refused = error_for_code(code, text, cause, ChannelError)
+            refused = error_for_code(code, text, cause, ChannelError)
+            if not kept and not (code == NOT_FOUND and says_no_queue(refused)):
+                self._refused = refused
             self._native.restart(self.channel)
             self._is_open = False
             self.frames.clear()

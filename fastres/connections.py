@@ -18,7 +18,7 @@ from fastres.errors import AccessRefused, BrokerUnreachable
 if TYPE_CHECKING:
     from fastres.options import Options
 
-__all__ = ("Connector", "abandon", "establish")
+__all__ = ("Connector", "abandon", "drop", "establish")
 
 #: URL schemes of the backend that mean RabbitMQ; the value is whether it is over TLS.
 SCHEMES = {"fastres": False, "fastres-rpc": False, "fastress": True, "fastress-rpc": True, "amqp": False}
@@ -148,13 +148,29 @@ def _prepare_tls(connection: Any) -> None:
         connection.ssl = {**tls, "server_hostname": connection.hostname or "localhost"}
 
 
+def drop(connection: Any) -> None:
+    """Leave a connection that broke, or may have broken: nothing that goes wrong meanwhile can be news."""
+    sock = _socket_of(connection)
+    with contextlib.suppress(Exception):
+        connection.collect()
+    if sock is not None:
+        # py-amqp leaves it open when the other side has closed it before.
+        with contextlib.suppress(Exception):
+            sock.close()
+
+
+def _socket_of(connection: Any) -> Any:
+    """The socket of an established connection of py-amqp, otherwise None."""
+    transport = getattr(getattr(connection, "_connection", None), "_transport", None)
+    return getattr(transport, "sock", None)
+
+
 def abandon(connection: Any) -> None:
     """Let go of a connection that belongs to the parent process.
 
     Closing it the usual way shuts the socket down, for the parent too: only this process's descriptor is closed.
     """
-    transport = getattr(getattr(connection, "_connection", None), "_transport", None)
-    sock = getattr(transport, "sock", None)
+    sock = _socket_of(connection)
     if sock is not None:
         with contextlib.suppress(OSError):
             os.close(sock.detach())

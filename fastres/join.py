@@ -290,10 +290,12 @@ class Reader:
                     self.link.unsubscribe(inbox, inbox.close, deadline)
                     ended.append(inbox)
 
-        self.link.soon(leave)
-        for feed in ended:
-            for address, task_ids in feed.to_take().items():
-                self._take(address, task_ids)
+        def take() -> None:
+            for feed in ended:
+                for address, task_ids in feed.to_take().items():
+                    self._take(address, task_ids)
+
+        self.link.soon(leave, take)
 
     def abandon(self, join: Join) -> None:
         """The end of a join was interrupted: nothing of it may stay behind, with what others wait for."""

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Callable, Protocol, TypeVar
 
 from kombu.utils.compat import detect_environment
 
-from fastres.connections import abandon, establish
+from fastres.connections import abandon, drop, establish
 from fastres.errors import BrokerUnreachable
 from fastres.logs import logger
 from fastres.native import RECORD_TIMEOUT, Native, dialect
@@ -153,13 +153,28 @@ class Link:
             except connection.connection_errors as exc:
                 self._lost(exc)
 
-    def soon(self, action: Callable[[], object]) -> None:
-        """Do something exclusively: now, or by the next one who may if the connection is in use for long."""
+    def soon(self, action: Callable[[], object], afterwards: Callable[[], object] = lambda: None) -> None:
+        """Do something exclusively: now, or by the next one who may if the connection is in use.
+
+        Args:
+            afterwards: done when the connection is not needed any more.
+        """
+
+        def both() -> None:
+            action()
+            afterwards()
+
+        if self._talking == threading.get_ident():
+            # The garbage collector ends a wait while this thread awaits an answer that must not be taken from it.
+            self._deferred.append(both)
+            return
         try:
             with self.exclusively(time.monotonic() + LENIENCE):
                 action()
         except Occupied:
-            self._deferred.append(action)
+            self._deferred.append(both)
+        else:
+            afterwards()
 
     def subscribe(self, subscriber: Subscriber, deadline: float | None = None) -> None:
         """Open a subscriber, now or with the next connection and after each that follows."""
@@ -263,9 +278,11 @@ class Link:
                 with self._count:
                     self._wanted -= counted
                     counted = False
-            while self._deferred:
-                self._deferred.popleft()()
+            if not nested:
+                self._catch_up()
             yield
+            if not nested:
+                self._catch_up()
         finally:
             if counted:
                 with self._count:
@@ -274,6 +291,10 @@ class Link:
                 self._talking = None
                 with self._silent:
                     self._silent.notify()
+
+    def _catch_up(self) -> None:
+        while self._deferred:
+            self._deferred.popleft()()
 
     def _begin_to_talk(self, me: int, deadline: float) -> None:
         with self._silent:
@@ -354,10 +375,8 @@ class Link:
 
     def _drop(self) -> None:
         connection, self._connection, self._speak = self._connection, None, None
-        # Nothing that goes wrong while a broken connection is dropped can be news.
-        with contextlib.suppress(Exception):
-            if connection is not None:
-                connection.collect()
+        if connection is not None:
+            drop(connection)
 
     @contextlib.contextmanager
     def _whole(self, connection: Any) -> Iterator[None]:

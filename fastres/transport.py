@@ -122,7 +122,7 @@ class Dialect:
         try:
             answer = self._declaring_channel().queue_declare(name, passive=True)
         except self._connection.channel_errors as exc:
-            if str(exc.reply_code) != "404":
+            if str(exc.reply_code) != "404" or not says_no_queue(exc):
                 raise
             return None
         return QueueState(answer[1], answer[2])
@@ -318,6 +318,11 @@ def all_up_to(tags: Sequence[Any], waiting: Iterable[Any]) -> Any:
     if lowest is None or highest < lowest:
         return highest
     return max((tag for tag in tags if tag < lowest), default=None)
+
+
+def says_no_queue(exc: Any) -> bool:
+    """Whether a 404 means that there is no queue; otherwise the node that it is on is down."""
+    return "no queue" in str(exc.reply_text) or "no exchange" in str(exc.reply_text)
 
 
 def is_open(channel: Any) -> bool:

@@ -20,7 +20,7 @@ from fastres.chords.bodies import Bodies, Failed, Letter, Publisher
 from fastres.chords.forks import busy
 from fastres.chords.reducer import LARGE
 from fastres.chords.shard import Shard
-from fastres.connections import abandon, establish
+from fastres.connections import abandon, drop, establish
 from fastres.errors import Error
 from fastres.logs import logger
 from fastres.native import Native, dialect
@@ -198,10 +198,11 @@ class Joiner:
         connection, self._connection, self._speak = self._connection, None, None
         tasks, self._tasks, self._publisher = self._tasks, None, None
         for each in (connection, tasks):
-            # Nothing that goes wrong while a connection is left can be news.
-            with contextlib.suppress(Exception):
-                if each is not None:
-                    each.release() if self._stopping.is_set() else each.collect()
+            if each is not None:
+                if self._stopping.is_set():
+                    with contextlib.suppress(Exception):
+                        each.release()
+                drop(each)
 
     def _complain(self, exc: Exception) -> None:
         firing, self.firing = self.firing, []

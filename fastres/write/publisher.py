@@ -10,14 +10,14 @@ import time
 from typing import TYPE_CHECKING, Any, Callable, TypeVar
 from weakref import WeakSet
 
-from amqp.exceptions import MessageNacked, PreconditionFailed
+from amqp.exceptions import MessageNacked, NotFound, PreconditionFailed
 from kombu.utils.functional import retry_over_time
 
-from fastres.connections import abandon, establish
+from fastres.connections import abandon, drop, establish
 from fastres.errors import BrokerUnreachable, QueueGone, ResultTooLarge, refusal
 from fastres.logs import logger
 from fastres.native import dialect
-from fastres.transport import Publishing
+from fastres.transport import Publishing, says_no_queue
 from fastres.write.window import Window
 
 if TYPE_CHECKING:
@@ -207,7 +207,7 @@ class Publisher:
     def _run(self, writer: Writer, operation: Callable[[Writer], T]) -> T:
         try:
             try:
-                result = operation(writer)
+                result = _perform(operation, writer)
             except writer.errors as exc:
                 result = self._again(writer, operation, exc)
         except BaseException as exc:
@@ -254,7 +254,7 @@ class Publisher:
             if failed is not None:
                 exc, failed = failed, None
                 raise exc
-            return operation(writer)
+            return _perform(operation, writer)
 
         def on_error(exc: BaseException, intervals: Iterator[float], retries: int) -> float:
             logger.warning("Lost the connection to the broker while writing, trying again: %r", exc)
@@ -311,9 +311,7 @@ class Writer:
 
     def drop(self) -> None:
         """Leave a connection that broke; :meth:`connect` makes a new one."""
-        # Nothing that goes wrong while a broken connection is dropped can be news.
-        with contextlib.suppress(Exception):
-            self.connection.collect()
+        drop(self.connection)
         self.connection = self._publisher.connect()
         self._speak = None
         self._declared.clear()
@@ -455,6 +453,16 @@ class Writer:
         self._declared[address.name] = time.monotonic()
         if len(self._declared) > DECLARED:
             del self._declared[next(iter(self._declared))]
+
+
+def _perform(operation: Callable[[Writer], T], writer: Writer) -> T:
+    try:
+        return operation(writer)
+    except NotFound as exc:
+        if says_no_queue(exc):
+            raise
+        # The node that a queue is on is down: it comes back, as a broker does.
+        raise ConnectionResetError(exc.reply_text) from exc
 
 
 def _too_large(publishing: Publishing, size: str, limit: str) -> ResultTooLarge:

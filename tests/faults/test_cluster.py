@@ -1,0 +1,63 @@
+"""A cluster of two nodes, one of which is down: what lives there is waited for, what lives elsewhere comes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from backend_kit import ENOUGH, MakeApp, group_of, held_by, in_thread, new_ids, store, store_group
+from celery.result import GroupResult
+from rabbitmq_node import Node
+
+import fastres
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[tuple[Node, Node]]:
+    with Node() as first, Node(peer=first) as second:
+        yield first, second
+
+
+def group_on(node: Node, make_app: MakeApp) -> GroupResult:
+    """A group of three whose queue is on a node, with one result."""
+    app = make_app(node.url)
+    held = group_of(app)
+    store_group(app, held, range(1))
+    return held
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.usefixtures("both")
+def test_the_node_of_a_queue_is_down(nodes: tuple[Node, Node], make_app: MakeApp) -> None:
+    first, second = nodes[0].start(), nodes[1].start()
+    here, there = group_on(first, make_app), group_on(second, make_app)
+    lone = new_ids(1)[0]
+    store(make_app(second.url), lone, "there")
+    app = make_app(first.url)
+    impatient = make_app(first.url, result_backend_transport_options={"retry_policy": {"timeout": 1}})
+    got: dict[str, Any] = {}
+
+    def wait(name: str, held: GroupResult) -> None:
+        got[name] = held_by(app, held).get(timeout=120)
+
+    threads = [in_thread(wait, "there", there), in_thread(wait, "here", here)]
+    second.kill()
+    # A queue that cannot be reached is not one that is not there.
+    for call in (
+        lambda: impatient.AsyncResult(lone).state,
+        lambda: store_group(impatient, there, range(1, 2), start=1),
+    ):
+        with pytest.raises(fastres.BrokerUnreachable, match="down or inaccessible"):
+            call()
+    with pytest.raises(fastres.ResultsMissing, match="down or inaccessible"):
+        held_by(make_app(first.url), there).get(timeout=2)
+    store_group(impatient, here, range(1, 3), start=1)
+    threads[1].join(ENOUGH)
+    assert got == {"here": [0, 1, 2]}
+    writing = in_thread(store_group, app, there, range(1, 3), 1)
+    second.start()
+    for thread in (writing, threads[0]):
+        thread.join(90)
+    assert got["there"] == [0, 1, 2]
+    assert app.AsyncResult(lone).get(timeout=ENOUGH) == "there"
