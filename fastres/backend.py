@@ -178,7 +178,7 @@ class AMQPBackend(Backend):  # type: ignore[misc]
             self.options.confirm_window,
             conf.broker_pool_limit or 10,
         )
-        self._link = Link(self.connector.open, self.retry_policy)
+        self._link = Link(self.connector.open, self.retry_policy, conf.broker_heartbeat or 0)
         decoder = Decoder(self.accept, self.options.max_unpacked_size)
         self._looks = Looks(self._publisher, self.addresses, decoder, self.reports, auto_delete)
         self._reader = Reader(

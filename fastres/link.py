@@ -46,6 +46,8 @@ FEW = 50
 #: Seconds after which a broker that does not answer is taken to be gone, and how far over a deadline that may go.
 PATIENCE = 30.0
 LENIENCE = 0.2
+#: Seconds for a broker to agree to the end of a connection.
+GOODBYE = 1.0
 #: Seconds after which whoever waits for another thread looks for himself.
 UNTOLD = 0.1
 #: How often an operation is tried again when the connection breaks under it.
@@ -72,10 +74,12 @@ class Link:
         connect: returns a kombu connection, not yet established.
         retry_policy: ``max_retries``, ``interval_start``, ``interval_step``, ``interval_max``, and perhaps
             ``timeout`` (seconds). A wait seeks a connection that was lost for as long as it lasts.
+        heartbeat: seconds of silence, twice, after which the broker takes this process for gone, 0: never.
     """
 
-    def __init__(self, connect: Callable[[], Any], retry_policy: dict[str, Any]) -> None:
+    def __init__(self, connect: Callable[[], Any], retry_policy: dict[str, Any], heartbeat: float) -> None:
         self._connect = connect
+        self._heartbeat = heartbeat
         self._retry_policy = retry_policy
         self._connection: Any = None
         self._speak: Dialect | None = None
@@ -104,6 +108,10 @@ class Link:
     def uri(self) -> str:
         """The broker's URL, without the password."""
         return str((self._connection or self._seeking or self._connect()).as_uri())
+
+    def speaks(self, speak: Dialect) -> bool:
+        """Whether this is the connection that is in use."""
+        return self._speak is speak
 
     def call(self, operation: Callable[[Dialect], T], deadline: float | None = None) -> T:
         """Do something with the broker, over a new connection if the present one breaks.
@@ -240,9 +248,12 @@ class Link:
     def reset(self) -> None:
         """Close the connection; the next use opens a new one."""
         with self.exclusively():
-            connection, self._connection, self._speak = self._connection, None, None
-            if connection is not None:
-                connection.release()
+            connection, speak, self._connection, self._speak = self._connection, self._speak, None, None
+            if connection is not None and speak is not None:
+                # A broker that does not say goodbye is not waited for.
+                with contextlib.suppress(Exception), speak.patiently(GOODBYE):
+                    connection.release()
+                drop(connection)
             with self._count:
                 bell, self._bell = self._bell, None
             for end in bell or ():
@@ -253,7 +264,7 @@ class Link:
         abandon(self._connection)
         for end in self._bell or ():
             end.close()
-        self.__init__(self._connect, self._retry_policy)  # type: ignore[misc]
+        self.__init__(self._connect, self._retry_policy, self._heartbeat)  # type: ignore[misc]
 
     @contextlib.contextmanager
     def exclusively(self, deadline: float | None = None, ring: bool = True) -> Iterator[None]:
@@ -325,6 +336,7 @@ class Link:
             return None
         if self._seeking is None:
             self._seeking = self._connect()
+            self._seeking.heartbeat = self._heartbeat
         connection = self._seeking
         timeout = connection.connect_timeout
         # Where there are several URLs to try, the last one has its share of the time too.
@@ -350,6 +362,10 @@ class Link:
             connection.connect_timeout = timeout
         self._established = True
         self._failures = 0
+        negotiated = speak.heartbeat
+        if negotiated:
+            args = weakref.ref(self), weakref.ref(speak), negotiated / 2
+            threading.Thread(target=_beat, args=args, name="fastres-heartbeat", daemon=True).start()
         return speak
 
     def _failed(self, connection: Any, exc: BaseException, deadline: float | None) -> None:
@@ -456,6 +472,20 @@ class Link:
                 # A backend need not be closed; an open socket that is dropped would be complained about.
                 weakref.finalize(self, end.close)
         return self._bell[0]
+
+
+def _beat(link_ref: weakref.ref[Link], speak_ref: weakref.ref[Dialect], interval: float) -> None:
+    """Let the broker know of a connection that this process lives, whatever its other threads do.
+
+    Of a host that is gone nothing else tells the broker: it would keep its messages, and others from its queues.
+    """
+    while True:
+        time.sleep(interval)
+        link, speak = link_ref(), speak_ref()
+        if link is None or speak is None or not link.speaks(speak):
+            return
+        link.attempt(lambda now: now.beat(), reads=False)
+        del link, speak
 
 
 class Occupied(BrokerUnreachable):

@@ -65,6 +65,7 @@ class Native(Dialect):
 
     def __init__(self, connection: Any) -> None:
         super().__init__(connection)
+        self.heartbeat = connection.connection.heartbeat
         #: Queues that are there with other arguments than ours.
         self._foreign = LRUCache(limit=FOREIGN)
         #: The channel to publish on, the number of the last message on it, and what is not confirmed.
@@ -351,6 +352,9 @@ class Native(Dialect):
             self._poller.register(self.socket, select.POLLIN)
         while self.buffered or self._poller.poll(0):
             self.drain(RECORD_TIMEOUT)
+
+    def beat(self) -> None:
+        self._connection.connection.send_heartbeat()
 
     def _await(
         self,

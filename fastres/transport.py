@@ -73,6 +73,9 @@ class Dialect:
     #: Whether a queue can have one active consumer, with others standing by.
     single_active_consumer = False
 
+    #: Seconds of silence, twice, after which the broker takes us for gone, 0: never.
+    heartbeat: float = 0
+
     def __init__(self, connection: Any) -> None:
         self._connection = connection
         self._declaring: Any = None
@@ -210,6 +213,9 @@ class Dialect:
 
     def heed(self) -> None:
         """Notice what the broker has said unasked: that a channel is closed, or that it is short of memory."""
+
+    def beat(self) -> None:
+        """Let the broker know that we live."""
 
     def unlimit(self, channel: Any, tags: Sequence[str]) -> None:
         for tag in tags:

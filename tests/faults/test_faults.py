@@ -13,6 +13,7 @@ import pytest
 from backend_kit import (
     Broker,
     group_of,
+    held_by,
     ids_of,
     page_ids,
     queue_of,
@@ -378,3 +379,24 @@ def test_a_reader_is_killed_in_the_middle_of_a_group(
         there = {task_id: number for task_id, number in there.items() if task_id not in handed_over}
     read = reader.backend.get_many(list(there), timeout=20)
     assert {task_id: meta["result"] for task_id, meta in read} == there
+
+
+@pytest.mark.usefixtures("both")
+def test_the_host_of_a_reader_is_gone(alive: Node, writer: Celery, broker: Broker) -> None:
+    """Its connection stays open, and says nothing any more: the broker gives its messages to the next reader."""
+    with Proxy(alive.port) as proxy, client(proxy.url, broker_heartbeat=2) as gone, client(alive.url) as reader:
+        held = group_of(writer, 3)
+        store_group(writer, held, range(2))
+        lost = threading.Thread(target=lambda: list(gone.backend.get_many(ids_of(held))), daemon=True)
+        lost.start()
+        until(lambda: broker.state(queue_of(held.id)).message_count == 0)
+        # It lives for as long as it says so.
+        time.sleep(8)
+        assert broker.state(queue_of(held.id)).consumer_count == 1
+        proxy.stall()
+        store_group(writer, held, range(2, 3), start=2)
+        # The first two were handed over.
+        assert held_by(reader, held).results[2].get(timeout=30) == 2
+        until(lambda: broker.state(queue_of(held.id)).consumer_count == 0)
+        proxy.resume()
+        lost.join(1)

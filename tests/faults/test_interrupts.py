@@ -294,3 +294,20 @@ def test_a_task_that_reports_until_its_time_is_over(node: Node) -> None:
             with pytest.raises(SoftTimeLimitExceeded):
                 progress_without_end.delay().get(timeout=ENOUGH)
             assert add.delay(1, 2).get(timeout=ENOUGH) == 3
+
+
+def test_a_wait_that_the_garbage_collector_ends(app: Any, broker: Broker) -> None:
+    """In the middle of another one's question: it must not take the answer."""
+    held = group_of(app, 3)
+    store_group(app, held)
+    ids = [member.id for member in held.results]
+    results = app.backend.get_many([*ids, *new_ids(1)], timeout=ENOUGH)
+    next(results)
+
+    def ask(speak: Any) -> Any:
+        results.close()
+        return speak.inspect(queue_name(ids[0]))
+
+    assert app.backend._link.call(ask) is not None
+    assert not app.backend._reader._feeds
+    assert len(list(app.backend.get_many(ids[1:], timeout=ENOUGH))) == 2
