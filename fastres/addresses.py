@@ -68,7 +68,7 @@ class Addresses:
         queue_class: Any,
         exchange_class: Any,
     ) -> None:
-        self._prefix = namespace or ids.PREFIX
+        self.prefix = namespace or ids.PREFIX
         self._queue_class = queue_class
         self.expires = expires
         named = exchange if exchange and exchange != CELERY_EXCHANGE else ""
@@ -81,7 +81,7 @@ class Addresses:
 
     def rkey(self, task_id: str) -> str:
         """The name of the queue of a task's result."""
-        return ids.queue_name(task_id, self._prefix)
+        return ids.queue_name(task_id, self.prefix)
 
     def result(self, task_id: str) -> Address:
         """Where a task's result is."""
@@ -98,7 +98,7 @@ class Addresses:
 
     def by_result(self, task_ids: list[str]) -> dict[str, list[str]]:
         """Task ids by the name of the queue of their results."""
-        return ids.by_queue(task_ids, self._prefix)
+        return ids.by_queue(task_ids, self.prefix)
 
     def group(self, group_id: str) -> Address:
         """Where the results of a group's members are, if they have ids of its kin."""
@@ -106,21 +106,17 @@ class Addresses:
         return self.result(ids.new_id(ids.kin_of(group_id), ids.Kind.MEMBER if kin is None else kin.kind))
 
     def saved(self, group_id: str) -> Address:
-        return Address(ids.quoted_name("saved", group_id, self._prefix))
+        return Address(ids.quoted_name("saved", group_id, self.prefix))
 
     def chords(self, shard: int) -> Address:
-        return Address(f"{self._prefix}.chords.{shard}", is_log=True)
+        return Address(f"{self.prefix}.chords.{shard}", is_log=True)
 
     def refused(self) -> Address:
         """Where messages are put that came to a shard and are no events of chords."""
-        return Address(f"{self._prefix}.chords.refused")
+        return Address(f"{self.prefix}.chords.refused")
 
     def mailbox(self, oid: str) -> Address:
         return Address(oid)
-
-    def probe(self, name: str) -> Address:
-        """A queue to try the broker with."""
-        return Address(f"{self._prefix}.probe.{name}")
 
     def queue(self, address: Address) -> Any:
         """The queue at an address: durable, classic, never auto-delete (RabbitMQ 4.3 refuses transient

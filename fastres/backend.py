@@ -34,7 +34,6 @@ from fastres.addresses import Address, Addresses
 from fastres.chords.joiner import Joiner
 from fastres.chords.lazy import wants_reference
 from fastres.chords.log import Log, shard_of
-from fastres.chords.worker import attend
 from fastres.connections import Connector
 from fastres.errors import BacklogLimitExceeded, BrokerUnreachable
 from fastres.groups import Groups, leaves
@@ -45,6 +44,7 @@ from fastres.look import Looks
 from fastres.options import Options
 from fastres.pending import Pending
 from fastres.transport import Message
+from fastres.worker import attend
 from fastres.write.publisher import Publisher
 
 __all__ = ("AMQPBackend",)
@@ -251,6 +251,14 @@ class AMQPBackend(Backend):  # type: ignore[misc]
         correlation_id = getattr(request, "correlation_id", None) or task_id
         self._send(address, meta, correlation_id, {KEEP: True} if keep else {}, self._declares)
         return result
+
+    def check_writing(self) -> None:
+        """Do what storing a result takes, without one.
+
+        Raises: what :meth:`store_result` would.
+        """
+        # One that exists where chords are joined.
+        self._publisher.check(self.addresses.chords(0) if self._declares else None)
 
     def mark_as_done(
         self,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import platform
+import re
+import shlex
 import signal
 import time
 from datetime import timedelta
@@ -13,16 +15,17 @@ import amqp
 import celery
 import click
 import kombu
+from celery import states
+from celery.app.task import Context
 from celery.bin.base import CeleryCommand, handle_preload_options
 from celery.exceptions import ImproperlyConfigured
 from kombu.exceptions import OperationalError
-from kombu.utils.uuid import uuid
 
 import fastres as package
+from fastres import ids
 from fastres.chords.status import ask
 from fastres.connections import establish
 from fastres.native import Native, dialect
-from fastres.transport import Message
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -30,7 +33,7 @@ if TYPE_CHECKING:
     from fastres.chords.status import ShardStatus
     from fastres.transport import Dialect
 
-#: Seconds to wait for the probe's message.
+#: Seconds to wait for what was stored.
 PATIENCE = 5.0
 
 
@@ -43,7 +46,7 @@ def fastres() -> None:
 @click.pass_context
 @handle_preload_options
 def doctor(ctx: Any) -> None:
-    """Check the result backend: what is installed, can it reach the broker, declare, publish, consume."""
+    """Check the result backend: what is installed, and do storing, looking, joining and chords work."""
     check = Checkup(ctx.obj)
     with contextlib.suppress(Failed):
         examine(ctx.obj.app, check)
@@ -191,7 +194,6 @@ def examine(app: Any, check: Checkup) -> None:
     if not backend.expires:
         check.warn("result_expires", "off: results that nobody reads stay in the broker for ever")
     connection = backend.connector.open()
-    address = backend.addresses.probe(uuid())
     with check.step(
         "broker", f"is a broker running at {connection.as_uri()}, and are user, password and virtual host right?"
     ) as say:
@@ -200,19 +202,62 @@ def examine(app: Any, check: Checkup) -> None:
         for fact in _broker(connection, speak):
             say(fact)
     with contextlib.closing(connection):
-        may = f"the user needs permission to configure, write and read queues like {address.name!r}"
-        with check.step("declare", may) as say:
-            queue = backend.addresses.queue(address)
-            say(f"queue {address.name}, {_milliseconds(lambda: speak.declare(queue))}")
+        if isinstance(speak, Native) and backend.joiner is not None:
+            _tell_of_permissions(backend, connection, check)
+        _examine_results(backend, check)
         _tell_of_chords(backend, speak, check)
-        try:
-            with check.step("publish", f"{may}; is the broker out of memory or disk?") as say:
-                how = "confirmed" if speak.confirms else "sent (this transport has no confirms)"
-                say(f"{how}, {_milliseconds(lambda: _publish(backend, address))}")
-            with check.step("consume", may) as say:
-                say(f"read back, {_milliseconds(lambda: _consume(connection, speak, address.name))}")
-        finally:
-            speak.delete(speak.channel(), [address.name])
+
+
+def _examine_results(backend: Any, check: Checkup) -> None:
+    """Do what workers and clients do with the results of a group of two."""
+    kin = ids.new_kin()
+    first, second = (ids.new_id(kin, ids.Kind.MEMBER) for _ in range(2))
+    may = "does the user have the permissions above?"
+    for task_id in (first, second):
+        # A client with a mailbox opens it when it sends a task.
+        backend.on_task_call(None, task_id)
+    with check.step("store", f"{may} Is the broker out of memory or disk?") as say:
+        how = "confirmed" if backend.options.confirm else "not waited for: confirm is off"
+        say(f"{_milliseconds(lambda: _store(backend, first))}, {how}")
+    with check.step("look", may) as say:
+        say(_milliseconds(lambda: _look(backend, first)))
+    with check.step("join", may) as say:
+        _store(backend, second)
+        say(f"2 results, {_milliseconds(lambda: list(backend.get_many([first, second], timeout=PATIENCE)))}")
+
+
+def _store(backend: Any, task_id: str) -> None:
+    request = Context(id=task_id, correlation_id=task_id, reply_to=backend.app.thread_oid)
+    backend.store_result(task_id, "probe", states.SUCCESS, request=request)
+
+
+def _look(backend: Any, task_id: str) -> None:
+    end = time.monotonic() + PATIENCE
+    while backend.get_task_meta(task_id, cache=False)["status"] != states.SUCCESS:
+        if time.monotonic() > end:
+            raise TimeoutError(f"the result that was stored is not seen within {PATIENCE:.0f} seconds")
+
+
+def _tell_of_permissions(backend: Any, connection: Any, check: Checkup) -> None:
+    """The least that clients and workers need: what Celery needs for the tasks is in it."""
+    prefix = re.escape(backend.addresses.prefix + ".")
+    app, vhost, exchange = backend.app, shlex.quote(connection.virtual_host), backend.addresses.exchange.name
+    results = (f"^{prefix}", r"^amq\.default$", f"^{prefix}")
+    if exchange:
+        # Queues are bound to it, which is written to the queue and read from the exchange.
+        prefix = f"{prefix}|{re.escape(exchange)}$"
+        results = (f"^({prefix})", rf"^(amq\.default$|{prefix})", f"^({prefix})")
+    lines = {"client": results, "worker": results}
+    if backend.connector.is_applications:
+        names = {queue.name for queue in app.amqp.queues.values()}
+        names |= {queue.exchange.name for queue in app.amqp.queues.values() if queue.exchange.name}
+        # Remote control and events: of `celery inspect`, and of workers among themselves.
+        own = "|".join([*(f"{re.escape(name)}$" for name in sorted(names)), r"(.*\.)?celery\.pidbox$", "celeryev"])
+        written = f"{prefix}|{own}" if exchange else own
+        lines["worker"] = (f"^({prefix}|{own})", rf"^(amq\.default$|{written})", f"^({prefix}|{own})")
+    for who, permissions in lines.items():
+        quoted = " ".join(f"'{permission}'" for permission in permissions)
+        check.tell(f"{who} needs", f"rabbitmqctl set_permissions -p {vhost} USER {quoted}")
 
 
 def _tell_of_chords(backend: Any, speak: Dialect, check: Checkup) -> None:
@@ -221,9 +266,12 @@ def _tell_of_chords(backend: Any, speak: Dialect, check: Checkup) -> None:
     elif not speak.single_active_consumer:
         check.tell("chords", "joined by celery.chord_unlock (the broker has no single active consumers)")
     else:
-        states = [speak.inspect(name) for name in _shards(backend)]
-        joiners = [0 if state is None else state.consumers for state in states]
-        check.tell("chords", f"{min(joiners)} workers or joiners at {', '.join(_shards(backend))}")
+        with check.step("chords", "does the user have the permissions above?") as say:
+            for number in range(backend.options.chord_shards):
+                speak.declare(backend.addresses.queue(backend.addresses.chords(number)))
+            shards = [speak.inspect(name) for name in _shards(backend)]
+            joiners = [0 if shard is None else shard.consumers for shard in shards]
+            say(f"{min(joiners)} workers or joiners at {', '.join(_shards(backend))}")
 
 
 def _broker(connection: Any, speak: Dialect) -> Iterator[str]:
@@ -233,19 +281,6 @@ def _broker(connection: Any, speak: Dialect) -> Iterator[str]:
     properties = connection.connection.server_properties
     yield f"{properties.get('product')} {properties.get('version')} at {connection.as_uri()}"
     yield "with TLS" if connection.ssl else "without TLS"
-
-
-def _publish(backend: Any, address: Any) -> None:
-    backend._publisher.publish(
-        address, Message(b"{}", "application/json", "utf-8", address.name, 1, {}), declare=True
-    )
-
-
-def _consume(connection: Any, speak: Dialect, name: str) -> None:
-    end = time.monotonic() + PATIENCE
-    while not speak.take(name, 1, lambda deliveries: [delivery.delivery_tag for delivery in deliveries]):
-        if time.monotonic() > end:
-            raise TimeoutError(f"the message that was published did not come within {PATIENCE:.0f} seconds")
 
 
 def _milliseconds(action: Callable[[], object]) -> str:

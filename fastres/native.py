@@ -76,6 +76,8 @@ class Native(Dialect):
         self._closed_with: Exception | None = None
         self._frames = Frames(connection.connection.frame_max)
         self._receivers: dict[tuple[int, str], Receiver] = {}
+        #: The numbers of the channels over which deliveries come.
+        self._owned: set[int] = set()
         self._poller: Any = None
         self._browser: Browser | None = None
 
@@ -121,8 +123,8 @@ class Native(Dialect):
         others: list[Frame]
         deliveries, others = self._frames.feed(data)
         self._connection.connection.bytes_recv += self._frames.consumed - before
-        if len(self._receivers) == 1 and deliveries:
-            # Channels are owned for their receivers: there is nobody else whose these could be.
+        if len(self._receivers) == len(self._owned) == 1 and deliveries:
+            # Nobody else's: what still comes over a channel that is being left is for nobody.
             (receiver,) = self._receivers.values()
             receiver(deliveries)
             return others
@@ -144,6 +146,14 @@ class Native(Dialect):
         if its is not None:
             its(together)
         return others
+
+    def _own(self, channel_id: int) -> None:
+        self._frames.own(channel_id)
+        self._owned.add(channel_id)
+
+    def _disown(self, channel_id: int) -> None:
+        self._frames.disown(channel_id)
+        self._owned.discard(channel_id)
 
     def pass_on(self, frames: list[Frame]) -> None:
         """Let py-amqp handle frames; what that sets off may read from the socket, or raise."""
@@ -184,13 +194,13 @@ class Native(Dialect):
 
     def receive(self, channel: Any, receiver: Receiver) -> None:
         """Give what is got on a channel to a receiver."""
-        self._frames.own(channel.channel_id)
+        self._own(channel.channel_id)
         self._receivers[channel.channel_id, ""] = receiver
 
     def restart(self, channel: Any) -> None:
         """The broker has closed a channel: what had come of a message is dropped."""
-        self._frames.disown(channel.channel_id)
-        self._frames.own(channel.channel_id)
+        self._disown(channel.channel_id)
+        self._own(channel.channel_id)
 
     def write(self, data: bytes) -> None:
         self._connection.connection.transport.write(data)
@@ -405,7 +415,7 @@ class Native(Dialect):
 
         Raises: Busy: the queue has a consumer, and this one or that one is exclusive.
         """
-        self._frames.own(channel.channel_id)
+        self._own(channel.channel_id)
         self._register(channel, tag, receiver, on_cancel)
         try:
             channel.basic_consume(
@@ -428,7 +438,7 @@ class Native(Dialect):
             channel.open()
             return super().subscribe(channel, consumers, receiver, on_cancel)
         connection = self._connection.connection
-        self._frames.own(channel.channel_id)
+        self._own(channel.channel_id)
         states: list[QueueState] = []
         for start in range(0, len(consumers), PIPELINED):
             part = consumers[start : start + PIPELINED]
@@ -467,7 +477,7 @@ class Native(Dialect):
         number = channel.channel_id
         for consumer in [consumer for consumer in self._receivers if consumer[0] == number]:
             del self._receivers[consumer]
-        self._frames.disown(number)
+        self._disown(number)
         closed = error_for_code(code, text, method, ChannelError)
         on_close(closed)
         # To whoever waits for an answer on it.
@@ -517,7 +527,7 @@ class Native(Dialect):
         channel.send_method(spec.Channel.Close, "BsBB", (0, "", 0, 0))
         # What still comes is read and dropped here: nobody else has a use for it.
         self._await(channel, {CLOSE_OK: 1})
-        self._frames.disown(channel.channel_id)
+        self._disown(channel.channel_id)
         if channel.is_open:
             channel.collect()
 

@@ -12,19 +12,20 @@ from weakref import WeakSet
 
 from amqp.exceptions import MessageNacked, NotFound, PreconditionFailed
 from kombu.utils.functional import retry_over_time
+from kombu.utils.uuid import uuid
 
 from fastres.connections import abandon, drop, establish
 from fastres.errors import BrokerUnreachable, QueueGone, ResultTooLarge, refusal
 from fastres.logs import logger
 from fastres.native import dialect
-from fastres.transport import Publishing, says_no_queue
+from fastres.transport import Message, Publishing, says_no_queue
 from fastres.write.window import Window
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from fastres.addresses import Address, Addresses
-    from fastres.transport import Dialect, Message
+    from fastres.transport import Dialect
 
 __all__ = ("Publisher",)
 
@@ -138,6 +139,22 @@ class Publisher:
             self._start_to_settle()
 
     # -- what is not confirmed yet
+
+    def check(self, address: Address | None) -> None:
+        """Declare the queue of an address, and publish a message that is for nobody.
+
+        Raises: what :meth:`publish` does.
+        """
+        nobody = Message(b"", "application/octet-stream", "binary", "", 1, {})
+        nowhere = f"{self.addresses.prefix}.nobody.{uuid()}"
+        publishing = Publishing(nobody, self.addresses.exchange.name, nowhere)
+
+        def check(writer: Writer) -> None:
+            if address is not None:
+                writer.connect().declare(self.addresses.queue(address))
+            writer.publish([publishing], confirm=True)
+
+        self.run(check)
 
     def settle(self, seconds: float = 0.0) -> None:
         """Wait until the broker has confirmed what was published, for ``retry_policy`` if it is away.

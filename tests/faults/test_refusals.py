@@ -360,3 +360,20 @@ def test_a_timeout_says_what_is_known(make_app: MakeApp) -> None:
     assert "secret" not in str(unreachable.value)
     with pytest.raises(OperationalError):
         away.backend.store_result(new_ids(1)[0], 1, "SUCCESS")
+
+
+def test_a_worker_says_at_its_start_that_results_cannot_be_stored(node: Node) -> None:
+    """In one line, before any task has run."""
+    name = f"user-{uuid()}"
+    node.ctl("add_user", name, "secret")
+    node.ctl("set_permissions", name, ALL, r"^(?!amq\.default$)", ALL)
+    told = "Results of tasks cannot be stored"
+    with Worker(node.url.replace("guest:guest", f"{name}:secret")) as worker:
+        until(lambda: told in worker.log())
+        (line,) = [line for line in worker.log().splitlines() if told in line]
+        assert "set_permissions" in line
+        assert name in line
+    with Worker(node.url) as worker, worker.client():
+        assert add.delay(1, 1).get(timeout=ENOUGH) == 2
+        assert told not in worker.log()
+    node.ctl("delete_user", name)

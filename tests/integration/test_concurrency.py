@@ -13,13 +13,28 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Callable
 
 import pytest
-from backend_kit import Broker, group_of, held_by, ids_of, page_ids, store, store_group, store_member, until
+from backend_kit import (
+    Broker,
+    group_of,
+    held_by,
+    ids_of,
+    new_ids,
+    page_ids,
+    store,
+    store_group,
+    store_member,
+    success,
+    until,
+)
 from celery import Celery, group, uuid
 from celery.exceptions import TimeoutError
 from celery.result import AsyncResult
+from kombu import Connection
 from proj import slow
 from rabbitmq_node import Node
 from workers import Worker, client, python, start_python
+
+from fastres.native import dialect
 
 SECONDS = 20
 
@@ -422,3 +437,28 @@ def test_a_worker_of_greenlets(node: Node, pool: str) -> None:
         result = group(slow.s(1.0, number) for number in range(50)).apply_async()
         assert result.get(timeout=SECONDS) == list(range(50))
         assert time.monotonic() - start < 10, "they ran at the same time"
+
+
+@pytest.mark.usefixtures("both")
+def test_what_comes_for_one_who_leaves_is_for_nobody_else(node: Node, broker: Broker) -> None:
+    """While the end of a channel is awaited, the messages that were sent ahead still come over it."""
+    busy, quiet = new_ids(2)
+    broker.declare(busy)
+    broker.fill(busy, [success(busy, number) for number in range(5000)])
+    broker.declare(quiet)
+    got: dict[str, list[Any]] = {busy: [], quiet: []}
+    with Connection(node.url) as connection:
+        connection.connect()
+        session = dialect(connection)
+        channels = {}
+        for name, deliveries in got.items():
+            channels[name] = session.channel()
+            session.consume(channels[name], name, name, deliveries.extend, lambda tag: None)
+        session.leave(channels[busy], [busy], ())
+        assert len(got[busy]) < 5000
+        assert not got[quiet]
+        broker.put(quiet, success(quiet))
+        session.drain(SECONDS)
+        assert [delivery.consumer_tag for delivery in got[quiet]] == [quiet]
+    broker.channel().queue_delete(busy)
+    broker.channel().queue_delete(quiet)

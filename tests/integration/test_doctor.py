@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+from uuid import uuid4
 
 import port_for
 import pytest
+from backend_kit import ENOUGH, MakeApp, held_by
+from celery import chord, group
+from proj import add, tsum
 from rabbitmq_node import Node
+from workers import Worker, client
 
 import fastres
 
@@ -29,20 +37,71 @@ def doctor(
     return done.returncode, done.stdout + done.stderr
 
 
-def test_a_backend_that_works(node: Node, tmp_path: Path) -> None:
-    code, said = doctor(tmp_path, node.url)
+@pytest.fixture
+def vhost(node: Node) -> Iterator[str]:
+    """The URL of a virtual host without queues."""
+    name = f"vhost-{uuid4()}"
+    node.ctl("add_vhost", name)
+    node.ctl("set_permissions", "-p", name, "guest", ".*", ".*", ".*")
+    yield f"{node.url.rstrip('/')}/{name}"
+    node.ctl("delete_vhost", name)
+
+
+def test_a_backend_that_works(vhost: str, tmp_path: Path) -> None:
+    code, said = doctor(tmp_path, vhost)
     assert code == 0, said
     assert f"implementation   {fastres.__impl__}" in said
     for line in (
         "ok backend          AMQPBackend at fastres://",
         "ok broker           RabbitMQ",
-        "ok declare",
-        "ok publish          confirmed",
-        "ok consume          read back",
+        "ok store",
+        "ok look",
+        "ok join             2 results",
+        "ok chords           0 workers or joiners at fastres.chords.0",
         "The result backend works.",
     ):
         assert line in said
-    assert not [name for name in node.queues() if ".probe." in name]
+
+
+@pytest.mark.parametrize(
+    ("backend", "conf"),
+    [("fastres://", "{'result_backend_transport_options': {'confirm': False}}"), ("fastres-rpc://", "{}")],
+)
+def test_other_backends_that_work(vhost: str, tmp_path: Path, backend: str, conf: str) -> None:
+    code, said = doctor(tmp_path, vhost, backend, conf)
+    assert code == 0, said
+    assert "ok join" in said
+
+
+@pytest.mark.parametrize(
+    "conf",
+    [{}, {"result_exchange": "results"}, {"result_backend_transport_options": {"namespace": "shop"}}],
+    ids=str,
+)
+def test_the_permissions_that_it_prints_are_enough(
+    vhost: str, node: Node, tmp_path: Path, make_app: MakeApp, conf: dict[str, Any]
+) -> None:
+    """To run a worker with remote control and events, and a client."""
+    conf = {**conf, "task_default_queue": "jobs"}
+    code, said = doctor(tmp_path, vhost, conf=str(conf))
+    assert code == 0, said
+    urls = {}
+    for who in ("client", "worker"):
+        node.ctl("add_user", f"{who}-{vhost[-8:]}", "secret")
+        (line,) = [line for line in said.splitlines() if f"{who} needs" in line]
+        _, _, arguments = line.partition("rabbitmqctl ")
+        node.ctl(*shlex.split(arguments.replace("USER", f"{who}-{vhost[-8:]}")))
+        urls[who] = vhost.replace("guest:guest", f"{who}-{vhost[-8:]}:secret")
+    with Worker(urls["worker"], **conf), client(urls["worker"], **conf) as app:
+        # The client's application sends its tasks with the worker's permissions: fastres needs none for that.
+        reading = make_app(urls["client"], **conf)
+        lone, held = add.delay(1, 2), group(add.s(number, 1) for number in range(3))()
+        joined = chord([add.s(1, 1), add.s(2, 2)])(tsum.s())
+        assert reading.AsyncResult(lone.id).get(timeout=ENOUGH) == 3
+        assert reading.AsyncResult(lone.id).state == "SUCCESS"
+        assert held_by(reading, held).get(timeout=ENOUGH) == [1, 2, 3]
+        assert reading.AsyncResult(joined.id).get(timeout=ENOUGH) == 6
+        assert app.control.inspect(timeout=2).ping()
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from backend_kit import CELERY, ENOUGH, Broker, MakeApp, reply, send
+from backend_kit import CELERY, ENOUGH, Broker, MakeApp, reply, send, until
 from celery import Celery, group, states, uuid
 from proj import OutOfStockError, add, fail
 from rabbitmq_node import Node
@@ -136,6 +136,8 @@ def test_the_wire_format_is_celerys_own(
         mailbox, task_id = uuid(), "0f8fad5b-d9cb-469f-a165-70867728950e"
         broker.declare(mailbox)
         reply(app, mailbox, task_id, {"a": [1]}, **fields)
+        # Celery's rpc waits for no confirm.
+        until(lambda mailbox=mailbox: broker.messages(mailbox))
         message = broker.look(mailbox)
         meta = json.loads(message.body)
         assert meta.pop("date_done", None) or (app is celery_rpc and CELERY < (5, 7))

@@ -50,7 +50,6 @@ def test_names() -> None:
     assert given.group(ID).name == f"fastres.{KIN}"
     assert given.group(PAGE).name == given.result(PAGE).name == f"fastres.{KIN}"
     assert given.saved(ID).name == f"fastres.saved.{ID}"
-    assert given.probe("x").name == "fastres.probe.x"
     assert given.mailbox(ID).name == ID
 
 
@@ -60,7 +59,6 @@ def test_namespace_stands_before_every_name_but_a_mailbox() -> None:
     assert given.rkey(MEMBER) == given.group(ID).name == f"shop.{KIN}"
     assert given.states(MEMBER).name == f"shop.{KIN}.states"
     assert given.saved(ID).name == f"shop.saved.{ID}"
-    assert given.probe("x").name == "shop.probe.x"
     # The name of a mailbox travels in the task message: Celery's rpc workers send to it too.
     assert given.mailbox(ID).name == ID
 
@@ -73,7 +71,6 @@ def test_addresses_of_one_id_differ(namespace: str | None) -> None:
         given.group(ID),
         given.states(ID),
         given.saved(ID),
-        given.probe(ID),
         given.rkey(STEP),
     ]
     assert len(set(map(str, made))) == len(made)
