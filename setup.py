@@ -34,6 +34,8 @@ setup(
         "fastres",
         "fastres._py",
         "fastres.chords",
+        "fastres.amqp",
+        "fastres.read",
         "fastres.write",
         *(["fastres_ext"] if ext_modules else []),
     ],

@@ -31,19 +31,20 @@ from fastres import canvas, ids
 from fastres._impl import Decoder, encode, fulfil
 from fastres._protocols import COMPRESSION, KEEP, Meta
 from fastres.addresses import Address, Addresses
+from fastres.amqp.connection import Link
+from fastres.amqp.connector import Connector
+from fastres.amqp.session import Message
 from fastres.chords.joiner import Joiner
 from fastres.chords.lazy import wants_reference
 from fastres.chords.log import Log, shard_of
-from fastres.connections import Connector
 from fastres.errors import BacklogLimitExceeded, BrokerUnreachable
 from fastres.groups import Groups, leaves
-from fastres.join import Join, Reader
-from fastres.link import Link
 from fastres.logs import Reports
-from fastres.look import Looks
 from fastres.options import Options
-from fastres.pending import Pending
-from fastres.transport import Message
+from fastres.read.join import Join
+from fastres.read.look import Looks
+from fastres.read.pending import Pending
+from fastres.read.reader import Reader
 from fastres.worker import attend
 from fastres.write.publisher import Publisher
 

@@ -23,15 +23,15 @@ from kombu.exceptions import OperationalError
 
 import fastres as package
 from fastres import ids
+from fastres.amqp.connector import establish
+from fastres.amqp.rabbitmq import RabbitMQ, session_of
 from fastres.chords.status import ask
-from fastres.connections import establish
-from fastres.native import Native, dialect
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from fastres.amqp.session import Session
     from fastres.chords.status import ShardStatus
-    from fastres.transport import Dialect
 
 #: Seconds to wait for what was stored.
 PATIENCE = 5.0
@@ -198,14 +198,14 @@ def examine(app: Any, check: Checkup) -> None:
         "broker", f"is a broker running at {connection.as_uri()}, and are user, password and virtual host right?"
     ) as say:
         establish(connection)
-        speak = dialect(connection)
-        for fact in _broker(connection, speak):
+        session = session_of(connection)
+        for fact in _broker(connection, session):
             say(fact)
     with contextlib.closing(connection):
-        if isinstance(speak, Native) and backend.joiner is not None:
+        if isinstance(session, RabbitMQ) and backend.joiner is not None:
             _tell_of_permissions(backend, connection, check)
         _examine_results(backend, check)
-        _tell_of_chords(backend, speak, check)
+        _tell_of_chords(backend, session, check)
 
 
 def _examine_results(backend: Any, check: Checkup) -> None:
@@ -260,22 +260,22 @@ def _tell_of_permissions(backend: Any, connection: Any, check: Checkup) -> None:
         check.tell(f"{who} needs", f"rabbitmqctl set_permissions -p {vhost} USER {quoted}")
 
 
-def _tell_of_chords(backend: Any, speak: Dialect, check: Checkup) -> None:
+def _tell_of_chords(backend: Any, session: Session, check: Checkup) -> None:
     if backend.joiner is None:
         check.tell("chords", "none with this backend")
-    elif not speak.single_active_consumer:
+    elif not session.single_active_consumer:
         check.tell("chords", "joined by celery.chord_unlock (the broker has no single active consumers)")
     else:
         with check.step("chords", "does the user have the permissions above?") as say:
             for number in range(backend.options.chord_shards):
-                speak.declare(backend.addresses.queue(backend.addresses.chords(number)))
-            shards = [speak.inspect(name) for name in _shards(backend)]
+                session.declare(backend.addresses.queue(backend.addresses.chords(number)))
+            shards = [session.inspect(name) for name in _shards(backend)]
             joiners = [0 if shard is None else shard.consumers for shard in shards]
             say(f"{min(joiners)} workers or joiners at {', '.join(_shards(backend))}")
 
 
-def _broker(connection: Any, speak: Dialect) -> Iterator[str]:
-    if not isinstance(speak, Native):
+def _broker(connection: Any, session: Session) -> Iterator[str]:
+    if not isinstance(session, RabbitMQ):
         yield f"{connection.as_uri()} (kombu's own drain: slower than RabbitMQ through py-amqp)"
         return
     properties = connection.connection.server_properties

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from fastres._protocols import Decoder, Meta
     from fastres.addresses import Address, Addresses
     from fastres.logs import Reports
-    from fastres.look import Looks
+    from fastres.read.look import Looks
     from fastres.write.publisher import Publisher
 
 __all__ = ("Groups", "Saved", "leaves", "pack", "unpack")

@@ -11,7 +11,7 @@ from fastres.backend import AMQPBackend
 if TYPE_CHECKING:
     from fastres._protocols import Meta
     from fastres.addresses import Address
-    from fastres.join import Join
+    from fastres.read.join import Join
 
 __all__ = ("RPCBackend",)
 
@@ -99,7 +99,7 @@ class RPCBackend(AMQPBackend):
         mailbox = self._reader.mailbox
         mailbox.add(self.addresses.mailbox(self.oid))
         # One question to the broker: when it has answered, what came before has been read too.
-        self._link.call(lambda speak: speak.inspect(self.oid))
+        self._link.call(lambda session: session.inspect(self.oid))
         self._link.read(0, lambda: False, None)
         return mailbox.peek(task_id)
 

@@ -14,7 +14,7 @@ from celery import Celery, chord, uuid
 from celery.app.task import Context
 
 from fastres._impl import Delivery
-from fastres.chords.bodies import Letter
+from fastres.chords.bodies import Publishing
 from fastres.chords.events import Event, Part, Plan, pack_part, pack_plan, write_event
 from fastres.chords.reducer import LARGE, Chord
 from fastres.chords.shard import Shard
@@ -203,7 +203,7 @@ class Lab:
         )
         self.reported: list[tuple[Any, ...]] = []
         self.backend = SimpleNamespace(reports=SimpleNamespace(add=lambda *report: self.reported.append(report)))
-        self._posted: list[Letter] = []
+        self._posted: list[Publishing] = []
         self._tags: list[int] = []
         self.shard = self._start()
 
@@ -257,8 +257,8 @@ class Lab:
     def told(self, chord: Chord) -> bool | None:
         return False
 
-    def call(self, chord: Chord) -> list[Letter]:
-        return [Letter(SimpleNamespace(body=b"", of=(chord.id, dict(chord.parts))), "", "bodies")]
+    def call(self, chord: Chord) -> list[Publishing]:
+        return [Publishing(SimpleNamespace(body=b"", of=(chord.id, dict(chord.parts))), "", "bodies")]
 
     def forget(self, chord: Chord) -> None:
         pass
@@ -287,7 +287,7 @@ class Lab:
         assert set(unacknowledged) == set(self.log.unacknowledged)
 
     def post(self, channel: Any, message: Any, exchange: str, routing_key: str) -> None:
-        self._posted.append(Letter(message, exchange, routing_key))
+        self._posted.append(Publishing(message, exchange, routing_key))
 
     def acknowledge(self, channel: Any, tags: Any, all_up_to: int | None) -> None:
         self._tags += tags
@@ -299,10 +299,10 @@ class Lab:
         posted, self._posted, tags, self._tags = self._posted, [], self._tags, []
         if how is not False:
             self.log.acknowledge(tags)
-            for letter in posted:
-                if letter.routing_key == "bodies":
-                    self.fired.append(letter.message.of)
-                elif letter.routing_key.startswith("log."):
-                    self.log.publish(letter.message.body)
+            for publishing in posted:
+                if publishing.routing_key == "bodies":
+                    self.fired.append(publishing.message.of)
+                elif publishing.routing_key.startswith("log."):
+                    self.log.publish(publishing.message.body)
         if how is not None:
             raise Lost

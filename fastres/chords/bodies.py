@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from hashlib import sha1
 from itertools import islice
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, Callable, NamedTuple
+from typing import TYPE_CHECKING, Any, Callable
 
 from celery import states
 from celery._state import _task_stack
@@ -23,6 +23,7 @@ from kombu.utils.json import loads as kombu_json_loads
 from kombu.utils.uuid import uuid
 
 from fastres._impl import in_order, listed
+from fastres.amqp.session import Publishing
 from fastres.chords.events import JSON, REFERENCE, UTF8, Part, unpack_part, unpack_plan
 from fastres.chords.lazy import HeaderResults, wants_reference
 
@@ -31,20 +32,12 @@ if TYPE_CHECKING:
 
     from fastres.chords.reducer import Chord
 
-__all__ = ("Bodies", "Failed", "Letter", "Publisher")
+__all__ = ("Bodies", "BodyProducer", "Failed")
 
 #: How many results the representation of a body's arguments shows.
 SHOWN = 3
 #: Seconds after which a broker that does not confirm a body is taken to be gone.
 PATIENCE = 30.0
-
-
-class Letter(NamedTuple):
-    """A message to publish."""
-
-    message: Any
-    exchange: str
-    routing_key: str
 
 
 class Failed(Exception):
@@ -112,19 +105,19 @@ class Values(Sequence[Any]):
         return flat
 
 
-class Publisher(Producer):  # type: ignore[misc]
+class BodyProducer(Producer):  # type: ignore[misc]
     """Publishes tasks; the results of a header are put into their arguments as they are.
 
     Args:
         channel: a channel, or a connection.
-        letters: where messages are put instead of being published; what they need is declared all the same.
+        publishings: where messages are put instead of being published; what they need is declared all the same.
     """
 
     values: Values | None = None
 
-    def __init__(self, channel: Any, letters: list[Letter] | None = None) -> None:
+    def __init__(self, channel: Any, publishings: list[Publishing] | None = None) -> None:
         super().__init__(channel, auto_declare=False)
-        self.letters = letters
+        self.publishings = publishings
 
     def _prepare(
         self, body: Any, serializer: Any = None, content_type: Any = None, content_encoding: Any = None,
@@ -150,7 +143,7 @@ class Publisher(Producer):  # type: ignore[misc]
         return (plain(args), *rest)
 
     def publish(self, body: Any, **options: Any) -> Any:
-        if self.letters is not None:
+        if self.publishings is not None:
             # Nothing is sent yet: there is nothing to try again.
             options["retry"] = False
         else:
@@ -161,7 +154,7 @@ class Publisher(Producer):  # type: ignore[misc]
         self, body: Any, priority: Any, content_type: Any, content_encoding: Any, headers: Any, properties: Any,
         routing_key: Any, mandatory: Any, immediate: Any, exchange: Any, declare: Any, *rest: Any, **more: Any,
     ) -> Any:  # fmt: skip
-        if self.letters is None:
+        if self.publishings is None:
             return super()._publish(
                 body, priority, content_type, content_encoding, headers, properties, routing_key, mandatory,
                 immediate, exchange, declare, *rest, **more,
@@ -169,7 +162,7 @@ class Publisher(Producer):  # type: ignore[misc]
         for entity in declare or ():
             self.maybe_declare(entity)
         message = self.channel.prepare_message(body, priority, content_type, content_encoding, headers, properties)
-        self.letters.append(Letter(message, exchange, routing_key))
+        self.publishings.append(Publishing(message, exchange, routing_key))
         return None
 
 
@@ -207,7 +200,7 @@ class Bodies:
         body, tree = loads(plan.content, plan.content_type, plan.content_encoding, accept=accept)
         return maybe_signature(body, app=self._app), tree
 
-    def call(self, chord: Chord, publisher: Publisher) -> None:
+    def call(self, chord: Chord, publisher: BodyProducer) -> None:
         """Publish what a complete chord goes on with.
 
         Raises:

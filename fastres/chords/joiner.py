@@ -16,20 +16,21 @@ from typing import TYPE_CHECKING, Any
 
 from kombu.exceptions import OperationalError
 
-from fastres.chords.bodies import Bodies, Failed, Letter, Publisher
+from fastres.amqp.connector import abandon, drop, establish
+from fastres.amqp.rabbitmq import RabbitMQ, session_of
+from fastres.amqp.session import is_open
+from fastres.chords.bodies import Bodies, BodyProducer, Failed
 from fastres.chords.forks import busy
 from fastres.chords.reducer import LARGE
 from fastres.chords.shard import Shard
-from fastres.connections import abandon, drop, establish
 from fastres.errors import Error
 from fastres.logs import logger
-from fastres.native import Native, dialect
-from fastres.transport import is_open
 from fastres.write.publisher import SIZE_LIMIT
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from fastres.amqp.session import Publishing
     from fastres.chords.reducer import Chord
 
 __all__ = ("Joiner",)
@@ -64,13 +65,13 @@ class Joiner:
         self._stopping = threading.Event()
         self._stop_at = math.inf
         self._connection: Any = None
-        self._speak: Any = None
+        self._session: Any = None
         self._bodies: Bodies | None = None
         #: The connection that tasks are published with, if it is not this one.
         self._tasks: Any = None
         #: What is to be published with this one.
-        self._letters: list[Letter] | None = None
-        self._publisher: Publisher | None = None
+        self._publishings: list[Publishing] | None = None
+        self._producer: BodyProducer | None = None
         #: What a connection breaks with.
         self.lost: tuple[type[BaseException], ...] = (OSError,)
         #: Chords in the commit that is under way, and whether commits are to hold one chord each: because of some
@@ -138,20 +139,20 @@ class Joiner:
         connection.heartbeat = self._app.conf.broker_heartbeat or 0
         self.lost = (OSError, *connection.recoverable_connection_errors)
         establish(connection)
-        self._speak = speak = dialect(connection)
-        if not isinstance(speak, Native) or not speak.single_active_consumer:
+        self._session = session = session_of(connection)
+        if not isinstance(session, RabbitMQ) or not session.single_active_consumer:
             self._useless = True
             logger.info("%s has no single active consumers: chords are left to chord_unlock.", connection.as_uri())
             return []
-        speak.socket.settimeout(PATIENCE)
+        session.socket.settimeout(PATIENCE)
         self._bodies = self._bodies or Bodies(self.backend)
         if connector.is_applications:
-            self._letters = []
+            self._publishings = []
         else:
             # The parts are not acknowledged by the same transaction: before, the broker must have the body.
             self._tasks = self._app.connection_for_write(transport_options={"confirm_publish": True})
             self.lost += self._tasks.recoverable_connection_errors
-        return [Shard(self, speak, number) for number in range(self.backend.options.chord_shards)]
+        return [Shard(self, session, number) for number in range(self.backend.options.chord_shards)]
 
     def _serve(self, shards: list[Shard]) -> None:
         options, expires = self.backend.options, self.backend.expires
@@ -160,7 +161,7 @@ class Joiner:
             # What came while a commit was waited for needs no reading.
             if not any(shard.received for shard in shards):
                 with contextlib.suppress(socket.timeout):
-                    self._speak.drain(PAUSE)
+                    self._session.drain(PAUSE)
             with busy():
                 worked = [shard.work() for shard in shards]
                 if time.monotonic() >= next_round:
@@ -187,16 +188,16 @@ class Joiner:
         active = [number for number, shard in enumerate(shards) if shard.active]
         if not active:
             return
-        self._speak.hand_back()
-        states = [self._speak.inspect(shard.name) for shard in shards]
+        self._session.hand_back()
+        states = [self._session.inspect(shard.name) for shard in shards]
         joiners = max((state.consumers for state in states if state is not None), default=1)
         for number in active[math.ceil(len(shards) / max(joiners, 1)) :]:
             shards[number].leave()
-            shards[number] = Shard(self, self._speak, number)
+            shards[number] = Shard(self, self._session, number)
 
     def _leave(self) -> None:
-        connection, self._connection, self._speak = self._connection, None, None
-        tasks, self._tasks, self._publisher = self._tasks, None, None
+        connection, self._connection, self._session = self._connection, None, None
+        tasks, self._tasks, self._producer = self._tasks, None, None
         for each in (connection, tasks):
             if each is not None:
                 if self._stopping.is_set():
@@ -216,7 +217,7 @@ class Joiner:
             if not self.careful:
                 self._refused[firing[0].id] = getattr(exc, "reply_text", None) or repr(exc)
         elif isinstance(exc, (*self.lost, *channel_errors, Error)):
-            what = "cannot reach" if self._speak is None else "has lost"
+            what = "cannot reach" if self._session is None else "has lost"
             where = "" if self._connection is None else f" {self._connection.as_uri()}"
             logger.warning("The joiner of chords %s the broker%s, and tries again: %r", what, where, exc)
         else:
@@ -224,7 +225,7 @@ class Joiner:
 
     # -- what the shards ask for
 
-    def call(self, chord: Chord) -> list[Letter]:
+    def call(self, chord: Chord) -> list[Publishing]:
         """The messages that a chord goes on with, those that are not published yet.
 
         Raises: what ``Bodies.call`` does.
@@ -232,14 +233,14 @@ class Joiner:
         assert self._bodies is not None
         if chord.id in self._refused:
             raise Failed(self._bodies.plan(chord)[0], _refusal(self._refused.pop(chord.id)))
-        self._speak.hand_back()
-        if self._letters is not None:
-            self._letters.clear()
-        if self._publisher is None or not is_open(self._publisher.channel):
+        self._session.hand_back()
+        if self._publishings is not None:
+            self._publishings.clear()
+        if self._producer is None or not is_open(self._producer.channel):
             channel = (self._tasks or self._connection).channel()
-            self._publisher = Publisher(channel, self._letters)
+            self._producer = BodyProducer(channel, self._publishings)
         try:
-            self._bodies.call(chord, self._publisher)
+            self._bodies.call(chord, self._producer)
         except Failed as failed:
             cause = failed.error.__cause__
             if isinstance(cause, OperationalError):
@@ -247,7 +248,7 @@ class Joiner:
             if isinstance(cause, self.lost):
                 raise cause from failed
             raise
-        return list(self._letters or ())
+        return list(self._publishings or ())
 
     def told(self, chord: Chord) -> bool | None:
         """Whether a chord has failed and its errbacks were told; None: they are about to be."""

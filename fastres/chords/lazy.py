@@ -8,7 +8,7 @@ from celery import current_app
 from celery.canvas import maybe_signature
 from kombu.utils.json import register_type
 
-from fastres.stream import in_order
+from fastres.read.stream import in_order
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

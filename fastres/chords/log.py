@@ -16,6 +16,7 @@ from kombu.utils.functional import LRUCache
 from kombu.utils.uuid import uuid
 
 from fastres._impl import encode
+from fastres.amqp.session import Message
 from fastres.chords.events import (
     CONTENT_TYPE,
     PERSISTENT,
@@ -29,7 +30,6 @@ from fastres.chords.events import (
 )
 from fastres.chords.lazy import wants_reference
 from fastres.logs import logger
-from fastres.transport import Message
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -10,20 +10,20 @@ import amqp
 import msgspec
 from kombu.utils.uuid import uuid
 
-from fastres.chords.bodies import Failed, Letter
+from fastres.amqp.session import Publishing, all_up_to
+from fastres.chords.bodies import Failed
 from fastres.chords.events import CONTENT_TYPE, PERSISTENT, Event, write_event
 from fastres.chords.reducer import Reducer
 from fastres.chords.status import describe
 from fastres.logs import logger
-from fastres.transport import all_up_to
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from fastres._protocols import Delivery
+    from fastres.amqp.rabbitmq import RabbitMQ
     from fastres.chords.joiner import Joiner
     from fastres.chords.reducer import Chord, Merge
-    from fastres.native import Native
 
 __all__ = ("Shard",)
 
@@ -41,9 +41,9 @@ class Shard:
         RuntimeError: its queue lets several joiners read at once.
     """
 
-    def __init__(self, joiner: Joiner, speak: Native, number: int) -> None:
+    def __init__(self, joiner: Joiner, session: RabbitMQ, number: int) -> None:
         self._joiner = joiner
-        self._speak = speak
+        self._session = session
         address = joiner.addresses.chords(number)
         self.name = address.name
         self.reducer = Reducer(joiner.largest)
@@ -54,17 +54,17 @@ class Shard:
         #: The mark of this reader's first event: when it has come, so has all that was in the queue before.
         self._mark = ""
         self._caught_up = False
-        self._channel = speak.channel()
+        self._channel = session.channel()
         self._channel.tx_select()
         self._limit(PREFETCH)
-        speak.declare(joiner.addresses.queue(address))
-        if speak.has_other_arguments(self.name):
+        session.declare(joiner.addresses.queue(address))
+        if session.has_other_arguments(self.name):
             raise RuntimeError(
                 f"queue {self.name!r} is there without x-single-active-consumer, and cannot be read by one joiner "
                 "at a time: stop the workers, delete it, and start them again"
             )
         self._tag = f"fastres-joiner-{number}"
-        speak.consume(self._channel, self.name, self._tag, self._receive, self._on_cancel)
+        session.consume(self._channel, self.name, self._tag, self._receive, self._on_cancel)
 
     @property
     def active(self) -> bool:
@@ -73,8 +73,8 @@ class Shard:
 
     def leave(self) -> None:
         """Let the next one in the line read."""
-        self._speak.hand_back()
-        self._speak.leave(self._channel, [self._tag], self._open)
+        self._session.hand_back()
+        self._session.leave(self._channel, [self._tag], self._open)
 
     def _receive(self, deliveries: list[Delivery]) -> None:
         self.received += deliveries
@@ -92,7 +92,7 @@ class Shard:
         received, self.received = self.received, []
         if received and not self._mark:
             self._mark = uuid()
-            self._commit([self._letter(write_event(Event(mark=self._mark)))], [])
+            self._commit([self._publishing(write_event(Event(mark=self._mark)))], [])
         self.reducer.feed(received, time.monotonic())
         self._answer()
         # Not before: a task that was added to a chord may be told of behind its last part.
@@ -105,7 +105,7 @@ class Shard:
     def _answer(self) -> None:
         """Deal with what is about no chord, and what is of no use."""
         reducer = self.reducer
-        letters: list[Letter] = []
+        publishings: list[Publishing] = []
         tags, reducer.spent = reducer.spent, []
         others, reducer.others = reducer.others, []
         for tag, event in others:
@@ -114,33 +114,33 @@ class Shard:
                 self._caught_up = True
             if event.ask:
                 answer = msgspec.json.encode(describe(reducer))
-                letters.append(Letter(_message(answer, "application/json"), "", event.ask))
+                publishings.append(Publishing(_message(answer, "application/json"), "", event.ask))
         refused, reducer.refused = reducer.refused, []
         for delivery, exc in refused:
             tags.append(delivery.delivery_tag)
-            letters.append(self._set_aside(delivery))
+            publishings.append(self._set_aside(delivery))
             self._joiner.backend.reports.add(
                 "malformed",
                 self.name,
                 delivery.correlation_id,
                 delivery.delivery_tag,
-                f"{exc}; it was put into {letters[-1].routing_key}",
+                f"{exc}; it was put into {publishings[-1].routing_key}",
                 hash(delivery.body),
             )
         if tags:
-            self._commit(letters, tags)
+            self._commit(publishings, tags)
 
-    def _set_aside(self, delivery: Delivery) -> Letter:
+    def _set_aside(self, delivery: Delivery) -> Publishing:
         address = self._joiner.addresses.refused()
-        self._speak.hand_back()
-        self._speak.declare(self._joiner.addresses.queue(address))
-        return Letter(_message(delivery.body, delivery.content_type), "", address.name)
+        self._session.hand_back()
+        self._session.declare(self._joiner.addresses.queue(address))
+        return Publishing(_message(delivery.body, delivery.content_type), "", address.name)
 
     def _fire(self, chords: Iterable[Chord]) -> None:
         """Publish what complete chords go on with, several in a commit."""
         joiner = self._joiner
         batch: list[Chord] = []
-        letters: list[Letter] = []
+        publishings: list[Publishing] = []
         size = 0
         for chord in chords:
             try:
@@ -159,18 +159,18 @@ class Shard:
                 self.reducer.complete.pop(chord.id, None)
                 continue
             batch.append(chord)
-            letters += found
-            size += sum(len(letter.message.body) for letter in found)
+            publishings += found
+            size += sum(len(publishing.message.body) for publishing in found)
             if size > COMMIT or joiner.careful:
-                self._finish(batch, letters)
-                batch, letters, size = [], [], 0
+                self._finish(batch, publishings)
+                batch, publishings, size = [], [], 0
         if batch:
-            self._finish(batch, letters)
+            self._finish(batch, publishings)
         joiner.careful = False
 
-    def _finish(self, chords: list[Chord], letters: list[Letter]) -> None:
+    def _finish(self, chords: list[Chord], publishings: list[Publishing]) -> None:
         self._joiner.firing = chords
-        self._commit(letters, [held.tag for chord in chords for held in chord.messages()])
+        self._commit(publishings, [held.tag for chord in chords for held in chord.messages()])
         self._joiner.firing = []
         for chord in chords:
             self.reducer.forget(chord, time.monotonic())
@@ -208,7 +208,7 @@ class Shard:
 
     def _commit_merges(self, merges: list[Merge]) -> None:
         bodies = chain.from_iterable(merge.bodies for merge in merges)
-        self._commit([self._letter(body) for body in bodies], [tag for merge in merges for tag in merge.tags])
+        self._commit([self._publishing(body) for body in bodies], [tag for merge in merges for tag in merge.tags])
         for merge in merges:
             self.reducer.release(merge.chord, merge.tags)
 
@@ -219,20 +219,20 @@ class Shard:
         self._replace(self.reducer.tighten())
         # So that this is not to be done again soon.
         if self.reducer.count * 4 >= self._prefetch:
-            self._speak.hand_back()
+            self._session.hand_back()
             self._limit(self._prefetch * 2)
 
-    def _letter(self, body: bytes) -> Letter:
-        return Letter(_message(body, CONTENT_TYPE), "", self.name)
+    def _publishing(self, body: bytes) -> Publishing:
+        return Publishing(_message(body, CONTENT_TYPE), "", self.name)
 
-    def _commit(self, letters: list[Letter], tags: list[int]) -> None:
-        for letter in letters:
-            self._speak.post(self._channel, letter.message, letter.exchange, letter.routing_key)
+    def _commit(self, publishings: list[Publishing], tags: list[int]) -> None:
+        for publishing in publishings:
+            self._session.post(self._channel, publishing.message, publishing.exchange, publishing.routing_key)
         if tags:
             for tag in tags:
                 del self._open[tag]
-            self._speak.acknowledge(self._channel, tags, all_up_to(tags, self._open))
-        self._speak.commit(self._channel)
+            self._session.acknowledge(self._channel, tags, all_up_to(tags, self._open))
+        self._session.commit(self._channel)
 
 
 def _message(body: Any, content_type: str | None) -> Any:

@@ -10,9 +10,9 @@ import amqp
 import msgspec
 from kombu.utils.uuid import uuid
 
+from fastres.amqp.connector import establish
+from fastres.amqp.rabbitmq import session_of
 from fastres.chords.events import CONTENT_TYPE, Event, write_event
-from fastres.connections import establish
-from fastres.native import dialect
 
 if TYPE_CHECKING:
     from fastres.chords.reducer import Reducer
@@ -80,7 +80,7 @@ def ask(backend: Any, timeout: float) -> list[ShardStatus]:
 
 def _ask(backend: Any, connection: Any, number: int, timeout: float) -> ShardStatus:
     address = backend.addresses.chords(number)
-    state = dialect(connection).declare(backend.addresses.queue(address))
+    state = session_of(connection).declare(backend.addresses.queue(address))
     status = ShardStatus(address.name, state.consumers, state.messages, None)
     if not state.consumers:
         return status

@@ -14,18 +14,18 @@ from amqp.exceptions import MessageNacked, NotFound, PreconditionFailed
 from kombu.utils.functional import retry_over_time
 from kombu.utils.uuid import uuid
 
-from fastres.connections import abandon, drop, establish
+from fastres.amqp.connector import abandon, drop, establish
+from fastres.amqp.rabbitmq import session_of
+from fastres.amqp.session import Message, Publishing, says_no_queue
 from fastres.errors import BrokerUnreachable, QueueGone, ResultTooLarge, refusal
 from fastres.logs import logger
-from fastres.native import dialect
-from fastres.transport import Message, Publishing, says_no_queue
 from fastres.write.window import Window
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from fastres.addresses import Address, Addresses
-    from fastres.transport import Dialect
+    from fastres.amqp.session import Session
 
 __all__ = ("Publisher",)
 
@@ -315,22 +315,22 @@ class Writer:
         self.window = Window(publisher.window, WINDOW_SIZE)
         self.published_at = 0.0
         self._heeded_at = 0.0
-        self._speak: Dialect | None = None
+        self._session: Session | None = None
         #: When each queue was declared, on the monotonic clock.
         self._declared: dict[str, float] = {}
 
-    def connect(self) -> Dialect:
-        if self._speak is None:
+    def connect(self) -> Session:
+        if self._session is None:
             establish(self.connection)
-            self._speak = dialect(self.connection)
-            self._speak.limit(CONFIRMED)
-        return self._speak
+            self._session = session_of(self.connection)
+            self._session.limit(CONFIRMED)
+        return self._session
 
     def drop(self) -> None:
         """Leave a connection that broke; :meth:`connect` makes a new one."""
         drop(self.connection)
         self.connection = self._publisher.connect()
-        self._speak = None
+        self._session = None
         self._declared.clear()
         self.window.lose()
 
@@ -341,44 +341,44 @@ class Writer:
 
     def publish(self, publishings: list[Publishing], confirm: bool) -> None:
         """Send messages: they are confirmed then, or kept until they are."""
-        speak = self.connect()
+        session = self.connect()
         if self.window:
-            self._make_room(speak)
+            self._make_room(session)
         if not confirm:
-            self._send(speak, publishings)
+            self._send(session, publishings)
         elif len(publishings) == 1:
-            self._send_and_wait(speak, publishings)
+            self._send_and_wait(session, publishings)
         else:
             try:
-                self._send_and_wait(speak, publishings)
+                self._send_and_wait(session, publishings)
             except PreconditionFailed:
                 # Of several, one may be too large.
                 for publishing in publishings:
-                    self._send_and_wait(speak, [publishing])
+                    self._send_and_wait(session, [publishing])
 
     def settle(self) -> None:
         """Wait until everything is confirmed that was sent."""
-        speak = self.connect()
+        session = self.connect()
         while self.window:
-            self._send_again(speak)
-            self._settle(speak, lambda: not self.window.unconfirmed)
+            self._send_again(session)
+            self._settle(session, lambda: not self.window.unconfirmed)
 
-    def _make_room(self, speak: Dialect) -> None:
+    def _make_room(self, session: Session) -> None:
         """Read the confirms that have come, now and then; wait for them when too many are awaited."""
         window, now = self.window, time.monotonic()
         if window.is_full():
-            self._settle(speak, window.has_room)
+            self._settle(session, window.has_room)
         elif not window.unconfirmed % HEED_EVERY or now - self._heeded_at > HEEDED:
             self._heeded_at = now
-            speak.heed()
-        self._send_again(speak)
+            session.heed()
+        self._send_again(session)
 
-    def _settle(self, speak: Dialect, enough: Callable[[], bool]) -> None:
+    def _settle(self, session: Session, enough: Callable[[], bool]) -> None:
         # The broker closes the channel over a message, not over the one that is to be sent now.
         with contextlib.suppress(*self.refusals):
-            self._wait(speak, enough)
+            self._wait(session, enough)
 
-    def _send_again(self, speak: Dialect) -> None:
+    def _send_again(self, session: Session) -> None:
         """Send what came back, or went down with a channel or a connection."""
         window = self.window
         if window.again:
@@ -388,25 +388,25 @@ class Writer:
                 for publishing in again:
                     self._declared.pop(publishing.routing_key, None)
                 window.taken_again(again)
-                self._send(speak, again)
+                self._send(session, again)
             except BaseException:
                 window.again.extendleft(reversed(again))
                 raise
         while window.doubtful:
             publishing = window.doubtful.popleft()
             try:
-                self._send_and_wait(speak, [publishing])
+                self._send_and_wait(session, [publishing])
             except (*self.refusals, ResultTooLarge, QueueGone, MessageNacked) as exc:
-                logger.error("A result is lost that nobody waited for: %s", refusal(exc, speak.uri))
+                logger.error("A result is lost that nobody waited for: %s", refusal(exc, session.uri))
             except BaseException:
                 window.doubtful.appendleft(publishing)
                 raise
 
-    def _send(self, speak: Dialect, publishings: list[Publishing]) -> None:
+    def _send(self, session: Session, publishings: list[Publishing]) -> None:
         addresses = [each.address for each in publishings if each.address and self._is_due(each.address)]
         queues = [self._addresses.queue(address) for address in dict.fromkeys(addresses)]
         try:
-            speak.publish(publishings, queues, self.window)
+            session.publish(publishings, queues, self.window)
         except BaseException:
             self.window.withdraw(publishings)
             raise
@@ -414,7 +414,7 @@ class Writer:
             self._remember(address)
         self.published_at = time.monotonic()
 
-    def _send_and_wait(self, speak: Dialect, publishings: list[Publishing]) -> None:
+    def _send_and_wait(self, session: Session, publishings: list[Publishing]) -> None:
         """Send messages, and wait for their confirms.
 
         Raises:
@@ -427,8 +427,8 @@ class Writer:
         # the message, and it is sent again to a new one.
         for _ in range(2):
             try:
-                self._send(speak, left)
-                self._wait(speak, lambda: not window.unconfirmed)
+                self._send(session, left)
+                self._wait(session, lambda: not window.unconfirmed)
                 refused = list(window.doubtful)
             except PreconditionFailed as exc:
                 limit = SIZE_LIMIT.search(exc.reply_text or "")
@@ -447,13 +447,13 @@ class Writer:
             window.taken_again(left)
         raise QueueGone(f"queue {left[0].routing_key!r} is deleted as often as it is declared")
 
-    def _wait(self, speak: Dialect, enough: Callable[[], bool]) -> None:
+    def _wait(self, session: Session, enough: Callable[[], bool]) -> None:
         try:
-            speak.settle(self.window, enough)
+            session.settle(self.window, enough)
         except socket.timeout as exc:
             raise BrokerUnreachable(
-                f"the broker {speak.uri} has not taken messages for {CONFIRMED:.0f} seconds: it stands still, or "
-                "an alarm (memory, disk) makes it wait"
+                f"the broker {session.uri} has not taken messages for {CONFIRMED:.0f} seconds: it stands still, "
+                "or an alarm (memory, disk) makes it wait"
             ) from exc
 
     def _is_due(self, address: Address) -> bool:

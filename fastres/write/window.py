@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Collection
 
-    from fastres.transport import Publishing
+    from fastres.amqp.session import Publishing
 
 __all__ = ("Window",)
 

@@ -304,9 +304,9 @@ def test_a_wait_that_the_garbage_collector_ends(app: Any, broker: Broker) -> Non
     results = app.backend.get_many([*ids, *new_ids(1)], timeout=ENOUGH)
     next(results)
 
-    def ask(speak: Any) -> Any:
+    def ask(session: Any) -> Any:
         results.close()
-        return speak.inspect(queue_name(ids[0]))
+        return session.inspect(queue_name(ids[0]))
 
     assert app.backend._link.call(ask) is not None
     assert not app.backend._reader._feeds

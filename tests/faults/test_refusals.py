@@ -305,7 +305,7 @@ def test_an_alarm_holds_results_back_until_it_is_over(
 def test_a_broker_that_stands_still_is_waited_for_until_an_end(
     own_node: Node, make_app: MakeApp, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fastres.browse.PATIENCE", 1.0)
+    monkeypatch.setattr("fastres.amqp.browse.PATIENCE", 1.0)
     monkeypatch.setattr("fastres.write.publisher.CONFIRMED", 1.0)
     app = make_app(own_node.url)
     there, later = page_ids(2)

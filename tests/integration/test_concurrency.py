@@ -34,7 +34,7 @@ from proj import slow
 from rabbitmq_node import Node
 from workers import Worker, client, python, start_python
 
-from fastres.native import dialect
+from fastres.amqp.rabbitmq import session_of
 
 SECONDS = 20
 
@@ -449,7 +449,7 @@ def test_what_comes_for_one_who_leaves_is_for_nobody_else(node: Node, broker: Br
     got: dict[str, list[Any]] = {busy: [], quiet: []}
     with Connection(node.url) as connection:
         connection.connect()
-        session = dialect(connection)
+        session = session_of(connection)
         channels = {}
         for name, deliveries in got.items():
             channels[name] = session.channel()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from fastres.transport import Message, Publishing
+from fastres.amqp.session import Message, Publishing
 from fastres.write.window import Window
 
 

@@ -19,16 +19,16 @@ from typing import TYPE_CHECKING, Any, Callable, Protocol, TypeVar
 
 from kombu.utils.compat import detect_environment
 
-from fastres.connections import abandon, drop, establish
+from fastres.amqp.connector import abandon, drop, establish
+from fastres.amqp.rabbitmq import RECORD_TIMEOUT, RabbitMQ, session_of
+from fastres.amqp.session import Busy
 from fastres.errors import BrokerUnreachable
 from fastres.logs import logger
-from fastres.native import RECORD_TIMEOUT, Native, dialect
-from fastres.transport import Busy
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
 
-    from fastres.transport import Dialect
+    from fastres.amqp.session import Session
 
 __all__ = ("Link", "Subscriber")
 
@@ -57,7 +57,7 @@ ATTEMPTS = 5
 class Subscriber(Protocol):
     """What consumes through a link."""
 
-    def open(self, speak: Dialect) -> None:
+    def open(self, session: Session) -> None:
         """Subscribe, after the connection was made or made again."""
 
     def flush(self) -> None:
@@ -82,7 +82,7 @@ class Link:
         self._heartbeat = heartbeat
         self._retry_policy = retry_policy
         self._connection: Any = None
-        self._speak: Dialect | None = None
+        self._session: Session | None = None
         self._seeking: Any = None
         self._established = False
         self._failures = 0
@@ -102,18 +102,18 @@ class Link:
         # Reentrant: the garbage collector may end a wait of this thread at any line.
         self._count = threading.RLock()
         self._wanted = 0
-        self._bell: tuple[socket.socket, socket.socket] | None = None
+        self._wakeup: tuple[socket.socket, socket.socket] | None = None
 
     @property
     def uri(self) -> str:
         """The broker's URL, without the password."""
         return str((self._connection or self._seeking or self._connect()).as_uri())
 
-    def speaks(self, speak: Dialect) -> bool:
+    def uses(self, session: Session) -> bool:
         """Whether this is the connection that is in use."""
-        return self._speak is speak
+        return self._session is session
 
-    def call(self, operation: Callable[[Dialect], T], deadline: float | None = None) -> T:
+    def call(self, operation: Callable[[Session], T], deadline: float | None = None) -> T:
         """Do something with the broker, over a new connection if the present one breaks.
 
         Args:
@@ -125,13 +125,13 @@ class Link:
         broken = 0
         while True:
             with self.exclusively(deadline):
-                speak = self._speak or self._try_to_connect(deadline)
-                if speak is not None:
+                session = self._session or self._try_to_connect(deadline)
+                if session is not None:
                     connection = self._connection
                     try:
-                        with _patiently(speak, deadline), self._whole(connection):
-                            speak.hand_back()
-                            return operation(speak)
+                        with _patiently(session, deadline), self._whole(connection):
+                            session.hand_back()
+                            return operation(session)
                     except connection.connection_errors as exc:
                         self._lost(exc)
                         broken += 1
@@ -140,7 +140,7 @@ class Link:
             self._pause(math.inf, deadline)
 
     def attempt(
-        self, operation: Callable[[Dialect], object], deadline: float | None = None, reads: bool = True
+        self, operation: Callable[[Session], object], deadline: float | None = None, reads: bool = True
     ) -> None:
         """Do something that only has a meaning on the present connection, if that is still there.
 
@@ -148,14 +148,14 @@ class Link:
             reads: whether the operation reads an answer of the broker.
         """
         with self.exclusively():
-            connection, speak = self._connection, self._speak
-            if speak is None:
+            connection, session = self._connection, self._session
+            if session is None:
                 return
             try:
-                with _patiently(speak, deadline), self._whole(connection):
+                with _patiently(session, deadline), self._whole(connection):
                     if reads:
-                        speak.hand_back()
-                    operation(speak)
+                        session.hand_back()
+                    operation(session)
             except connection.channel_errors as exc:
                 logger.warning("The broker closed a channel: %s", exc)
             except connection.connection_errors as exc:
@@ -191,7 +191,7 @@ class Link:
             self.attempt(subscriber.open, deadline)
 
     def unsubscribe(
-        self, subscriber: Subscriber, farewell: Callable[[Dialect], None], deadline: float | None = None
+        self, subscriber: Subscriber, farewell: Callable[[Session], None], deadline: float | None = None
     ) -> None:
         """Close a subscriber with a last word to the broker, if it is there to hear it."""
         with self.exclusively():
@@ -227,12 +227,12 @@ class Link:
             self._flush()
             if done():
                 return
-            speak = self._speak or self._try_to_connect(deadline)
-            if speak is not None:
+            session = self._session or self._try_to_connect(deadline)
+            if session is not None:
                 connection = self._connection
                 try:
                     with self._whole(connection):
-                        self._drain(speak, timeout)
+                        self._drain(session, timeout)
                 except connection.channel_errors:
                     pass  # whoever reads over the channel was told, and opens it again
                 except connection.connection_errors as exc:
@@ -248,21 +248,21 @@ class Link:
     def reset(self) -> None:
         """Close the connection; the next use opens a new one."""
         with self.exclusively():
-            connection, speak, self._connection, self._speak = self._connection, self._speak, None, None
-            if connection is not None and speak is not None:
+            connection, session, self._connection, self._session = self._connection, self._session, None, None
+            if connection is not None and session is not None:
                 # A broker that does not say goodbye is not waited for.
-                with contextlib.suppress(Exception), speak.patiently(GOODBYE):
+                with contextlib.suppress(Exception), session.patiently(GOODBYE):
                     connection.release()
                 drop(connection)
             with self._count:
-                bell, self._bell = self._bell, None
-            for end in bell or ():
+                wakeup, self._wakeup = self._wakeup, None
+            for end in wakeup or ():
                 end.close()
 
     def abandon(self) -> None:
         """In a forked child: forget the parent's connection, without a word on it."""
         abandon(self._connection)
-        for end in self._bell or ():
+        for end in self._wakeup or ():
             end.close()
         self.__init__(self._connect, self._retry_policy, self._heartbeat)  # type: ignore[misc]
 
@@ -282,9 +282,9 @@ class Link:
                     counted = ring
                     self._wanted += ring
                     # Who is about to read, and was not seen here, looks at what is wanted before it sleeps.
-                    if ring and self._bell is not None and self._reading not in (None, me):
+                    if ring and self._wakeup is not None and self._reading not in (None, me):
                         with contextlib.suppress(BlockingIOError):
-                            self._bell[1].send(b"\0")
+                            self._wakeup[1].send(b"\0")
                 self._begin_to_talk(me, math.inf if deadline is None else deadline)
                 with self._count:
                     self._wanted -= counted
@@ -326,8 +326,8 @@ class Link:
 
     # -- the connection
 
-    def _try_to_connect(self, deadline: float | None) -> Dialect | None:
-        """Connect if it is time for an attempt: how to speak over the connection, None without one.
+    def _try_to_connect(self, deadline: float | None) -> Session | None:
+        """Connect if it is time for an attempt: the session over the connection, None without one.
 
         Raises:
             fastres.BrokerUnreachable: that was the last attempt.
@@ -345,11 +345,11 @@ class Link:
         )
         try:
             establish(connection)
-            speak = dialect(connection)
-            self._connection, self._speak, self._seeking = connection, speak, None
-            with _patiently(speak, deadline):
+            session = session_of(connection)
+            self._connection, self._session, self._seeking = connection, session, None
+            with _patiently(session, deadline):
                 for subscriber in list(self._subscribers):
-                    subscriber.open(speak)
+                    subscriber.open(session)
         except connection.connection_errors as exc:
             self._failed(connection, exc, deadline)
             return None
@@ -362,11 +362,11 @@ class Link:
             connection.connect_timeout = timeout
         self._established = True
         self._failures = 0
-        negotiated = speak.heartbeat
+        negotiated = session.heartbeat
         if negotiated:
-            args = weakref.ref(self), weakref.ref(speak), negotiated / 2
+            args = weakref.ref(self), weakref.ref(session), negotiated / 2
             threading.Thread(target=_beat, args=args, name="fastres-heartbeat", daemon=True).start()
-        return speak
+        return session
 
     def _failed(self, connection: Any, exc: BaseException, deadline: float | None) -> None:
         policy = self._retry_policy
@@ -390,7 +390,7 @@ class Link:
         self._drop()
 
     def _drop(self) -> None:
-        connection, self._connection, self._speak = self._connection, None, None
+        connection, self._connection, self._session = self._connection, None, None
         if connection is not None:
             drop(connection)
 
@@ -419,18 +419,18 @@ class Link:
 
     # -- reading
 
-    def _drain(self, speak: Dialect, timeout: float) -> None:
+    def _drain(self, session: Session, timeout: float) -> None:
         try:
             with contextlib.suppress(socket.timeout):
-                if not isinstance(speak, Native):
+                if not isinstance(session, RabbitMQ):
                     self._connection.drain_events(timeout=min(timeout, SLICE))
                     for _ in range(BATCH):
                         self._connection.drain_events(timeout=0.0001)
                 elif detect_environment() != "default":
-                    speak.drain(min(timeout, SLICE))
-                elif self._readable(speak, timeout):
+                    session.drain(min(timeout, SLICE))
+                elif self._readable(session, timeout):
                     # A TLS record that has begun to come is waited for, but not without an end.
-                    speak.drain(RECORD_TIMEOUT)
+                    session.drain(RECORD_TIMEOUT)
         finally:
             self._flush()
 
@@ -438,14 +438,14 @@ class Link:
         for subscriber in list(self._subscribers):
             subscriber.flush()
 
-    def _readable(self, speak: Native, timeout: float) -> bool:
-        """Whether the broker has sent something, within ``timeout`` seconds or until the bell rings."""
-        if speak.buffered:
+    def _readable(self, session: RabbitMQ, timeout: float) -> bool:
+        """Whether the broker has sent something, within ``timeout`` seconds or until the wakeup rings."""
+        if session.buffered:
             return True
-        bell, sock = self._bell_to_hear(), speak.socket
+        wakeup, sock = self._wakeup_end(), session.socket
         poller = select.poll()
         poller.register(sock, select.POLLIN)
-        poller.register(bell, select.POLLIN)
+        poller.register(wakeup, select.POLLIN)
 
         def poll(seconds: float) -> set[int]:
             return {fileno for fileno, _ in poller.poll(max(seconds, 0.0) * 1000)}
@@ -458,34 +458,34 @@ class Link:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, min(awaited * EACH, PLENTY))
             ready = poll(min(awaited * GATHER_FOR_EACH, LONGEST_GATHER, timeout)) | ready
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
-        if bell.fileno() in ready:
+        if wakeup.fileno() in ready:
             with contextlib.suppress(BlockingIOError):
-                bell.recv(4096)
+                wakeup.recv(4096)
         return sock.fileno() in ready
 
-    def _bell_to_hear(self) -> socket.socket:
-        """The end of the bell that the reader listens at."""
-        if self._bell is None:
-            self._bell = socket.socketpair()
-            for end in self._bell:
+    def _wakeup_end(self) -> socket.socket:
+        """The end of the wakeup that the reader listens at."""
+        if self._wakeup is None:
+            self._wakeup = socket.socketpair()
+            for end in self._wakeup:
                 end.setblocking(False)
                 # A backend need not be closed; an open socket that is dropped would be complained about.
                 weakref.finalize(self, end.close)
-        return self._bell[0]
+        return self._wakeup[0]
 
 
-def _beat(link_ref: weakref.ref[Link], speak_ref: weakref.ref[Dialect], interval: float) -> None:
+def _beat(link_ref: weakref.ref[Link], session_ref: weakref.ref[Session], interval: float) -> None:
     """Let the broker know of a connection that this process lives, whatever its other threads do.
 
     Of a host that is gone nothing else tells the broker: it would keep its messages, and others from its queues.
     """
     while True:
         time.sleep(interval)
-        link, speak = link_ref(), speak_ref()
-        if link is None or speak is None or not link.speaks(speak):
+        link, session = link_ref(), session_ref()
+        if link is None or session is None or not link.uses(session):
             return
         link.attempt(lambda now: now.beat(), reads=False)
-        del link, speak
+        del link, session
 
 
 class Occupied(BrokerUnreachable):
@@ -501,6 +501,6 @@ def _passed(deadline: float | None) -> bool:
     return deadline is not None and time.monotonic() >= deadline
 
 
-def _patiently(speak: Dialect, deadline: float | None) -> contextlib.AbstractContextManager[None]:
+def _patiently(session: Session, deadline: float | None) -> contextlib.AbstractContextManager[None]:
     """Let an operation wait for answers of the broker no longer than makes sense."""
-    return speak.patiently(_left(deadline, PATIENCE) + LENIENCE)
+    return session.patiently(_left(deadline, PATIENCE) + LENIENCE)

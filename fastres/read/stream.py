@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Any
 from celery import states
 
 from fastres.errors import ResultsGone
-from fastres.inboxes import MARK, TURN, Inbox
+from fastres.read.inboxes import MARK, TURN, Inbox
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from fastres._protocols import Arrival, Delivery
     from fastres.addresses import Address
-    from fastres.inboxes import Opening
-    from fastres.join import Reader
-    from fastres.transport import Dialect
+    from fastres.amqp.consumer import Consumer
+    from fastres.amqp.session import Session
+    from fastres.read.reader import Reader
 
 __all__ = ("Stream",)
 
@@ -44,7 +44,7 @@ class Stream(Inbox):
         super().__init__(reader, [address], exclusive=True, prefetch=prefetch)
         self._count = count
         #: What came and was not handed over, with the channel it came on.
-        self._news: deque[tuple[Opening, list[Arrival]]] = deque()
+        self._news: deque[tuple[Consumer, list[Arrival]]] = deque()
         #: The places of what was handed over, a bit each: after a connection broke some of it comes again.
         self._came = bytearray(count // 8 + 1)
         self._unplaced: set[str] = set()
@@ -58,12 +58,12 @@ class Stream(Inbox):
         try:
             while left > 0:
                 while self._news:
-                    opening, arrivals = self._news.popleft()
+                    consumer, arrivals = self._news.popleft()
                     fresh = [arrival for arrival in arrivals if self._is_new(arrival)]
                     left -= len(fresh)
                     yield from fresh
                     marks = list(map(MARK, arrivals))
-                    link.soon(partial(self._acknowledge, opening, marks))
+                    link.soon(partial(self._acknowledge, consumer, marks))
                     self._at = time.monotonic()
                 if left > 0:
                     self._read(left)
@@ -73,9 +73,9 @@ class Stream(Inbox):
     def awaited(self) -> int:
         return self._prefetch
 
-    def _open(self, speak: Dialect) -> None:
+    def _open(self, session: Session) -> None:
         self._news.clear()
-        super()._open(speak)
+        super()._open(session)
 
     def _read(self, left: int) -> None:
         link = self.reader.link
@@ -101,17 +101,17 @@ class Stream(Inbox):
         self._came[byte] |= 1 << bit
         return not known
 
-    def _deliver(self, opening: Opening, deliveries: list[Delivery]) -> None:
-        arrivals, _ = self._decode(opening, deliveries)
+    def _deliver(self, consumer: Consumer, deliveries: list[Delivery]) -> None:
+        arrivals, _ = self._decode(consumer, deliveries)
         finals = [arrival for arrival in arrivals if arrival[2]["status"] in states.READY_STATES]
         if finals:
-            self._news.append((opening, finals))
+            self._news.append((consumer, finals))
 
-    def _close(self, speak: Dialect) -> None:
-        if self.opening is not None:
-            if not self.opening.unacknowledged:
+    def _close(self, session: Session) -> None:
+        if self.consumer is not None:
+            if not self.consumer.unacknowledged:
                 names = [address.name for address in self.addresses]
-                speak.delete(self.opening.channel, names, list(self.opening.addresses))
+                session.delete(self.consumer.channel, names, list(self.consumer.addresses))
             self._leave()
 
 

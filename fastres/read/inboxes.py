@@ -10,17 +10,19 @@ from typing import TYPE_CHECKING, Any
 
 from celery import states
 
+from fastres.amqp.consumer import Consumer
+from fastres.amqp.session import Busy
 from fastres.errors import AccessRefused, refusal
 from fastres.logs import logger
-from fastres.transport import Busy, all_up_to
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from fastres._protocols import Arrival, Delivery, Meta, Sorted
     from fastres.addresses import Address
-    from fastres.join import Batch, Join, Reader
-    from fastres.transport import Dialect, QueueState
+    from fastres.amqp.session import QueueState, Session
+    from fastres.read.join import Batch, Join
+    from fastres.read.reader import Reader
 
 __all__ = ("Feed", "Inbox", "Mailbox")
 
@@ -40,55 +42,10 @@ SHORTEST_ABSENCE, LONGEST_ABSENCE = 0.005, 0.1
 REMEMBERED = 250
 #: Whether a delivery is to stay in its queue.
 KEPT = attrgetter("keep")
-TAG, CONSUMER = attrgetter("delivery_tag"), attrgetter("consumer_tag")
 #: What a result came with.
 MARK = itemgetter(0)
 #: Final results that came to the mailbox and nobody has asked for yet.
 UNCLAIMED = 8192
-
-
-class Opening:
-    """An inbox on one channel: what came over another one will be redelivered, and cannot be acknowledged here."""
-
-    def __init__(self, inbox: Inbox, speak: Dialect, channel: Any) -> None:
-        self.inbox = inbox
-        self.speak = speak
-        self.channel = channel
-        #: By consumer tag.
-        self.addresses: dict[str, Address] = {}
-        #: Consumer tags by delivery tag, in order.
-        self.unacknowledged: dict[Any, str] = {}
-        self.cancelled = False
-
-    def receive(self, deliveries: list[Delivery]) -> None:
-        """Called with deliveries of the consumers."""
-        if len(self.addresses) == 1:
-            self.unacknowledged.update(dict.fromkeys(map(TAG, deliveries), deliveries[0].consumer_tag))
-        else:
-            self.unacknowledged.update(zip(map(TAG, deliveries), map(CONSUMER, deliveries)))
-        if self is self.inbox.opening:
-            self.inbox.received += deliveries
-
-    def on_cancel(self, tag: str) -> None:
-        """The queue was deleted under its consumer."""
-        self.cancelled = True
-
-    def on_close(self, why: Exception) -> None:
-        """The broker has closed the channel, for a message that was held for longer than it allows, say."""
-        logger.warning("The broker closed a channel that results are read over, which is opened again: %s", why)
-        self.cancelled = True
-
-    def address_of(self, delivery: Delivery) -> Address:
-        return self.addresses[delivery.consumer_tag]
-
-    def settle(self, deliveries: Iterable[Delivery]) -> list[Any]:
-        """The delivery tags that were not acknowledged before, and are about to be."""
-        settle = self.unacknowledged.pop
-        return [tag for tag in map(TAG, deliveries) if settle(tag, None)]
-
-    def acknowledge(self, tags: list[Any]) -> None:
-        """Acknowledge in as few frames as possible."""
-        self.speak.acknowledge(self.channel, tags, all_up_to(tags, self.unacknowledged))
 
 
 class Inbox:
@@ -98,9 +55,7 @@ class Inbox:
         self.reader = reader
         self.addresses = addresses
         self.joins: list[Join] = []
-        self.opening: Opening | None = None
-        #: Deliveries that came since the last flush.
-        self.received: list[Delivery] = []
+        self.consumer: Consumer | None = None
         #: When to :meth:`act`, on the monotonic clock.
         self.due: float | None = None
         #: Why it is not open, None: it is, or there is no connection.
@@ -108,27 +63,27 @@ class Inbox:
         self._exclusive = exclusive
         self._prefetch = prefetch
 
-    def open(self, speak: Dialect) -> None:
-        """Subscribe. What the broker refuses is no error of who speaks to it just now: see :attr:`refused`."""
-        if self.opening is not None and self.opening.speak is speak:
+    def open(self, session: Session) -> None:
+        """Subscribe. What the broker refuses is no error of who uses the session just now: see :attr:`refused`."""
+        if self.consumer is not None and self.consumer.session is session:
             return
         before, self.refused = self.refused, None
         self.due = None
         try:
-            self._open(speak)
-        except speak.channel_errors as exc:
+            self._open(session)
+        except session.channel_errors as exc:
             self._leave()
-            self.refused = refusal(exc, speak.uri)
+            self.refused = refusal(exc, session.uri)
             self.due = time.monotonic() + REFUSED
             if str(before) != str(self.refused):
                 logger.warning("The broker lets no results be read, which is tried again: %s", self.refused)
 
-    def _open(self, speak: Dialect) -> None:
+    def _open(self, session: Session) -> None:
         try:
-            if self._exclusive or not self._subscribe(self._begin(speak, speak.unopened_channel())):
-                opening = self._begin(speak, speak.channel())
-                speak.prefetch(opening.channel, self._prefetch)
-                self._found([self._consume(opening, address) for address in self.addresses])
+            if self._exclusive or not self._subscribe(self._begin(session, session.unopened_channel())):
+                consumer = self._begin(session, session.channel())
+                session.prefetch(consumer.channel, self._prefetch)
+                self._found([self._consume(consumer, address) for address in self.addresses])
         except Busy as exc:
             # One reader at a time: results shared out between two would complete neither's join.
             self._leave()
@@ -137,26 +92,25 @@ class Inbox:
         else:
             # Once more, if it was busy before.
             self.refused = None
-            if self.opening is not None:
-                speak.watch(self.opening.channel, self.opening.on_close)
+            if self.consumer is not None:
+                session.watch(self.consumer.channel, self.consumer.on_close)
 
     def check_access(self) -> None:
         """Raises: fastres.AccessRefused: the broker does not let us read, and will not when it is asked again."""
         if isinstance(self.refused, AccessRefused):
             raise self.refused
 
-    def _begin(self, speak: Dialect, channel: Any) -> Opening:
-        self.received.clear()
-        self.opening = Opening(self, speak, channel)
-        return self.opening
+    def _begin(self, session: Session, channel: Any) -> Consumer:
+        self.consumer = Consumer(session, channel)
+        return self.consumer
 
-    def _subscribe(self, opening: Opening) -> bool:
+    def _subscribe(self, consumer: Consumer) -> bool:
         """Consume from all addresses at once, if they let us."""
         queues = [self.reader.addresses.queue(address) for address in self.addresses]
         tags = [self.reader.next_tag() for _ in queues]
-        opening.addresses.update(zip(tags, self.addresses))
-        answer = opening.speak.subscribe(
-            opening.channel, list(zip(queues, tags)), opening.receive, opening.on_cancel
+        consumer.addresses.update(zip(tags, self.addresses))
+        answer = consumer.session.subscribe(
+            consumer.channel, list(zip(queues, tags)), consumer.receive, consumer.on_cancel
         )
         if answer is None:
             return False
@@ -166,9 +120,9 @@ class Inbox:
     def _found(self, states: list[QueueState]) -> None:
         """Called with what was in the queues when they were opened."""
 
-    def act(self, speak: Dialect) -> None:
+    def act(self, session: Session) -> None:
         """Do what is due: try again to be the one reader."""
-        self.open(speak)
+        self.open(session)
 
     def is_catching_up(self) -> bool:
         """Whether more will come at once, before which nobody is to be told of what has come."""
@@ -176,10 +130,12 @@ class Inbox:
 
     def flush(self) -> None:
         """Hand on what was received."""
-        received, self.received = self.received, []
-        if received and self.opening is not None:
-            self._deliver(self.opening, received)
-        if self.opening is not None and self.opening.cancelled:
+        if self.consumer is None:
+            return
+        received = self.consumer.take_received()
+        if received:
+            self._deliver(self.consumer, received)
+        if self.consumer is not None and self.consumer.cancelled:
             self.reader.link.attempt(self._reopen)
 
     def awaited(self) -> int:
@@ -191,55 +147,55 @@ class Inbox:
         """The first ``count`` results of a batch are the user's now."""
         raise NotImplementedError
 
-    def _consume(self, opening: Opening, address: Address) -> QueueState:
-        state = opening.speak.declare(self.reader.addresses.queue(address))
+    def _consume(self, consumer: Consumer, address: Address) -> QueueState:
+        state = consumer.session.declare(self.reader.addresses.queue(address))
         if self._exclusive and state.consumers:
             raise Busy(address.name)
         tag = self.reader.next_tag()
-        opening.addresses[tag] = address
-        opening.speak.consume(
-            opening.channel, address.name, tag, opening.receive, opening.on_cancel, self._exclusive
+        consumer.addresses[tag] = address
+        consumer.session.consume(
+            consumer.channel, address.name, tag, consumer.receive, consumer.on_cancel, self._exclusive
         )
         return state
 
-    def _reopen(self, speak: Dialect) -> None:
+    def _reopen(self, session: Session) -> None:
         self._leave()
-        self.open(speak)
+        self.open(session)
 
     def _leave(self) -> None:
-        opening, self.opening = self.opening, None
-        if opening is not None:
-            opening.speak.leave(opening.channel, list(opening.addresses), list(opening.unacknowledged))
+        consumer, self.consumer = self.consumer, None
+        if consumer is not None:
+            consumer.session.leave(consumer.channel, list(consumer.addresses), list(consumer.unacknowledged))
 
-    def _deliver(self, opening: Opening, deliveries: list[Delivery]) -> None:
+    def _deliver(self, consumer: Consumer, deliveries: list[Delivery]) -> None:
         raise NotImplementedError
 
-    def _acknowledge(self, opening: Opening, deliveries: Iterable[Delivery]) -> int:
+    def _acknowledge(self, consumer: Consumer, deliveries: Iterable[Delivery]) -> int:
         """Acknowledge deliveries: how many there were that had not been."""
-        tags = opening.settle(deliveries)
-        if tags and opening is self.opening:
-            self.reader.link.attempt(lambda speak: opening.acknowledge(tags), reads=False)
+        tags = consumer.settle(deliveries)
+        if tags and consumer is self.consumer:
+            self.reader.link.attempt(lambda session: consumer.acknowledge(tags), reads=False)
         return len(tags)
 
-    def _decode(self, opening: Opening, deliveries: list[Delivery]) -> tuple[list[Arrival], int]:
+    def _decode(self, consumer: Consumer, deliveries: list[Delivery]) -> tuple[list[Arrival], int]:
         """The results in deliveries, and how many deliveries held none."""
         arrivals, refused = self.reader.decoder.decode_all(deliveries)
         for delivery, exc in refused:
-            self.reader.reports.unreadable(delivery, opening.address_of(delivery).name, exc)
+            self.reader.reports.unreadable(delivery, consumer.address_of(delivery).name, exc)
             task_id = delivery.correlation_id
             for join in self.joins:
                 if task_id in join.aggregate:
                     join.unreadable[str(task_id)] = exc
         return arrivals, len(refused)
 
-    def _offer(self, opening: Opening, arrivals: list[Arrival]) -> Sorted:
+    def _offer(self, consumer: Consumer, arrivals: list[Arrival]) -> Sorted:
         """Offer arrivals to every join: the answer is that of the one who could use them most."""
         if len(self.joins) == 1:
-            return self.joins[0].offer(arrivals, self, opening)
+            return self.joins[0].offer(arrivals, self, consumer)
         # By their place, which tells arrivals apart that are equal.
         came: list[set[int]] = [set(), set(), set()]
         for join in self.joins:
-            for places, sort in zip(came, join.offer(arrivals, self, opening)):
+            for places, sort in zip(came, join.offer(arrivals, self, consumer)):
                 places.update(map(id, sort))
         sorts: Sorted = ([], [], [], [])
         for arrival in arrivals:
@@ -247,11 +203,11 @@ class Inbox:
             sorts[best].append(arrival)
         return sorts
 
-    def _report_repeated(self, opening: Opening, delivery: Delivery, task_id: str) -> None:
+    def _report_repeated(self, consumer: Consumer, delivery: Delivery, task_id: str) -> None:
         # The broker redelivers what was not acknowledged in time: nothing to tell anybody.
         if not delivery.redelivered:
             self.reader.reports.add(
-                "repeated", opening.address_of(delivery).name, task_id, delivery.delivery_tag,
+                "repeated", consumer.address_of(delivery).name, task_id, delivery.delivery_tag,
                 "this task's result came before; the first one counts", 0, recount=True,
             )  # fmt: skip
 
@@ -316,33 +272,33 @@ class Feed(Inbox):
         #: Results that were handed over and are to be taken out of their queues, by queue.
         self._to_take: dict[Address, set[str]] = {}
 
-    def _open(self, speak: Dialect) -> None:
+    def _open(self, session: Session) -> None:
         self._left_over.clear()
         self._latest_state.clear()
         self._stuck = 0
         self._backlog = 0
-        if not self._declares and not any(speak.browse([(address.name, 0) for address in self.addresses])):
+        if not self._declares and not any(session.browse([(address.name, 0) for address in self.addresses])):
             self.due = time.monotonic() + self._absence
             self._absence = min(2 * self._absence, LONGEST_ABSENCE)
             return
-        super()._open(speak)
-        if self.opening is None and self._exclusive:
+        super()._open(session)
+        if self.consumer is None and self._exclusive:
             # Somebody waits for a part of it, or takes it: next to the former it can be read.
             self._share()
-            super()._open(speak)
-            if self.opening is None:
+            super()._open(session)
+            if self.consumer is None:
                 self._exclusive, self.shares, self._prefetch = True, False, self._prefetch_to_take
         self._opened = self._came = time.monotonic()
-        if self.shares and self.opening is not None and self._backlog:
+        if self.shares and self.consumer is not None and self._backlog:
             self.due = self._opened + HOLD
 
-    def act(self, speak: Dialect) -> None:
+    def act(self, session: Session) -> None:
         if self.due is None or time.monotonic() < self.due:
             return
-        if self.opening is None or self.opening.speak is not speak:
-            self.open(speak)
-        elif self.opening.unacknowledged:
-            self.give_back(speak)
+        if self.consumer is None or self.consumer.session is not session:
+            self.open(session)
+        elif self.consumer.unacknowledged:
+            self.give_back(session)
         else:
             self.due = None
 
@@ -350,7 +306,7 @@ class Feed(Inbox):
         """Whether messages are still to come that were in the queues before."""
         return self.shares and self._backlog > 0 and time.monotonic() < self._came + HOLD
 
-    def give_back(self, speak: Dialect) -> None:
+    def give_back(self, session: Session) -> None:
         """Leave what has come to others for a while."""
         took = max(0.0, self._came - self._opened)
         self._leave()
@@ -358,14 +314,14 @@ class Feed(Inbox):
 
     def holds(self) -> bool:
         """Whether others may be waiting for what this one has."""
-        return self.shares and self.opening is not None and bool(self.opening.unacknowledged)
+        return self.shares and self.consumer is not None and bool(self.consumer.unacknowledged)
 
     def attach(self, join: Join) -> None:
         waiting = self._waiting()
         self.joins.append(join)
         join.offer(list(self._last), None, None)
         for batch in waiting:
-            join.offer(batch.arrivals, self, batch.opening)
+            join.offer(batch.arrivals, self, batch.consumer)
         if self.holds() and join.aggregate:
             # It may be among what is held and not remembered.
             self.due = time.monotonic()
@@ -396,44 +352,44 @@ class Feed(Inbox):
 
     def held(self, address: Address) -> int:
         """How many messages have come from an address and were not acknowledged yet."""
-        opening = self.opening
-        if opening is None:
+        consumer = self.consumer
+        if consumer is None:
             return 0
-        tags = {tag for tag, consumed in opening.addresses.items() if consumed == address}
-        return sum(tag in tags for tag in opening.unacknowledged.values())
+        tags = {tag for tag, consumed in consumer.addresses.items() if consumed == address}
+        return sum(tag in tags for tag in consumer.unacknowledged.values())
 
-    def read_deliveries(self, address: Address, speak: Dialect) -> None:
+    def read_deliveries(self, address: Address, session: Session) -> None:
         """Read what the broker has delivered until now: on the consumers' channel its answer comes after them."""
-        if self.opening is not None and self.opening.speak is speak:
-            self.opening.channel.queue_declare(address.name, passive=True)
+        if self.consumer is not None and self.consumer.session is session:
+            self.consumer.channel.queue_declare(address.name, passive=True)
 
     def handed_over(self, batch: Batch, count: int, take: bool) -> None:
         arrivals = batch.arrivals[:count]
-        opening: Opening | None = batch.opening
-        if not arrivals or opening is None:
+        consumer: Consumer | None = batch.consumer
+        if not arrivals or consumer is None:
             return
         self._last.extend([(None, task_id, meta) for _, task_id, meta in arrivals[-REMEMBERED:]])
         if not take:
             return
         if time.monotonic() > self._came + HEED:
             # The broker may have closed the channel over what was held for so long.
-            self.reader.link.attempt(lambda speak: speak.heed())
-        if not self.shares and opening is self.opening and not opening.cancelled:
-            places = map(opening.address_of, map(MARK, arrivals))
+            self.reader.link.attempt(lambda session: session.heed())
+        if not self.shares and consumer is self.consumer and not consumer.cancelled:
+            places = map(consumer.address_of, map(MARK, arrivals))
             self._finished += [address for address in places if address.of_task is not None]
-            taken = self._acknowledge(opening, map(MARK, arrivals))
+            taken = self._acknowledge(consumer, map(MARK, arrivals))
             self.reader.count_taken(self.addresses[-1], taken)
             return
         for delivery, task_id, _ in arrivals:
             if not delivery.keep:
-                self._to_take.setdefault(opening.address_of(delivery), set()).add(task_id)
+                self._to_take.setdefault(consumer.address_of(delivery), set()).add(task_id)
 
-    def close(self, speak: Dialect) -> None:
-        if self.opening is None:
+    def close(self, session: Session) -> None:
+        if self.consumer is None:
             return
         over: list[Address] = []
         full: list[Address] = []
-        if self._deletes and self._exclusive and self._emptied and not self.opening.unacknowledged:
+        if self._deletes and self._exclusive and self._emptied and not self.consumer.unacknowledged:
             over = [*reversed(self.addresses), *self._leftovers]
         elif self._deletes:
             over = self._finished
@@ -441,8 +397,8 @@ class Feed(Inbox):
             full = [self.reader.addresses.states(address.of_task) for address in over if address.of_task]
         if over:
             names = [address.name for address in over]
-            tags = list(self.opening.addresses)
-            speak.delete(self.opening.channel, names, tags, [address.name for address in full])
+            tags = list(self.consumer.addresses)
+            session.delete(self.consumer.channel, names, tags, [address.name for address in full])
         self._leave()
 
     def to_take(self) -> dict[Address, set[str]]:
@@ -462,30 +418,30 @@ class Feed(Inbox):
     def _found(self, states: list[QueueState]) -> None:
         self._backlog += sum(state.messages for state in states)
 
-    def _deliver(self, opening: Opening, deliveries: list[Delivery]) -> None:
-        arrivals, refused = self._decode(opening, deliveries)
+    def _deliver(self, consumer: Consumer, deliveries: list[Delivery]) -> None:
+        arrivals, refused = self._decode(consumer, deliveries)
         if self.shares:
-            self._pass_by(opening, arrivals, len(deliveries))
+            self._pass_by(consumer, arrivals, len(deliveries))
             return
         self._came = time.monotonic()
-        ready, states_, repeated, foreign = self._offer(opening, arrivals)
+        ready, states_, repeated, foreign = self._offer(consumer, arrivals)
         if states_ or self._latest_state:
-            self._supersede(opening, ready, states_)
+            self._supersede(consumer, ready, states_)
         for delivery, task_id, meta in repeated:
             if meta["status"] in states.READY_STATES:
-                self._report_repeated(opening, delivery, task_id)
+                self._report_repeated(consumer, delivery, task_id)
         if repeated:
-            self._acknowledge(opening, map(MARK, repeated))
+            self._acknowledge(consumer, map(MARK, repeated))
         if foreign or any(map(KEPT, deliveries)):
             self._emptied = False
-            self._remember(opening, [*ready, *foreign])
+            self._remember(consumer, [*ready, *foreign])
             self.share_from_now_on()
             return
         self._stuck += refused
         if self._prefetch and self._stuck > self._prefetch / 2:
             self.reader.link.attempt(self._unlimit)
 
-    def _pass_by(self, opening: Opening, arrivals: list[Arrival], count: int) -> None:
+    def _pass_by(self, consumer: Consumer, arrivals: list[Arrival], count: int) -> None:
         """Offer what others may want too."""
         self._backlog = max(0, self._backlog - count)
         self._came = time.monotonic()
@@ -506,33 +462,33 @@ class Feed(Inbox):
                     news.append(arrival)
                 self._told.add(told)
         news += finals.values()
-        ready, _, _, foreign = self._offer(opening, news)
-        self._remember(opening, [*ready, *foreign])
+        ready, _, _, foreign = self._offer(consumer, news)
+        self._remember(consumer, [*ready, *foreign])
 
-    def _remember(self, opening: Opening, arrivals: list[Arrival]) -> None:
+    def _remember(self, consumer: Consumer, arrivals: list[Arrival]) -> None:
         """For joins that come late, and for looks."""
         for delivery, task_id, _ in arrivals:
-            self.reader.reports.stranger(delivery, opening.address_of(delivery), task_id)
+            self.reader.reports.stranger(delivery, consumer.address_of(delivery), task_id)
         finals = [arrival for arrival in arrivals[-REMEMBERED:] if arrival[2]["status"] in states.READY_STATES]
         if finals:
             self._last.extend([(None, task_id, meta) for _, task_id, meta in finals])
-            self.reader.see([(opening.address_of(delivery), meta) for delivery, _, meta in finals])
+            self.reader.see([(consumer.address_of(delivery), meta) for delivery, _, meta in finals])
 
-    def _supersede(self, opening: Opening, ready: list[Arrival], states_: list[Arrival]) -> None:
+    def _supersede(self, consumer: Consumer, ready: list[Arrival], states_: list[Arrival]) -> None:
         """Of a task's states that are not final, only the latest is kept."""
         over = [self._latest_state.pop(task_id, None) for _, task_id, _ in ready]
         for delivery, task_id, _ in states_:
             over.append(self._latest_state.get(task_id))
             self._latest_state[task_id] = delivery
-        self._acknowledge(opening, [delivery for delivery in over if delivery is not None])
+        self._acknowledge(consumer, [delivery for delivery in over if delivery is not None])
 
-    def _unlimit(self, speak: Dialect) -> None:
+    def _unlimit(self, session: Session) -> None:
         """Messages that stay unacknowledged must not keep others from coming."""
         self._prefetch = 0
-        if self.opening is not None:
-            speak.unlimit(self.opening.channel, list(self.opening.addresses))
+        if self.consumer is not None:
+            session.unlimit(self.consumer.channel, list(self.consumer.addresses))
             for address in self.addresses:
-                self._consume(self.opening, address)
+                self._consume(self.consumer, address)
 
 
 class Mailbox(Inbox):
@@ -565,10 +521,10 @@ class Mailbox(Inbox):
 
         link = self.reader.link
 
-        def add(speak: Dialect) -> None:
+        def add(session: Session) -> None:
             if address not in self.addresses:
-                if self.opening is not None:
-                    self._consume(self.opening, address)
+                if self.consumer is not None:
+                    self._consume(self.consumer, address)
                 self.addresses.append(address)
             if not self._subscribed:
                 link.subscribe(self, deadline)
@@ -628,8 +584,8 @@ class Mailbox(Inbox):
         self._handed_over.update(dict.fromkeys(ids, True))
         self._trim()
 
-    def _deliver(self, opening: Opening, deliveries: list[Delivery]) -> None:
-        arrivals, _ = self._decode(opening, deliveries)
+    def _deliver(self, consumer: Consumer, deliveries: list[Delivery]) -> None:
+        arrivals, _ = self._decode(consumer, deliveries)
         news = []
         came, per_group = (self._arrived, self._unclaimed, self._handed_over), self._per_group
         for arrival in arrivals:
@@ -637,7 +593,7 @@ class Mailbox(Inbox):
             if meta["status"] not in states.READY_STATES:
                 self._states[task_id] = meta
             elif task_id in came[0] or task_id in came[1] or task_id in came[2]:
-                self._report_repeated(opening, delivery, task_id)
+                self._report_repeated(consumer, delivery, task_id)
                 continue
             else:
                 (self._arrived if task_id in self._expected else self._unclaimed)[task_id] = meta
@@ -651,8 +607,8 @@ class Mailbox(Inbox):
             news.append(arrival)
         self._trim()
         if self.joins:
-            self._offer(opening, news)
-        self._acknowledge(opening, deliveries)
+            self._offer(consumer, news)
+        self._acknowledge(consumer, deliveries)
 
     def _trim(self) -> None:
         places: tuple[dict[str, Any], ...] = (self._unclaimed, self._states, self._handed_over, self._per_group)

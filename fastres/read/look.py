@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
     from fastres._protocols import Decoder, Delivery, Meta
     from fastres.addresses import Address, Addresses
+    from fastres.amqp.session import Browsed, QueueState
     from fastres.logs import Reports
-    from fastres.transport import Browsed, QueueState
     from fastres.write.publisher import Publisher
 
 __all__ = ("Looks", "chosen")

@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any, Callable
 from amqp import spec
 from amqp.exceptions import ChannelError, error_for_code
 
+from fastres.amqp.session import Browsed, QueueState, says_no_queue
 from fastres.errors import BrokerUnreachable
-from fastres.transport import Browsed, QueueState, says_no_queue
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from fastres._protocols import Delivery, Frame
-    from fastres.native import Native
+    from fastres.amqp.rabbitmq import RabbitMQ
 
 __all__ = ("Browser",)
 
@@ -48,7 +48,7 @@ class Browser:
         native: speaks over it.
     """
 
-    def __init__(self, native: Native) -> None:
+    def __init__(self, native: RabbitMQ) -> None:
         self._native = native
         self._slots: list[Slot] = []
 
@@ -155,7 +155,7 @@ class Browser:
 class Slot:
     """A channel to browse one queue at a time on."""
 
-    def __init__(self, native: Native) -> None:
+    def __init__(self, native: RabbitMQ) -> None:
         self._native = native
         self.channel = native.unopened_channel()
         self._is_open = False

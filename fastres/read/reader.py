@@ -2,34 +2,30 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections import deque
 from functools import partial
-from typing import TYPE_CHECKING, Any, Callable, NamedTuple
+from typing import TYPE_CHECKING, Any, Callable
 
-from celery import states
 from kombu.utils.functional import LRUCache
 
-from fastres._impl import Aggregate
 from fastres.errors import ResultsMissing
-from fastres.inboxes import Feed, Mailbox
 from fastres.logs import logger
-from fastres.stream import Stream
+from fastres.read.inboxes import Feed, Mailbox
+from fastres.read.stream import Stream
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterator
 
-    from fastres._protocols import Aggregate as AggregateProtocol
-    from fastres._protocols import Arrival, Decoder, Meta, Sorted
+    from fastres._protocols import Arrival, Decoder, Meta
     from fastres.addresses import Address, Addresses
+    from fastres.amqp.connection import Link
     from fastres.errors import BrokerUnreachable
-    from fastres.inboxes import Inbox, Opening
-    from fastres.link import Link
     from fastres.logs import Reports
-    from fastres.look import Looks
+    from fastres.read.inboxes import Inbox
+    from fastres.read.join import Batch, Join
+    from fastres.read.look import Looks
 
-__all__ = ("Join", "Reader")
+__all__ = ("Reader",)
 
 #: Seconds between two calls of the interval callback.
 INTERVAL = 1.0
@@ -39,112 +35,6 @@ GRACE = 0.1
 COUNTS = 3
 #: Queues of which it is remembered how many results were taken.
 REMEMBERED = 1000
-#: A wait of no seconds still lets the broker answer once.
-LEAST_TIMEOUT = 0.05
-
-
-class Batch(NamedTuple):
-    """Results that came together for a join."""
-
-    #: Where they came from, to be told what was handed over; None: they were looked at, or come a second time.
-    inbox: Inbox | None
-    opening: Opening | None
-    arrivals: list[Arrival]
-    #: Whether these are results, not states on the way there.
-    final: bool
-
-
-class Join:
-    """A wait for some results: what is still to come, and what came but was not handed over yet.
-
-    Args:
-        task_ids: the tasks.
-        ready_states: the states that are final.
-        timeout: seconds from now, None: for ever.
-        now: the clock that the timeout is measured with, in seconds.
-    """
-
-    def __init__(
-        self,
-        task_ids: Iterable[str],
-        ready_states: Iterable[str] = states.READY_STATES,
-        timeout: float | None = None,
-        now: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self.timeout = timeout
-        self._now = now
-        self._end = math.inf if timeout is None else now() + max(timeout, LEAST_TIMEOUT)
-        self.inboxes: list[Inbox] = []
-        self.aggregate: AggregateProtocol = Aggregate(task_ids, ready_states)
-        self._total = len(self.aggregate)
-        self.alone = self._total == 1
-        #: Whether everything has come.
-        self.complete = False
-        #: What came and was not taken yet, and what is being handed over.
-        self.news: deque[Batch] = deque()
-        self.in_hand: Batch | None = None
-        #: Ids of which a message came that cannot be read, and why.
-        self.unreadable: dict[str, Exception] = {}
-        #: Whether a readable one was given the time to come after it.
-        self.looked_again = False
-
-    def offer(self, arrivals: list[Arrival], inbox: Inbox | None, opening: Opening | None) -> Sorted:
-        """Take what this join waits for; the answer is that of ``Aggregate.feed``."""
-        sorts = self.aggregate.feed(arrivals)
-        ready, states_, _, _ = sorts
-        if self.unreadable:
-            for _, task_id, _ in ready:
-                self.unreadable.pop(task_id, None)
-        # A state is told before the final result of the same batch: it came first.
-        if states_:
-            self.news.append(Batch(inbox, opening, states_, False))
-        if ready:
-            self.news.append(Batch(inbox, opening, ready, True))
-        # Last: who sees it set finds all of them in the news.
-        self.complete = not self.aggregate
-        return sorts
-
-    def has_news(self) -> bool:
-        return bool(self.news)
-
-    def is_complete(self) -> bool:
-        return self.complete
-
-    def next_batch(self) -> Batch | None:
-        if not self.news:
-            return None
-        # At no moment it is in neither place: another thread's join may look for it.
-        self.in_hand = self.news[0]
-        return self.news.popleft()
-
-    def batches_of(self, inbox: Inbox) -> list[Batch]:
-        """What came from an inbox and was not handed over yet."""
-        batches = [*([self.in_hand] if self.in_hand is not None else []), *self.news.copy()]
-        return [batch for batch in batches if batch.inbox is inbox]
-
-    def left(self) -> float:
-        """Seconds until the timeout."""
-        return self._end - self._now()
-
-    @property
-    def deadline(self) -> float:
-        """The timeout on the monotonic clock."""
-        return time.monotonic() + self.left()
-
-    def time_is_over(self, why: str) -> ResultsMissing:
-        """What is raised at the timeout.
-
-        Args:
-            why: what is known of the broker, a sentence.
-        """
-        missing = self.aggregate.missing()
-        shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
-        of_all = f" of {self._total}" if len(missing) < self._total else ""
-        text = f"The operation timed out: {len(missing)} results are missing{of_all} ({shown})."
-        for task_id, exc in list(self.unreadable.items())[:1]:
-            text += f" For {len(self.unreadable)} of them something came that cannot be read, for task {task_id}: "
-            text += f"{type(exc).__name__}: {exc}."
-        return ResultsMissing(f"{text} {why}")
 
 
 class Reader:

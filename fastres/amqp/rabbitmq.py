@@ -19,18 +19,18 @@ from kombu.utils.functional import LRUCache
 
 from fastres._impl import Frames, publication
 from fastres._protocols import COMPRESSION
-from fastres.browse import Browser
+from fastres.amqp.browse import Browser
+from fastres.amqp.session import Busy, QueueState, Session, is_open, make_delivery
 from fastres.logs import logger
-from fastres.transport import Busy, Dialect, QueueState, is_open, make_delivery
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Sequence
 
     from fastres._protocols import Delivery, Frame
-    from fastres.transport import Browsed, Publishing, Receiver
+    from fastres.amqp.session import Browsed, Publishing, Receiver
     from fastres.write.window import Window
 
-__all__ = ("Native", "dialect")
+__all__ = ("RabbitMQ", "session_of")
 
 #: Bytes to read in one system call.
 CHUNK = 1 << 18
@@ -58,7 +58,7 @@ IN_USE = "in exclusive use"
 SINGLE_ACTIVE = (3, 8)
 
 
-class Native(Dialect):
+class RabbitMQ(Session):
     """RabbitMQ, through py-amqp."""
 
     confirms = True
@@ -261,7 +261,7 @@ class Native(Dialect):
         return name in self._foreign
 
     def publish(self, publishings: Sequence[Publishing], queues: Sequence[Any], window: Window) -> None:
-        """As in ``Dialect``: messages and declarations are one write, the answers to the latter are waited for.
+        """As in ``Session``: messages and declarations are one write, the answers to the latter are waited for.
 
         Raises:
             amqp.exceptions.ChannelError: the broker has closed the channel.
@@ -304,7 +304,7 @@ class Native(Dialect):
             self.publish(publishings, (), window)
 
     def settle(self, window: Window, enough: Callable[[], bool]) -> None:
-        """As in ``Dialect``.
+        """As in ``Session``.
 
         Raises:
             amqp.exceptions.ChannelError: the broker has closed the channel.
@@ -433,7 +433,7 @@ class Native(Dialect):
         receiver: Receiver,
         on_cancel: Callable[[str], None],
     ) -> list[QueueState] | None:
-        """As in ``Dialect``, in as many round trips as there are ``PIPELINED`` queues in it."""
+        """As in ``Session``, in as many round trips as there are ``PIPELINED`` queues in it."""
         if any(queue.exchange.name or queue.name in self._foreign for queue, _ in consumers):
             channel.open()
             return super().subscribe(channel, consumers, receiver, on_cancel)
@@ -543,9 +543,9 @@ class Native(Dialect):
         channel.connection.bytes_sent += len(frames)
 
 
-def dialect(connection: Any) -> Dialect:
-    """How to speak to the broker of an established kombu connection."""
-    return Native(connection) if connection.transport.driver_name == "py-amqp" else Dialect(connection)
+def session_of(connection: Any) -> Session:
+    """A session over an established kombu connection."""
+    return RabbitMQ(connection) if connection.transport.driver_name == "py-amqp" else Session(connection)
 
 
 def _has_read_ahead(transport: Any) -> bool:

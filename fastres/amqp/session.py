@@ -1,4 +1,4 @@
-"""What fastres says to a broker, in the words of any kombu transport; ``native.py`` says it to RabbitMQ."""
+"""What fastres says to a broker, over any transport of kombu; ``rabbitmq.py`` is what it says to RabbitMQ."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from fastres.addresses import Address
     from fastres.write.window import Window
 
-__all__ = ("Browsed", "Busy", "Dialect", "Message", "Publishing", "QueueState", "all_up_to")
+__all__ = ("Browsed", "Busy", "Message", "Publishing", "QueueState", "Session", "all_up_to")
 
 #: Called with deliveries to its consumers, in order.
 Receiver = Callable[[list["DeliveryProtocol"]], object]
@@ -65,7 +65,7 @@ class Busy(Exception):
     """Another process reads this queue, and it takes one reader at a time."""
 
 
-class Dialect:
+class Session:
     """Any transport of kombu, with what its virtual channels offer: one instance per connection."""
 
     #: Whether the broker confirms what it has stored, and returns what it could not route.

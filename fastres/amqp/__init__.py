@@ -1,0 +1,1 @@
+"""The broker: connections to it, sessions over them, and channels with an owner."""

@@ -1,0 +1,1 @@
+"""The read path: joins, waits and looks."""
