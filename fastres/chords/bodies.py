@@ -26,6 +26,7 @@ from fastres._impl import in_order, listed
 from fastres.amqp.session import Publishing
 from fastres.chords.events import JSON, REFERENCE, UTF8, Part, unpack_part, unpack_plan
 from fastres.chords.lazy import HeaderResults, wants_reference
+from fastres.ids import expand
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -227,13 +228,14 @@ class Bodies:
     def _arguments(self, body: Any, chord: Chord, tree: list[Any] | None) -> Any:
         if wants_reference(body):
             return self._by_reference(body, chord)
-        parts = {task_id: unpack_part(packed) for task_id, packed in chord.parts.items()}
+        results = chord.results()
+        parts = {task_id: unpack_part(packed) for task_id, packed in results.items()}
         if tree is None:
             tree = _in_order(parts)
         for task_id in _leaves(tree):
             self._check(body, chord, task_id, parts.get(task_id))
         if all(part.content_type == JSON and part.content_encoding == UTF8 for part in parts.values()):
-            return Values(_filled(tree, lambda task_id: chord.parts[task_id]))
+            return Values(_filled(tree, results.__getitem__))
         return _filled(tree, lambda task_id: self._decode(parts[task_id]))
 
     def _by_reference(self, body: Any, chord: Chord) -> HeaderResults:
@@ -241,8 +243,9 @@ class Bodies:
         packed = list(chord.parts.values())
         # There may be a million, and as a rule they are all the same.
         if packed.count(REFERENCE) < len(packed):
-            for task_id, each in chord.parts.items():
+            for key, each in chord.parts.items():
                 if each != REFERENCE:
+                    task_id = expand(key)
                     self._check(body, chord, task_id, unpack_part(each))
                     elsewhere.append(task_id)
         return HeaderResults(chord.id, len(packed), elsewhere)

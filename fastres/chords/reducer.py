@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from kombu.utils.uuid import uuid
 
 from fastres.chords.events import REFERENCE, Event, read_event, write_event
+from fastres.ids import compact, expand
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -44,8 +45,8 @@ class Held(NamedTuple):
     since: float
     #: In bytes.
     size: int
-    #: The parts that it holds, by task id.
-    parts: tuple[str, ...]
+    #: The parts that it holds, by their compact task id.
+    parts: tuple[int | str, ...]
     #: Whether there is more than parts in it.
     more: bool
 
@@ -72,8 +73,8 @@ class Chord:
         self.told: set[str] = set()
         #: Packed; empty: not known yet.
         self.plan = b""
-        #: Packed parts by task id.
-        self.parts: dict[str, bytes] = {}
+        #: Packed parts by compact task id: there may be a million.
+        self.parts: dict[int | str, bytes] = {}
         #: The part that came last, and its root task.
         self.last = self.root = ""
         #: By level: single events, batches, batches of batches.
@@ -90,6 +91,10 @@ class Chord:
     def whole(self) -> bool:
         """Whether all that it takes is known."""
         return len(self.parts) >= self.needed
+
+    def results(self) -> dict[str, bytes]:
+        """Packed parts by task id."""
+        return {expand(key): part for key, part in self.parts.items()}
 
     def messages(self) -> Iterator[Held]:
         for level in self.held:
@@ -130,7 +135,7 @@ class Reducer:
         #: When chords have fired, on the monotonic clock, and the names of their runs.
         self._fired: dict[str, tuple[float, str]] = {}
         #: Merged events that have not come back yet, by their mark: the chord, and which parts are in it.
-        self._under_way: dict[str, tuple[Chord, tuple[str, ...]]] = {}
+        self._under_way: dict[str, tuple[Chord, tuple[int | str, ...]]] = {}
         self._marks = map("{}.{}".format, repeat(uuid()), count())
 
     def feed(self, deliveries: Iterable[Delivery], now: float) -> None:
@@ -171,24 +176,25 @@ class Reducer:
             parts = chord.parts
             task_id = event.part
             if task_id:
-                if task_id not in parts:
+                key = compact(task_id)
+                if key not in parts:
                     # There may be a million that say the same.
-                    parts[task_id] = REFERENCE if rest == REFERENCE else rest
+                    parts[key] = REFERENCE if rest == REFERENCE else rest
                     chord.last, chord.root = task_id, event.root
-                ids: tuple[str, ...] = (task_id,)
+                keys: tuple[int | str, ...] = (key,)
             elif merged is None:
                 start = event.plan
-                for task_id, length in event.parts:
-                    if task_id not in parts:
+                keys = tuple([compact(task_id) for task_id, _ in event.parts])
+                for key, (task_id, length) in zip(keys, event.parts):
+                    if key not in parts:
                         part = rest[start : start + length]
-                        parts[task_id] = REFERENCE if part == REFERENCE else part
+                        parts[key] = REFERENCE if part == REFERENCE else part
                         chord.last, chord.root = task_id, event.root
                     start += length
-                ids = tuple([task_id for task_id, _ in event.parts])
             else:
-                # All this is known: the same strings need not be there twice.
-                ids = merged[1]
-            self._hold(chord, Held(delivery.delivery_tag, now, len(delivery.body), ids, more))
+                # All this is known: the same numbers need not be there twice.
+                keys = merged[1]
+            self._hold(chord, Held(delivery.delivery_tag, now, len(delivery.body), keys, more))
             if len(parts) >= chord.needed and not chord.under_way:
                 self.complete[chord.id] = chord
             elif self.complete:
@@ -264,31 +270,31 @@ class Reducer:
         self.complete.pop(chord.id, None)
         bodies: list[bytes] = []
         more = any(held.more for held in messages)
-        ids: list[str] = []
+        keys: list[int | str] = []
         size = len(chord.plan) if more else 0
 
         def close() -> None:
-            nonlocal ids, size, more
+            nonlocal keys, size, more
             mark = next(self._marks)
-            self._under_way[mark] = chord, tuple(ids)
+            self._under_way[mark] = chord, tuple(keys)
             chord.under_way += 1
-            bodies.append(self._batch(chord, ids, more, mark))
-            ids, size, more = [], 0, False
+            bodies.append(self._batch(chord, keys, more, mark))
+            keys, size, more = [], 0, False
 
-        for task_id in dict.fromkeys(task_id for held in messages for task_id in held.parts):
-            ids.append(task_id)
-            size += len(chord.parts[task_id])
+        for key in dict.fromkeys(key for held in messages for key in held.parts):
+            keys.append(key)
+            size += len(chord.parts[key])
             if size >= self._largest:
                 close()
-        if ids or more or not bodies:
+        if keys or more or not bodies:
             close()
         return Merge(chord, bodies, [held.tag for held in messages])
 
     @staticmethod
-    def _batch(chord: Chord, ids: list[str], more: bool, mark: str) -> bytes:
-        packed = [chord.parts[task_id] for task_id in ids]
+    def _batch(chord: Chord, keys: list[int | str], more: bool, mark: str) -> bytes:
+        packed = [chord.parts[key] for key in keys]
         event = Event(
-            chord.id, chord.since, chord.at, parts=[(task_id, len(part)) for task_id, part in zip(ids, packed)],
+            chord.id, chord.since, chord.at, parts=[(expand(key), len(part)) for key, part in zip(keys, packed)],
             root=chord.root, mark=mark,
         )  # fmt: skip
         if more:

@@ -283,21 +283,26 @@ def test_results_without_confirms_outlast_a_broker_that_stands_still(make_app: M
         until(lambda: broker.messages(queue_of(group_id)) == count, 60)
 
 
+@pytest.mark.parametrize("alarm", ["memory", "disk"])
 @pytest.mark.parametrize("confirm", [True, False])
 def test_an_alarm_holds_results_back_until_it_is_over(
-    own_node: Node, make_app: MakeApp, tmp_path: Path, confirm: bool
+    own_node: Node, tmp_path: Path, confirm: bool, alarm: str
 ) -> None:
     """Nothing is lost, and what somebody reads meanwhile comes."""
+    raised, over = {
+        "memory": (("set_vm_memory_high_watermark", "0.00000001"), ("set_vm_memory_high_watermark", "0.6")),
+        "disk": (("set_disk_free_limit", "1000000GB"), ("set_disk_free_limit", "1MB")),
+    }[alarm]
     worker = Worker(own_node.url, concurrency=1, result_backend_transport_options={"confirm": confirm})
     with worker, worker.client():
         assert add.delay(1, 1).get(timeout=ENOUGH) == 2
         gate = tmp_path / "gate"
         sent = group(gated.s(str(gate), number) for number in range(50)).apply_async()
-        own_node.ctl("set_vm_memory_high_watermark", "0.00000001")
+        own_node.ctl(*raised)
         gate.touch()
         with pytest.raises(fastres.ResultsMissing, match="has nothing more"):
             sent.get(timeout=3)
-        own_node.ctl("set_vm_memory_high_watermark", "0.6")
+        own_node.ctl(*over)
         assert sent.get(timeout=ENOUGH) == list(range(50))
         assert add.delay(1, 2).get(timeout=ENOUGH) == 3
 
