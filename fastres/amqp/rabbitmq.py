@@ -319,6 +319,7 @@ class RabbitMQ(Session):
 
     def _outlet_for(self, window: Window) -> Any:
         if self._outlet is None or not is_open(self._outlet):
+            window.lose()
             self._outlet = channel = self.channel()
             self._window, self._published, self._closed_with = window, 0, None
             channel.confirm_select()

@@ -328,11 +328,12 @@ class Writer:
 
     def drop(self) -> None:
         """Leave a connection that broke; :meth:`connect` makes a new one."""
+        # First: numbers of another channel must not come into it.
+        self.window.lose()
         drop(self.connection)
         self.connection = self._publisher.connect()
         self._session = None
         self._declared.clear()
-        self.window.lose()
 
     def clear(self, address: Address) -> None:
         """Make sure that there is a queue, and that it is empty."""
@@ -382,9 +383,10 @@ class Writer:
         """Send what came back, or went down with a channel or a connection."""
         window = self.window
         if window.again:
+            # Interrupted at any line, they are sent twice rather than not at all.
             again = list(window.again)
-            window.again.clear()
             try:
+                window.again.clear()
                 for publishing in again:
                     self._declared.pop(publishing.routing_key, None)
                 window.taken_again(again)
@@ -393,8 +395,9 @@ class Writer:
                 window.again.extendleft(reversed(again))
                 raise
         while window.doubtful:
-            publishing = window.doubtful.popleft()
+            publishing = window.doubtful[0]
             try:
+                window.doubtful.popleft()
                 self._send_and_wait(session, [publishing])
             except (*self.refusals, ResultTooLarge, QueueGone, MessageNacked) as exc:
                 logger.error("A result is lost that nobody waited for: %s", refusal(exc, session.uri))

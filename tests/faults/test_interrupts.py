@@ -14,7 +14,8 @@ from types import FrameType
 from typing import Any, Callable
 
 import pytest
-from backend_kit import ENOUGH, Broker, MakeApp, group_of, new_ids, page_ids, store, store_group, until
+from backend_kit import ENOUGH, Broker, MakeApp, group_of, member_ids, new_ids, page_ids, store, store_group, until
+from celery import uuid
 from celery.exceptions import SoftTimeLimitExceeded
 from proj import add, progress_without_end
 from rabbitmq_node import Node
@@ -311,3 +312,24 @@ def test_a_wait_that_the_garbage_collector_ends(app: Any, broker: Broker) -> Non
     assert app.backend._link.call(ask) is not None
     assert not app.backend._reader._feeds
     assert len(list(app.backend.get_many(ids[1:], timeout=ENOUGH))) == 2
+
+
+@pytest.mark.timeout(120)
+def test_signals_while_results_are_stored_without_confirms(make_app: MakeApp) -> None:
+    """What was stored is there, whatever was interrupted before and after it."""
+    app = make_app(result_backend_transport_options={"confirm": False, "confirm_window": 20})
+    ids = member_ids(uuid(), 4000)
+    stored = []
+    with alarms(seed=3) as do:
+        for start in range(0, len(ids), 10):
+
+            def some(start: int = start) -> None:
+                for task_id in ids[start : start + 10]:
+                    store(app, task_id, task_id)
+                    stored.append(task_id)
+
+            do(some)
+    assert len(stored) > len(ids) / 10
+    app.backend.close()
+    there = make_app().backend.get_many(stored, timeout=ENOUGH)
+    assert {meta["result"] for _, meta in there} == set(stored)
