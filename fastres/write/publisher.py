@@ -135,8 +135,8 @@ class Publisher:
         # A large one is confirmed at once in any case: it is how its refusal is noticed.
         confirm = self.confirm or any(len(publishing.message.body) >= LARGE for publishing in publishings)
         self.run(lambda writer: writer.publish(publishings, confirm))
-        if not confirm and self._settler is None:
-            self._start_to_settle()
+        if not confirm:
+            self._have_settled()
 
     # -- what is not confirmed yet
 
@@ -176,9 +176,10 @@ class Publisher:
             if orphans:
                 # A signal has taken a thread from its writer, and the writer is no more.
                 writers.append(self._new_writer())
+                held.add(id(writers[-1].window))
                 for window in orphans:
                     writers[-1].window.adopt(window)
-                    self._windows.remove(window)
+            self._windows = [window for window in self._windows if window or id(window) in held]
         for writer in writers:
             try:
                 self._run(writer, Writer.settle)
@@ -189,11 +190,19 @@ class Publisher:
                     exc,
                 )
 
-    def _start_to_settle(self) -> None:
+    def _have_settled(self) -> None:
+        # The settler looks for the last time, and ends, under this lock.
         with self._returned:
-            if self._settler is None:
-                self._settler = threading.Thread(target=self._keep_settled, name="fastres-confirms", daemon=True)
-                self._settler.start()
+            if self._settler is not None:
+                return
+            settler = threading.Thread(target=self._keep_settled, name="fastres-confirms", daemon=True)
+            self._settler = settler
+        try:
+            settler.start()
+        except RuntimeError:
+            # The interpreter ends, and starts no thread any more.
+            self._settler = None
+            self.settle()
 
     def _keep_settled(self) -> None:
         """Until everything is confirmed: what its thread does not add to any more is waited for here."""
@@ -400,6 +409,9 @@ class Writer:
                 window.doubtful.popleft()
                 self._send_and_wait(session, [publishing])
             except (*self.refusals, ResultTooLarge, QueueGone, MessageNacked) as exc:
+                if isinstance(exc, NotFound) and not says_no_queue(exc):
+                    window.doubtful.appendleft(publishing)
+                    raise
                 logger.error("A result is lost that nobody waited for: %s", refusal(exc, session.uri))
             except BaseException:
                 window.doubtful.appendleft(publishing)

@@ -87,8 +87,9 @@ class Window:
     def adopt(self, other: Window) -> None:
         """Send again what another one has not got confirmed."""
         other.lose()
-        self.again.extend(other.again)
-        self.doubtful.extend(other.doubtful)
+        for ours, theirs in ((self.again, other.again), (self.doubtful, other.doubtful)):
+            ours.extend(theirs)
+            theirs.clear()
 
     def withdraw(self, publishings: Collection[Publishing]) -> list[Publishing]:
         """Those of these that are not confirmed, of which nothing is known any more."""
