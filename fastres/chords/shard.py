@@ -29,9 +29,9 @@ __all__ = ("Shard",)
 
 #: Messages that the broker sends ahead of their acknowledgement; more when that many are needed to hold the open
 #: chords. A larger number than the largest does not fit into the protocol's field: no limit.
-PREFETCH, LARGEST_PREFETCH = 8_000, 65_535
+PREFETCH, LARGEST_PREFETCH = 20_000, 65_535
 #: Bytes that one commit publishes.
-COMMIT = 1 << 23
+COMMIT = 1 << 24
 
 
 class Shard:
