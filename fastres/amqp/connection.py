@@ -251,9 +251,10 @@ class Link:
             connection, session, self._connection, self._session = self._connection, self._session, None, None
             if connection is not None and session is not None:
                 # A broker that does not say goodbye is not waited for.
-                with contextlib.suppress(Exception), session.patiently(GOODBYE):
-                    connection.release()
-                drop(connection)
+                with contextlib.ExitStack() as stack:
+                    with contextlib.suppress(OSError):
+                        stack.enter_context(session.patiently(GOODBYE))
+                    drop(connection, broken=False)
             with self._count:
                 wakeup, self._wakeup = self._wakeup, None
             for end in wakeup or ():

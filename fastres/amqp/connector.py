@@ -148,11 +148,15 @@ def _prepare_tls(connection: Any) -> None:
         connection.ssl = {**tls, "server_hostname": connection.hostname or "localhost"}
 
 
-def drop(connection: Any) -> None:
-    """Leave a connection that broke, or may have broken: nothing that goes wrong meanwhile can be news."""
+def drop(connection: Any, broken: bool = True) -> None:
+    """Leave a connection, which broke or may have broken: nothing that goes wrong meanwhile can be news.
+
+    Args:
+        broken: False: say goodbye to the broker.
+    """
     sock = _socket_of(connection)
     with contextlib.suppress(Exception):
-        connection.collect()
+        connection.collect() if broken else connection.release()
     if sock is not None:
         # py-amqp leaves it open when the other side has closed it before.
         with contextlib.suppress(Exception):

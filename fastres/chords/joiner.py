@@ -200,10 +200,7 @@ class Joiner:
         tasks, self._tasks, self._producer = self._tasks, None, None
         for each in (connection, tasks):
             if each is not None:
-                if self._stopping.is_set():
-                    with contextlib.suppress(Exception):
-                        each.release()
-                drop(each)
+                drop(each, broken=not self._stopping.is_set())
 
     def _complain(self, exc: Exception) -> None:
         firing, self.firing = self.firing, []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import signal
 import threading
@@ -33,6 +34,19 @@ from workers import Worker, client, python
 import fastres
 
 UNCONFIRMED = {"confirm": False}
+
+#: py-amqp leaves a socket to the garbage collector that breaks while the broker is greeted.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+
+
+@pytest.fixture(autouse=True)
+def no_leftovers() -> Iterator[None]:
+    """Such a one is complained about here, if at all, and not in the tests that follow."""
+    yield
+    gc.collect()
 
 
 @pytest.fixture
