@@ -319,7 +319,7 @@ class Link:
             self._talking = me
 
     def _step_aside(self) -> None:
-        """Let those who ring go first: a lock is not a queue, and the reader comes back fast."""
+        """Let those who wait for the connection go first: a lock is not a queue, and the reader comes back fast."""
         for _ in range(100):
             if not self._wanted:
                 return
@@ -440,7 +440,7 @@ class Link:
             subscriber.flush()
 
     def _readable(self, session: RabbitMQ, timeout: float) -> bool:
-        """Whether the broker has sent something, within ``timeout`` seconds or until the wakeup rings."""
+        """Whether the broker has sent something, within ``timeout`` seconds or until somebody else wants the connection."""
         if session.buffered:
             return True
         wakeup, sock = self._wakeup_end(), session.socket
@@ -451,7 +451,7 @@ class Link:
         def poll(seconds: float) -> set[int]:
             return {fileno for fileno, _ in poller.poll(max(seconds, 0.0) * 1000)}
 
-        # Who rang for the reader that went before is still waiting, and will not ring again.
+        # Who interrupted the reader that went before is still waiting, and will not do so again.
         ready = poll(0 if self._wanted else timeout)
         awaited = sum(subscriber.awaited() for subscriber in self._subscribers)
         if ready == {sock.fileno()} and awaited > FEW:
@@ -465,7 +465,7 @@ class Link:
         return sock.fileno() in ready
 
     def _wakeup_end(self) -> socket.socket:
-        """The end of the wakeup that the reader listens at."""
+        """The end of the socket pair at which the reader hears that."""
         if self._wakeup is None:
             self._wakeup = socket.socketpair()
             for end in self._wakeup:
