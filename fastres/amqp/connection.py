@@ -319,7 +319,7 @@ class Link:
             self._talking = me
 
     def _step_aside(self) -> None:
-        """Let those who wait for the connection go first: a lock is not a queue, and the reader comes back fast."""
+        """Let those who wait go first: whoever is first is not served first, and the reader comes back fast."""
         for _ in range(100):
             if not self._wanted:
                 return
@@ -440,7 +440,7 @@ class Link:
             subscriber.flush()
 
     def _readable(self, session: RabbitMQ, timeout: float) -> bool:
-        """Whether the broker has sent something, within ``timeout`` seconds or until somebody else wants the connection."""
+        """Whether the broker has sent something, within ``timeout`` seconds or until somebody interrupts."""
         if session.buffered:
             return True
         wakeup, sock = self._wakeup_end(), session.socket
