@@ -10,6 +10,7 @@ __all__ = (
     "AccessRefused",
     "BacklogLimitExceeded",
     "BrokerUnreachable",
+    "ConsumerTimeout",
     "Error",
     "MalformedEvent",
     "MalformedResult",
@@ -22,6 +23,10 @@ __all__ = (
 )
 
 
+#: How RabbitMQ words that: "delivery acknowledgement on channel 1 timed out".
+TIMED_OUT = "delivery acknowledgement"
+
+
 class Error(Exception):
     """The root of what fastres raises; each is also what Celery, kombu or py-amqp raise in its place."""
 
@@ -32,6 +37,10 @@ class BrokerUnreachable(Error, OperationalError):  # type: ignore[misc]
 
 class AccessRefused(Error, amqp.exceptions.AccessRefused):  # type: ignore[misc]
     """The user lacks a permission at the broker."""
+
+
+class ConsumerTimeout(Error, amqp.exceptions.PreconditionFailed):  # type: ignore[misc]
+    """Something was held without an acknowledgement for longer than the broker's ``consumer_timeout``."""
 
 
 class QueueGone(Error, OperationalError):  # type: ignore[misc]
@@ -70,15 +79,22 @@ class ResultTooLarge(Error, EncodeError):  # type: ignore[misc]
 
 
 def refusal(exc: Exception, broker: str) -> Exception:
-    """What the broker closed a channel with, as it is raised: a permission that lacks says what to do.
+    """What the broker closed a channel with, as it is raised or logged: with what to do.
 
     Args:
         broker: its URL, without the password.
     """
-    if not isinstance(exc, amqp.exceptions.AccessRefused) or isinstance(exc, AccessRefused):
+    if isinstance(exc, Error):
         return exc
-    # The broker names the queue and the user.
-    return AccessRefused(
-        f"the broker {broker} says: {exc.reply_text}. README lists the permissions that clients and workers need, "
-        "for `rabbitmqctl set_permissions`"
-    )
+    if isinstance(exc, amqp.exceptions.AccessRefused):
+        # The broker names the queue and the user.
+        return AccessRefused(
+            f"the broker {broker} says: {exc.reply_text}. README lists the permissions that clients and workers "
+            "need, for `rabbitmqctl set_permissions`"
+        )
+    if isinstance(exc, amqp.exceptions.PreconditionFailed) and TIMED_OUT in (exc.reply_text or ""):
+        return ConsumerTimeout(
+            f"the broker {broker} says: {exc.reply_text}. Results were held for longer than its consumer_timeout "
+            "allows, by a slow loop over them, say"
+        )
+    return exc

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Callable, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from celery.result import GroupResult, ResultBase
 from kombu.utils.uuid import uuid
@@ -12,10 +12,11 @@ from fastres.errors import MalformedResult
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from fastres._protocols import Decoder, Meta
-    from fastres.addresses import Address, Addresses
+    from fastres._protocols import Decoder
+    from fastres.addresses import Addresses
     from fastres.logs import Reports
     from fastres.read.look import Looks
+    from fastres.write.messages import Encoder
     from fastres.write.publisher import Publisher
 
 __all__ = ("Groups", "Saved", "leaves", "pack", "unpack")
@@ -35,8 +36,8 @@ class Groups:
     """Saves groups, each in a queue of its own, for any process to restore.
 
     Args:
-        store: writes what is saved.
-        send: encodes a message and publishes it to an address, with a correlation id.
+        publisher: publishes what is saved.
+        encoder: makes messages of it.
         looks: reads what is restored.
         addresses: the backend's addresses.
         decoder: message to what was saved.
@@ -46,14 +47,14 @@ class Groups:
     def __init__(
         self,
         publisher: Publisher,
-        send: Callable[[Address, Meta, str], None],
+        encoder: Encoder,
         looks: Looks,
         addresses: Addresses,
         decoder: Decoder,
         reports: Reports,
     ) -> None:
         self._publisher = publisher
-        self._send = send
+        self._encoder = encoder
         self._looks = looks
         self._addresses = addresses
         self._decoder = decoder
@@ -64,7 +65,7 @@ class Groups:
         address = self._addresses.saved(group_id)
         self._publisher.run(lambda writer: writer.clear(address))
         for message in pack(group_id, result):
-            self._send(address, message, group_id)
+            self._publisher.publish(address, self._encoder.encode(message, group_id), declare=True)
 
     def restore(self, group_id: str) -> Saved | None:
         """What was saved under an id, None if nothing was.

@@ -15,6 +15,7 @@ from typing import Any, Callable, ClassVar
 import amqp
 import celery
 import kombu
+import pytest
 from amqp.exceptions import NotFound
 from celery import Celery, group, uuid
 from celery.app.task import Context
@@ -57,6 +58,15 @@ class Older(AMQPBackend):
         Backend.set_chord_size(self, group_id, chord_size)
 
 
+#: For tests that cut connections: py-amqp leaves a socket to the garbage collector that breaks while the broker is
+#: greeted, or the greeting is interrupted.
+CUT_GREETINGS = [
+    pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.usefixtures("no_leftovers"),
+]
+
+
 def close(app: Celery) -> None:
     """Close an application and its connections: Celery leaves its own to the garbage collector."""
     # app.backend would make one where there is none.
@@ -75,7 +85,7 @@ def close(app: Celery) -> None:
 def unlearn(backend: AMQPBackend, task_id: str) -> None:
     """Make a backend forget what it has seen of a task, which stays in its queue: as a new process would start."""
     backend._cache.pop(task_id, None)
-    backend._looks.forget_all()
+    backend.layout.looks.forget_all()
 
 
 def request_of(task_id: str, **fields: Any) -> Context:

@@ -254,7 +254,7 @@ class Lab:
 
     # -- the joiner
 
-    def told(self, chord: Chord) -> bool | None:
+    def notified(self, chord: Chord) -> bool | None:
         return False
 
     def call(self, chord: Chord) -> list[Publishing]:

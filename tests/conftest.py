@@ -55,6 +55,13 @@ def pytest_itemcollected(item: pytest.Item) -> None:
         item.add_marker(pytest.mark.flaky(reruns=2))
 
 
+@pytest.fixture
+def no_leftovers() -> Iterator[None]:
+    """What a test has left to the garbage collector is complained about there, if at all, and not later."""
+    yield
+    gc.collect()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Python looks for modules where it is started: a child must find the installed fastres, not the source."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import struct
-from typing import TYPE_CHECKING, Any, Callable
+from typing import TYPE_CHECKING, Any, Callable, Protocol
 
 from amqp import spec
 from amqp.exceptions import ChannelError, error_for_code
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from fastres._protocols import Delivery, Frame
-    from fastres.amqp.rabbitmq import RabbitMQ
+    from fastres.amqp.session import Receiver
 
 __all__ = ("Browser",)
 
@@ -41,14 +41,42 @@ DECLARE_OK, DELETE_OK, GET_EMPTY, QOS_OK, CLOSE, OPEN_OK = (
 )  # fmt: skip
 
 
+class Native(Protocol):
+    """A session that reads and writes frames itself: ``RabbitMQ``."""
+
+    @property
+    def uri(self) -> str: ...
+
+    def patiently(self, seconds: float) -> contextlib.AbstractContextManager[None]: ...
+
+    def unopened_channel(self) -> Any: ...
+
+    def receive(self, channel: Any, receiver: Receiver) -> None:
+        """Give what is got on a channel to a receiver."""
+
+    def restart(self, channel: Any) -> None:
+        """The broker has closed a channel: what had come of a message is dropped."""
+
+    def write(self, data: bytes) -> None: ...
+
+    def method(self, channel: Any, signature: tuple[int, int], types: str, arguments: tuple[Any, ...]) -> bytes:
+        """The frame of a method."""
+
+    def next_frames(self) -> list[Frame]:
+        """Wait for what the broker says next: deliveries go to their receivers, the other frames are returned."""
+
+    def pass_on(self, frames: list[Frame]) -> None:
+        """Let py-amqp handle frames."""
+
+
 class Browser:
     """Browses over a connection.
 
     Args:
-        native: speaks over it.
+        native: the session over it.
     """
 
-    def __init__(self, native: RabbitMQ) -> None:
+    def __init__(self, native: Native) -> None:
         self._native = native
         self._slots: list[Slot] = []
 
@@ -155,7 +183,7 @@ class Browser:
 class Slot:
     """A channel to browse one queue at a time on."""
 
-    def __init__(self, native: RabbitMQ) -> None:
+    def __init__(self, native: Native) -> None:
         self._native = native
         self.channel = native.unopened_channel()
         self._is_open = False

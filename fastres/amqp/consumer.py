@@ -6,6 +6,7 @@ from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 from fastres.amqp.session import all_up_to
+from fastres.errors import refusal
 from fastres.logs import logger
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ class Consumer:
 
     def on_close(self, why: Exception) -> None:
         """The broker has closed the channel, for a message that was held for longer than it allows, say."""
+        why = refusal(why, self.session.uri)
         logger.warning("The broker closed a channel that results are read over, which is opened again: %s", why)
         self.cancelled = True
 

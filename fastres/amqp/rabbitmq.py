@@ -27,8 +27,9 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Sequence
 
     from fastres._protocols import Delivery, Frame
-    from fastres.amqp.session import Browsed, Publishing, Receiver
-    from fastres.write.window import Window
+    from fastres.amqp.publishing import Publishing
+    from fastres.amqp.session import Browsed, Receiver
+    from fastres.amqp.window import Window
 
 __all__ = ("RabbitMQ", "session_of")
 
@@ -69,7 +70,7 @@ class RabbitMQ(Session):
         #: Queues that are there with other arguments than ours.
         self._foreign = LRUCache(limit=FOREIGN)
         #: The channel to publish on, the number of the last message on it, and what is not confirmed.
-        self._outlet: Any = None
+        self._publishing_channel: Any = None
         self._published = 0
         self._window: Window | None = None
         #: What the broker has closed it with.
@@ -267,7 +268,7 @@ class RabbitMQ(Session):
             amqp.exceptions.ChannelError: the broker has closed the channel.
         """
         connection = self._connection.connection
-        channel = self._outlet_for(window)
+        channel = self._publishing_channel_for(window)
         frames: list[bytes] = []
         for queue in queues:
             if queue.exchange.name or queue.name in self._foreign:
@@ -303,13 +304,13 @@ class RabbitMQ(Session):
                 self.declare(queue)
             self.publish(publishings, (), window)
 
-    def settle(self, window: Window, enough: Callable[[], bool]) -> None:
+    def wait_for_confirms(self, window: Window, enough: Callable[[], bool]) -> None:
         """As in ``Session``.
 
         Raises:
             amqp.exceptions.ChannelError: the broker has closed the channel.
         """
-        channel = self._outlet
+        channel = self._publishing_channel
         if channel is None:
             return
         self._await(channel, {}, enough)
@@ -317,10 +318,10 @@ class RabbitMQ(Session):
         if closed_with is not None:
             raise closed_with
 
-    def _outlet_for(self, window: Window) -> Any:
-        if self._outlet is None or not is_open(self._outlet):
+    def _publishing_channel_for(self, window: Window) -> Any:
+        if self._publishing_channel is None or not is_open(self._publishing_channel):
             window.lose()
-            self._outlet = channel = self.channel()
+            self._publishing_channel = channel = self.channel()
             self._window, self._published, self._closed_with = window, 0, None
             channel.confirm_select()
             channel.events["basic_return"].add(
@@ -329,10 +330,10 @@ class RabbitMQ(Session):
             channel.events["basic_ack"].add(window.confirm)
             channel.events["basic_nack"].add(window.refuse)
             # Not an error of who happens to read it: whoever waits for an answer on this channel is told.
-            channel._callbacks[spec.Channel.Close] = partial(self._on_outlet_closed, channel, window)
-        return self._outlet
+            channel._callbacks[spec.Channel.Close] = partial(self._on_publishing_closed, channel, window)
+        return self._publishing_channel
 
-    def _on_outlet_closed(self, channel: Any, window: Window, code: int, text: str, *method: int) -> None:
+    def _on_publishing_closed(self, channel: Any, window: Window, code: int, text: str, *method: int) -> None:
         if channel.is_open:
             _let_close(channel)
             self._closed_with = error_for_code(code, text, method, ChannelError)
@@ -353,7 +354,7 @@ class RabbitMQ(Session):
     def limit(self, seconds: float) -> None:
         self.socket.settimeout(seconds)
 
-    def heed(self) -> None:
+    def poll(self) -> None:
         if detect_environment() != "default":
             with contextlib.suppress(socket.timeout):
                 self._connection.connection.drain_events(timeout=0)
@@ -381,9 +382,9 @@ class RabbitMQ(Session):
             declared: the states of queues that were declared are added to it.
         """
         connection = self._connection.connection
-        outlet = 0 if self._outlet is None else self._outlet.channel_id
+        publishes_on = 0 if self._publishing_channel is None else self._publishing_channel.channel_id
         while any(awaited.values()) or not enough():
-            if channel is self._outlet and not channel.is_open:
+            if channel is self._publishing_channel and not channel.is_open:
                 raise self._closed_with or ConnectionResetError("the channel was closed")
             frames = self.next_frames()
             left: list[Frame] = []
@@ -394,7 +395,7 @@ class RabbitMQ(Session):
                     awaited[method] -= 1
                     if method == DECLARE_OK and declared is not None:
                         declared.append(QueueState(*struct.unpack_from(">II", payload, 5 + payload[4])))
-                elif method == ACK and channel_id == outlet and not left and self._window is not None:
+                elif method == ACK and channel_id == publishes_on and not left and self._window is not None:
                     # Behind what py-amqp is to handle it has to wait: a message comes back before its confirm.
                     connection.bytes_recv += 1
                     self._window.confirm(*struct.unpack_from(">QB", payload, 4))

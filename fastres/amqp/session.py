@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Sequence
 
     from fastres._protocols import Delivery as DeliveryProtocol
-    from fastres.addresses import Address
-    from fastres.write.window import Window
+    from fastres.amqp.publishing import Publishing
+    from fastres.amqp.window import Window
 
-__all__ = ("Browsed", "Busy", "Message", "Publishing", "QueueState", "Session", "all_up_to")
+__all__ = ("Browsed", "Busy", "QueueState", "Session", "all_up_to", "is_open", "make_delivery", "says_no_queue")
 
 #: Called with deliveries to its consumers, in order.
 Receiver = Callable[[list["DeliveryProtocol"]], object]
@@ -37,28 +37,6 @@ class Browsed(NamedTuple):
     state: QueueState
     #: Its first messages.
     deliveries: list[DeliveryProtocol]
-
-
-class Message(NamedTuple):
-    """A message to publish, encoded."""
-
-    body: bytes
-    content_type: str
-    content_encoding: str
-    correlation_id: str
-    #: 2: on disk too, 1: in memory.
-    delivery_mode: int
-    headers: dict[str, Any]
-
-
-class Publishing(NamedTuple):
-    """A message, and where it goes."""
-
-    message: Any
-    exchange: str
-    routing_key: str
-    #: The queue that is made for it if there is none; None: it is not ours to make.
-    address: Address | None = None
 
 
 class Busy(Exception):
@@ -146,7 +124,7 @@ class Session:
                 properties.pop("body"), exchange=exchange, routing_key=routing_key, **properties
             )
 
-    def settle(self, window: Window, enough: Callable[[], bool]) -> None:
+    def wait_for_confirms(self, window: Window, enough: Callable[[], bool]) -> None:
         """Read confirms until there are enough."""
 
     def purge(self, name: str) -> None:
@@ -211,7 +189,7 @@ class Session:
     def limit(self, seconds: float) -> None:
         """The same from now on, and for what is written."""
 
-    def heed(self) -> None:
+    def poll(self) -> None:
         """Notice what the broker has said unasked: that a channel is closed, or that it is short of memory."""
 
     def beat(self) -> None:

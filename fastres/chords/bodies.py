@@ -23,7 +23,7 @@ from kombu.utils.json import loads as kombu_json_loads
 from kombu.utils.uuid import uuid
 
 from fastres._impl import in_order, listed
-from fastres.amqp.session import Publishing
+from fastres.amqp.publishing import Publishing
 from fastres.chords.events import JSON, REFERENCE, UTF8, Part, unpack_part, unpack_plan
 from fastres.chords.lazy import HeaderResults, wants_reference
 from fastres.ids import expand
@@ -256,11 +256,11 @@ class Bodies:
         Celery links the errbacks of a chord to the chords in its header too: each is told once.
         """
         body = failed.body
-        told = set(chord.told)
+        notified = set(chord.notified)
         for task in _tasks_of(body):
             errbacks = maybe_list(task.options.get("link_error")) or []
-            left = [errback for errback in errbacks if _fingerprint(errback) not in chord.told]
-            told.update(map(_fingerprint, left))
+            left = [errback for errback in errbacks if _fingerprint(errback) not in chord.notified]
+            notified.update(map(_fingerprint, left))
             if len(left) < len(errbacks):
                 task.options["link_error"] = left
         try:
@@ -272,7 +272,7 @@ class Bodies:
                 part = Context(task.options)
                 if part.chord:
                     part.update(id=task.options.get("task_id"), group=task.options.get("group_id"))
-                    self._backend.fail_part(part, error, sorted(told))
+                    self._backend.fail_part(part, error, sorted(notified))
 
     def _check(self, body: Any, chord: Chord, task_id: str, part: Part | None) -> None:
         if part is None:

@@ -58,7 +58,7 @@ class Event(msgspec.Struct, omit_defaults=True, gc=False):
     #: Ids of tasks that were added since.
     added: list[str] = []
     #: Errbacks that know already that a part has failed, which was a chord itself.
-    told: list[str] = []
+    notified: list[str] = msgspec.field(default_factory=list, name="told")
     #: The length of the plan, in bytes.
     plan: int = 0
     #: The task id of the one part in it; or those of several, and the lengths of their parts, in bytes.

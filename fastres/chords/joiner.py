@@ -30,7 +30,7 @@ from fastres.write.publisher import SIZE_LIMIT
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from fastres.amqp.session import Publishing
+    from fastres.amqp.publishing import Publishing
     from fastres.chords.reducer import Chord
 
 __all__ = ("Joiner",)
@@ -47,7 +47,7 @@ FIRST_RETRY, LONGEST_RETRY = 0.2, 10.0
 #: Seconds between two looks at chords that have grown old, and at how the shards are shared out.
 ROUND, LONG_ROUND = 1.0, 10.0
 #: Threads that tell errbacks.
-TELLERS = 8
+NOTIFIERS = 8
 
 
 class Joiner:
@@ -83,11 +83,11 @@ class Joiner:
         #: Chords that the broker refused, and how it said so.
         self._refused: dict[str, str] = {}
         #: Chords that have failed, each time that they were sent, and whether their errbacks have been told.
-        self._told: dict[tuple[str, str], bool] = {}
+        self._notified: dict[tuple[str, str], bool] = {}
         #: What is to be told, and how many threads tell.
-        self._to_tell: deque[Callable[[], None]] = deque()
-        self._tellers = 0
-        self._telling = threading.Lock()
+        self._to_notify: deque[Callable[[], None]] = deque()
+        self._notifiers = 0
+        self._notifying = threading.Lock()
         self._useless = False
 
     def start(self) -> None:
@@ -157,7 +157,7 @@ class Joiner:
     def _serve(self, shards: list[Shard]) -> None:
         options, expires = self.backend.options, self.backend.expires
         next_round, next_long_round = 0.0, time.monotonic() + LONG_ROUND
-        while not self._stopping.is_set() or self._is_telling():
+        while not self._stopping.is_set() or self._is_notifying():
             # What came while a commit was waited for needs no reading.
             if not any(shard.received for shard in shards):
                 with contextlib.suppress(socket.timeout):
@@ -179,9 +179,9 @@ class Joiner:
                 nearest = min(shard.reducer.nearest() for shard in shards)
                 time.sleep(min(max(nearest * PACE, GATHER), LONGEST_GATHER))
 
-    def _is_telling(self) -> bool:
+    def _is_notifying(self) -> bool:
         """Whether a joiner that is to stop waits for errbacks that another one would tell again."""
-        return False in self._told.values() and time.monotonic() < self._stop_at
+        return False in self._notified.values() and time.monotonic() < self._stop_at
 
     def _share_out(self, shards: list[Shard]) -> None:
         """Leave shards to joiners that came later."""
@@ -220,13 +220,9 @@ class Joiner:
         else:
             logger.exception("The joiner of chords starts again: %r", exc)
 
-    # -- what the shards ask for
+    # -- what the shards ask for: see Caller
 
     def call(self, chord: Chord) -> list[Publishing]:
-        """The messages that a chord goes on with, those that are not published yet.
-
-        Raises: what ``Bodies.call`` does.
-        """
         assert self._bodies is not None
         if chord.id in self._refused:
             raise Failed(self._bodies.plan(chord)[0], _refusal(self._refused.pop(chord.id)))
@@ -247,45 +243,43 @@ class Joiner:
             raise
         return list(self._publishings or ())
 
-    def told(self, chord: Chord) -> bool | None:
-        """Whether a chord has failed and its errbacks were told; None: they are about to be."""
-        told = self._told.get((chord.id, chord.run))
-        return None if told is False else bool(told)
+    def notified(self, chord: Chord) -> bool | None:
+        notified = self._notified.get((chord.id, chord.run))
+        return None if notified is False else bool(notified)
 
-    def tell(self, chord: Chord, failed: Failed) -> None:
-        """Tell a chord's errbacks, in another thread: they are the user's, and may take their time."""
+    def notify(self, chord: Chord, failed: Failed) -> None:
+        """In another thread: errbacks are the user's, and may take their time."""
         bodies, key = self._bodies, (chord.id, chord.run)
         assert bodies is not None
         logger.error("Chord %s raised: %s", chord.id, failed, exc_info=failed.error)
 
-        def tell() -> None:
+        def notify() -> None:
             with busy():
                 try:
                     bodies.fail(chord, failed)
                 except Exception:
                     logger.exception("The errbacks of chord %s could not be told of: %s", chord.id, failed)
-                if key in self._told:
-                    self._told[key] = True
+                if key in self._notified:
+                    self._notified[key] = True
 
-        self._told[key] = False
-        with self._telling:
-            self._to_tell.append(tell)
-            if self._tellers < TELLERS:
-                self._tellers += 1
-                threading.Thread(target=self._tell, name="fastres-errbacks", daemon=True).start()
+        self._notified[key] = False
+        with self._notifying:
+            self._to_notify.append(notify)
+            if self._notifiers < NOTIFIERS:
+                self._notifiers += 1
+                threading.Thread(target=self._notify, name="fastres-errbacks", daemon=True).start()
 
-    def _tell(self) -> None:
+    def _notify(self) -> None:
         while True:
-            with self._telling:
-                if not self._to_tell:
-                    self._tellers -= 1
+            with self._notifying:
+                if not self._to_notify:
+                    self._notifiers -= 1
                     return
-                tell = self._to_tell.popleft()
-            tell()
+                notify = self._to_notify.popleft()
+            notify()
 
     def forget(self, chord: Chord) -> None:
-        """A chord has fired."""
-        self._told.pop((chord.id, chord.run), None)
+        self._notified.pop((chord.id, chord.run), None)
 
 
 def _refusal(text: str) -> str:

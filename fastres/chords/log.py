@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from zlib import crc32
 
 from celery import states
+from celery._state import get_current_task
 from celery.canvas import _regen
 from celery.exceptions import ImproperlyConfigured
 from celery.result import GroupResult
@@ -16,7 +17,7 @@ from kombu.utils.functional import LRUCache
 from kombu.utils.uuid import uuid
 
 from fastres._impl import encode
-from fastres.amqp.session import Message
+from fastres.amqp.publishing import Message
 from fastres.chords.events import (
     CONTENT_TYPE,
     PERSISTENT,
@@ -113,11 +114,11 @@ class Log:
             shard, chord_id, write_event(Event(chord_id, at=now, size=size, run=uuid(), plan=len(plan)), plan)
         )
 
-    def part(self, request: Any, state: str, result: Any, told: list[str] | None = None) -> None:
+    def part(self, request: Any, state: str, result: Any, notified: list[str] | None = None) -> None:
         """A task of a chord's header has returned or raised, or was revoked.
 
         Args:
-            told: errbacks that know of it already.
+            notified: errbacks that know of it already.
         """
         shard = shard_of(request.chord)
         chord_id, task_id = request.group, request.id
@@ -132,8 +133,8 @@ class Log:
         packed = self._pack(request, state, result)
         root = request.root_id
         event = Event(chord_id, at=time.time(), part=task_id, root=root if root and root != task_id else "")
-        if told:
-            event.told = told
+        if notified:
+            event.notified = notified
         self._send(shard, task_id, write_event(event, parts=(packed,)))
 
     def _pack(self, request: Any, state: str, result: Any) -> bytes:
@@ -148,8 +149,10 @@ class Log:
         )
         return pack_part(Part(place, state, content_type, content_encoding, body))
 
-    def add(self, chord_id: str, task_id: str, body: Any) -> None:
-        """A task is added to a chord, by one of its header."""
+    def add(self, chord_id: str, task_id: str) -> None:
+        """A task is added to a chord, by the one of its header that runs just now."""
+        task = get_current_task()
+        body = getattr(task and task.request, "chord", None)
         shard = shard_of(body) if body else self._shard(chord_id)
         if shard is None:
             raise NotImplementedError(

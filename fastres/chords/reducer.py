@@ -55,8 +55,20 @@ class Chord:
     """What is known of a chord."""
 
     __slots__ = (
-        "added", "at", "held", "id", "last", "needed", "parts", "plan", "root", "run", "since",
-        "size", "told", "under_way",
+        "added",
+        "at",
+        "held",
+        "id",
+        "last",
+        "needed",
+        "notified",
+        "parts",
+        "plan",
+        "root",
+        "run",
+        "since",
+        "size",
+        "under_way",
     )  # fmt: skip
 
     def __init__(self, id: str) -> None:
@@ -70,7 +82,7 @@ class Chord:
         self.needed = math.inf
         self.added: set[str] = set()
         #: Errbacks that know already that a part has failed.
-        self.told: set[str] = set()
+        self.notified: set[str] = set()
         #: Packed; empty: not known yet.
         self.plan = b""
         #: Packed parts by compact task id: there may be a million.
@@ -164,7 +176,7 @@ class Reducer:
                     self.spent.append(delivery.delivery_tag)
                     continue
                 chord = chords[event.chord] = Chord(event.chord)
-            more = event.size is not None or bool(event.added or event.plan or event.told)
+            more = event.size is not None or bool(event.added or event.plan or event.notified)
             if more:
                 self._learn(chord, event, rest)
             at = event.at
@@ -208,7 +220,7 @@ class Reducer:
             # It was sent again.
             self._fired.pop(chord.id, None)
         chord.added.update(event.added)
-        chord.told.update(event.told)
+        chord.notified.update(event.notified)
         if event.plan:
             chord.plan = rest[: event.plan]
         if chord.size is not None and chord.plan:
@@ -299,7 +311,7 @@ class Reducer:
         )  # fmt: skip
         if more:
             event.size, event.run, event.plan = chord.size, chord.run, len(chord.plan)
-            event.added, event.told = sorted(chord.added), sorted(chord.told)
+            event.added, event.notified = sorted(chord.added), sorted(chord.notified)
         return write_event(event, chord.plan if more else b"", packed)
 
     # -- after a commit

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import amqp
 import msgspec
 from kombu.utils.uuid import uuid
 
-from fastres.amqp.session import Publishing, all_up_to
+from fastres.amqp.publishing import Publishing
+from fastres.amqp.session import all_up_to
 from fastres.chords.bodies import Failed
 from fastres.chords.events import CONTENT_TYPE, PERSISTENT, Event, write_event
 from fastres.chords.reducer import Reducer
@@ -21,8 +22,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from fastres._protocols import Delivery
+    from fastres.addresses import Addresses
     from fastres.amqp.rabbitmq import RabbitMQ
-    from fastres.chords.joiner import Joiner
     from fastres.chords.reducer import Chord, Merge
 
 __all__ = ("Shard",)
@@ -34,6 +35,36 @@ PREFETCH, LARGEST_PREFETCH = 20_000, 65_535
 COMMIT = 1 << 24
 
 
+class Caller(Protocol):
+    """What calls the bodies of the chords of all shards, and notifies their errbacks: the joiner."""
+
+    backend: Any
+    addresses: Addresses
+    #: Bytes from which messages are not merged any more.
+    largest: int
+    #: What a connection breaks with.
+    lost: tuple[type[BaseException], ...]
+    #: Chords in the commit that is under way, and whether commits are to hold one chord each.
+    firing: list[Chord]
+    careful: bool
+
+    def call(self, chord: Chord) -> list[Publishing]:
+        """The messages that a chord goes on with, those that are not published yet.
+
+        Raises:
+            Failed: its errbacks are to be notified.
+        """
+
+    def notified(self, chord: Chord) -> bool | None:
+        """Whether a chord has failed and its errbacks were notified; None: they are about to be."""
+
+    def notify(self, chord: Chord, failed: Failed) -> None:
+        """Notify a chord's errbacks, sooner or later."""
+
+    def forget(self, chord: Chord) -> None:
+        """A chord has fired."""
+
+
 class Shard:
     """One shard, on a channel of its own: what is lost with the channel comes again from the broker.
 
@@ -41,7 +72,7 @@ class Shard:
         RuntimeError: its queue lets several joiners read at once.
     """
 
-    def __init__(self, joiner: Joiner, session: RabbitMQ, number: int) -> None:
+    def __init__(self, joiner: Caller, session: RabbitMQ, number: int) -> None:
         self._joiner = joiner
         self._session = session
         address = joiner.addresses.chords(number)
@@ -144,12 +175,12 @@ class Shard:
         size = 0
         for chord in chords:
             try:
-                told = joiner.told(chord)
-                if told is None:
+                notified = joiner.notified(chord)
+                if notified is None:
                     continue
-                found = [] if told else joiner.call(chord)
+                found = [] if notified else joiner.call(chord)
             except Failed as failed:
-                joiner.tell(chord, failed)
+                joiner.notify(chord, failed)
                 continue
             except joiner.lost:
                 raise

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from typing import TYPE_CHECKING, Callable, NamedTuple
+from typing import TYPE_CHECKING, Callable, NamedTuple, Protocol
 
 from celery import states
 
@@ -18,12 +18,46 @@ if TYPE_CHECKING:
     from fastres._protocols import Aggregate as AggregateProtocol
     from fastres._protocols import Arrival, Sorted
     from fastres.amqp.consumer import Consumer
-    from fastres.read.inboxes import Inbox
+    from fastres.amqp.session import Session
 
-__all__ = ("Batch", "Join")
+__all__ = ("Batch", "Inbox", "Join")
 
 #: A wait of no seconds still lets the broker answer once.
 LEAST_TIMEOUT = 0.05
+
+
+class Inbox(Protocol):
+    """Where what a join waits for comes in."""
+
+    joins: list[Join]
+    #: When to :meth:`act`, on the monotonic clock; None: not before something comes.
+    due: float | None
+    #: Why nothing can come, None: it can, or there is no connection.
+    refused: Exception | None
+
+    def act(self, session: Session) -> None:
+        """Do what is due."""
+
+    def check_access(self) -> None:
+        """Raises: fastres.AccessRefused: the broker does not let us read, and will not when it is asked again."""
+
+    def is_catching_up(self) -> bool:
+        """Whether more will come at once, before which nobody is to be told of what has come."""
+
+    def holds(self) -> bool:
+        """Whether others may be waiting for what this one has."""
+
+    def give_back(self, session: Session) -> None:
+        """Leave what has come to others for a while."""
+
+    def handed_over(self, batch: Batch, count: int, take: bool) -> None:
+        """The first ``count`` results of a batch are the user's now."""
+
+    def detach(self, join: Join) -> bool:
+        """A join ends: whether nobody waits here any more, and it is to be closed."""
+
+    def close(self, session: Session) -> None:
+        """Stop consuming."""
 
 
 class Batch(NamedTuple):

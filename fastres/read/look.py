@@ -34,7 +34,7 @@ __all__ = ("Looks", "chosen")
 SNAPSHOTS = 16
 #: Messages that are asked for at the first look at a queue, and how many more than it held at the one before.
 FIRST, MORE = 2, 2
-#: Seconds before each look at a queue that somebody may hold: more than a wait holds it for, see inboxes.HOLD.
+#: Seconds before each look at a queue that somebody may hold: more than a wait holds it for, see feed.HOLD.
 PAUSES = (0.0, 0.002, 0.005, 0.01, 0.02, 0.03)
 #: Seconds after all of them in which a queue is read without another attempt: a wait keeps holding its messages.
 NO_RETRY = 0.25
@@ -162,11 +162,15 @@ class Looks:
         # Whoever holds messages holds the first ones.
         return bool(before) and before.issubset(snapshot.metas)
 
-    def see(self, address: Address, metas: Iterable[Meta]) -> None:
+    def see(self, seen: Iterable[tuple[Address, Meta]]) -> None:
         """Know results that a wait has seen on its way."""
-        snapshot = self._snapshot(address)
-        snapshot.metas.update({meta["task_id"]: meta for meta in metas if self._stays(meta)})
-        snapshot.at = time.monotonic()
+        by_address: dict[Address, list[Meta]] = {}
+        for address, meta in seen:
+            by_address.setdefault(address, []).append(meta)
+        for address, metas in by_address.items():
+            snapshot = self._snapshot(address)
+            snapshot.metas.update({meta["task_id"]: meta for meta in metas if self._stays(meta)})
+            snapshot.at = time.monotonic()
 
     def forget(self, task_id: str) -> None:
         """Delete the result and the states of a task.

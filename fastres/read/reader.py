@@ -6,22 +6,21 @@ import time
 from functools import partial
 from typing import TYPE_CHECKING, Any, Callable
 
-from kombu.utils.functional import LRUCache
-
 from fastres.errors import ResultsMissing
 from fastres.logs import logger
-from fastres.read.inboxes import Feed, Mailbox
+from fastres.read.feed import Feed
+from fastres.read.inbox import Context
+from fastres.read.reply_inbox import ReplyInbox
 from fastres.read.stream import Stream
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from fastres._protocols import Arrival, Decoder, Meta
+    from fastres._protocols import Arrival, Decoder
     from fastres.addresses import Address, Addresses
     from fastres.amqp.connection import Link
     from fastres.errors import BrokerUnreachable
     from fastres.logs import Reports
-    from fastres.read.inboxes import Inbox
     from fastres.read.join import Batch, Join
     from fastres.read.look import Looks
 
@@ -33,8 +32,6 @@ INTERVAL = 1.0
 GRACE = 0.1
 #: How often a queue is counted that is being delivered from meanwhile.
 COUNTS = 3
-#: Queues of which it is remembered how many results were taken.
-REMEMBERED = 1000
 
 
 class Reader:
@@ -61,41 +58,21 @@ class Reader:
         auto_delete: bool,
     ) -> None:
         self.link = link
-        self.addresses = addresses
-        self.reports = reports
+        self._context = Context(link, addresses, decoder, looks, reports)
         self._looks = looks
         self._auto_delete = auto_delete
-        #: How many results were taken, by queue of a group.
-        self._taken = LRUCache(limit=REMEMBERED)
-        self.mailbox = Mailbox(self)
-        self.decoder = decoder
         self._prefetch = prefetch
+        self.replies = ReplyInbox(self._context)
         self._feeds: dict[str, Feed] = {}
-        self._tag = 0
 
     def forget_all(self) -> None:
         """In a forked child: what came is the parent's."""
-        self.mailbox = Mailbox(self)
+        self.replies = ReplyInbox(self._context)
         self._feeds.clear()
-
-    def next_tag(self) -> str:
-        self._tag += 1
-        return f"fastres-{self._tag}"
 
     def feed_of(self, address: Address) -> Feed | None:
         """The feed that reads an address at present."""
         return self._feeds.get(address.name)
-
-    def see(self, seen: list[tuple[Address, Meta]]) -> None:
-        """Let looks know what was seen on the way."""
-        by_address: dict[Address, list[Meta]] = {}
-        for address, meta in seen:
-            by_address.setdefault(address, []).append(meta)
-        for address, metas in by_address.items():
-            self._looks.see(address, metas)
-
-    def count_taken(self, address: Address, count: int) -> None:
-        self._taken[address.name] = self._taken.get(address.name, 0) + count
 
     def progress(self, address: Address, ready: Callable[[], int]) -> int:
         """How many results have come: those in the queue, and those that this process has received or taken.
@@ -118,7 +95,7 @@ class Reader:
 
     def _received(self, address: Address) -> int:
         feed = self._feeds.get(address.name)
-        return int(self._taken.get(address.name, 0)) + (feed.held(address) if feed is not None else 0)
+        return self._context.taken(address) + (feed.held(address) if feed is not None else 0)
 
     def tasks(self, join: Join, addresses: list[Address], take: bool, declares: bool) -> None:
         """Let a join have results of tasks that need not have anything to do with each other.
@@ -140,13 +117,13 @@ class Reader:
 
         Raises: fastres.ResultsGone: some of them are not there.
         """
-        return iter(Stream(self, address, count, self._prefetch))
+        return iter(Stream(self._context, address, count, self._prefetch))
 
-    def mail(self, join: Join) -> None:
-        """Let a join have what comes to the mailbox."""
+    def reply(self, join: Join) -> None:
+        """Let a join have what comes to the reply queues."""
         with self.link.exclusively(join.deadline):
-            self.mailbox.attach(join)
-        join.inboxes.append(self.mailbox)
+            self.replies.attach(join)
+        join.inboxes.append(self.replies)
 
     def _attach(self, join: Join, addresses: list[Address], take: bool, **how: Any) -> None:
         with self.link.exclusively(join.deadline):
@@ -159,7 +136,7 @@ class Reader:
             own = [address for address in addresses if address.name not in self._feeds]
             if not own:
                 return
-            feed = Feed(self, own, take=take, **how)
+            feed = Feed(self._context, own, take=take, **how)
             feed.joins.append(join)
             join.inboxes.append(feed)
             self._feeds.update((address.name, feed) for address in own)
@@ -171,9 +148,7 @@ class Reader:
 
         def leave() -> None:
             for inbox in join.inboxes:
-                if isinstance(inbox, Mailbox):
-                    inbox.detach(join)
-                elif isinstance(inbox, Feed) and inbox.detach(join):
+                if inbox.detach(join) and isinstance(inbox, Feed):
                     self._release(inbox)
                     # A wait that has ended at its timeout does not begin another one.
                     deadline = join.deadline if join.left() <= 0 else None
@@ -189,7 +164,7 @@ class Reader:
 
     def abandon(self, join: Join) -> None:
         """The end of a join was interrupted: nothing of it may stay behind, with what others wait for."""
-        left: list[Inbox] = []
+        left: list[Feed] = []
         for inbox in join.inboxes:
             if join in inbox.joins:
                 inbox.joins.remove(join)
@@ -272,7 +247,7 @@ class Reader:
                 if rounds < 0:
                     return
             self._look(join, min(INTERVAL, left))
-            self.mailbox.tell()
+            self.replies.notify()
             if on_interval is not None:
                 on_interval()
 
@@ -290,7 +265,7 @@ class Reader:
     def _give_back(self, join: Join) -> None:
         """Before the user has the word, who may keep it for long: others may want what is held."""
         for inbox in join.inboxes:
-            if isinstance(inbox, Feed) and inbox.holds():
+            if inbox.holds():
                 self.link.soon(partial(self.link.attempt, inbox.give_back))
 
     def _look(self, join: Join, seconds: float) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from celery import states
 
 from fastres.errors import ResultsGone
-from fastres.read.inboxes import MARK, TURN, Inbox
+from fastres.read.inbox import MARK, TURN, Inbox
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from fastres.addresses import Address
     from fastres.amqp.consumer import Consumer
     from fastres.amqp.session import Session
-    from fastres.read.reader import Reader
+    from fastres.read.inbox import Context
 
 __all__ = ("Stream",)
 
@@ -34,14 +34,14 @@ class Stream(Inbox):
     Each is acknowledged when the next one is asked for, so that a process that ends loses none.
 
     Args:
-        reader: whose link it reads through.
+        context: what it shares with the other inboxes of its process.
         address: their queue.
         count: how many there are.
         prefetch: messages that the broker sends ahead.
     """
 
-    def __init__(self, reader: Reader, address: Address, count: int, prefetch: int) -> None:
-        super().__init__(reader, [address], exclusive=True, prefetch=prefetch)
+    def __init__(self, context: Context, address: Address, count: int, prefetch: int) -> None:
+        super().__init__(context, [address], exclusive=True, prefetch=prefetch)
         self._count = count
         #: What came and was not handed over, with the channel it came on.
         self._news: deque[tuple[Consumer, list[Arrival]]] = deque()
@@ -52,7 +52,7 @@ class Stream(Inbox):
 
     def __iter__(self) -> Iterator[Arrival]:
         """Raises: fastres.ResultsGone: some of them are not there."""
-        link, left = self.reader.link, self._count
+        link, left = self.context.link, self._count
         self._at = time.monotonic()
         link.subscribe(self)
         try:
@@ -68,7 +68,7 @@ class Stream(Inbox):
                 if left > 0:
                     self._read(left)
         finally:
-            link.soon(lambda: link.unsubscribe(self, self._close))
+            link.soon(lambda: link.unsubscribe(self, self.close))
 
     def awaited(self) -> int:
         return self._prefetch
@@ -78,7 +78,7 @@ class Stream(Inbox):
         super()._open(session)
 
     def _read(self, left: int) -> None:
-        link = self.reader.link
+        link = self.context.link
         if self.due is not None and self.due <= time.monotonic():
             link.call(self.open)
         self.check_access()
@@ -107,7 +107,7 @@ class Stream(Inbox):
         if finals:
             self._news.append((consumer, finals))
 
-    def _close(self, session: Session) -> None:
+    def close(self, session: Session) -> None:
         if self.consumer is not None:
             if not self.consumer.unacknowledged:
                 names = [address.name for address in self.addresses]

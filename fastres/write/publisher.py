@@ -15,11 +15,12 @@ from kombu.utils.functional import retry_over_time
 from kombu.utils.uuid import uuid
 
 from fastres.amqp.connector import abandon, drop, establish
+from fastres.amqp.publishing import Message, Publishing
 from fastres.amqp.rabbitmq import session_of
-from fastres.amqp.session import Message, Publishing, says_no_queue
+from fastres.amqp.session import says_no_queue
+from fastres.amqp.window import Window
 from fastres.errors import BrokerUnreachable, QueueGone, ResultTooLarge, refusal
 from fastres.logs import logger
-from fastres.write.window import Window
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -45,9 +46,9 @@ CONFIRMED = 300.0
 #: Bytes of messages that may wait for their confirm on one connection.
 WINDOW_SIZE = 16 << 20
 #: How often the confirms that have come are read while more is published: after how many messages, and seconds.
-HEED_EVERY, HEEDED = 64, 0.1
+POLL_EVERY, POLLED = 64, 0.1
 #: Seconds between two looks at what is not confirmed, and since something was added to it.
-SETTLED_EVERY = 0.2
+WATCHED_EVERY = 0.2
 
 #: Seconds between two looks for a connection that its thread has lost.
 LOST = 1.0
@@ -99,9 +100,9 @@ class Publisher:
         self._writers: WeakSet[Writer] = WeakSet()
         self._windows: list[Window] = []
         self._returned = threading.Condition()
-        self._settling = threading.RLock()
+        self._waiting = threading.RLock()
         #: Waits for confirms when nobody publishes any more.
-        self._settler: threading.Thread | None = None
+        self._watcher: threading.Thread | None = None
 
     def publish(self, address: Address, message: Message, *, declare: bool) -> None:
         """Send a message to an address, and wait for the broker's confirm if that is asked for.
@@ -136,7 +137,7 @@ class Publisher:
         confirm = self.confirm or any(len(publishing.message.body) >= LARGE for publishing in publishings)
         self.run(lambda writer: writer.publish(publishings, confirm))
         if not confirm:
-            self._have_settled()
+            self._watch_confirms()
 
     # -- what is not confirmed yet
 
@@ -156,7 +157,7 @@ class Publisher:
 
         self.run(check)
 
-    def settle(self, seconds: float = 0.0) -> None:
+    def wait_for_confirms(self, seconds: float = 0.0) -> None:
         """Wait until the broker has confirmed what was published, for ``retry_policy`` if it is away.
 
         Args:
@@ -164,10 +165,10 @@ class Publisher:
 
         What nobody waited for is an error of nobody's: it is logged.
         """
-        with self._settling:
-            self._settle(time.monotonic() - seconds)
+        with self._waiting:
+            self._confirm(time.monotonic() - seconds)
 
-    def _settle(self, quiet: float) -> None:
+    def _confirm(self, quiet: float) -> None:
         with self._returned:
             writers = [writer for writer in self._idle if writer.window and writer.published_at <= quiet]
             self._idle = [writer for writer in self._idle if writer not in writers]
@@ -182,7 +183,7 @@ class Publisher:
             self._windows = [window for window in self._windows if window or id(window) in held]
         for writer in writers:
             try:
-                self._run(writer, Writer.settle)
+                self._run(writer, Writer.wait_for_confirms)
             except Exception as exc:
                 logger.error(
                     "%d messages with results are kept, and sent again: the broker has not confirmed them: %r",
@@ -190,31 +191,31 @@ class Publisher:
                     exc,
                 )
 
-    def _have_settled(self) -> None:
-        # The settler looks for the last time, and ends, under this lock.
+    def _watch_confirms(self) -> None:
+        # The watcher looks for the last time, and ends, under this lock.
         with self._returned:
-            if self._settler is not None:
+            if self._watcher is not None:
                 return
-            settler = threading.Thread(target=self._keep_settled, name="fastres-confirms", daemon=True)
-            self._settler = settler
+            watcher = threading.Thread(target=self._keep_watch, name="fastres-confirms", daemon=True)
+            self._watcher = watcher
         try:
-            settler.start()
+            watcher.start()
         except RuntimeError:
             # The interpreter ends, and starts no thread any more.
-            self._settler = None
-            self.settle()
+            self._watcher = None
+            self.wait_for_confirms()
 
-    def _keep_settled(self) -> None:
+    def _keep_watch(self) -> None:
         """Until everything is confirmed: what its thread does not add to any more is waited for here."""
         while True:
-            time.sleep(SETTLED_EVERY)
+            time.sleep(WATCHED_EVERY)
             with self._returned:
-                if self._settler is not threading.current_thread():
+                if self._watcher is not threading.current_thread():
                     return
                 if not any(self._windows):
-                    self._settler = None
+                    self._watcher = None
                     return
-            self.settle(SETTLED_EVERY)
+            self.wait_for_confirms(WATCHED_EVERY)
 
     # -- connections
 
@@ -300,7 +301,7 @@ class Publisher:
 
     def close(self) -> None:
         """Close the connections that are not in use, after what was published over them was confirmed."""
-        self.settle()
+        self.wait_for_confirms()
         with self._returned:
             idle, self._idle = self._idle, []
         for writer in idle:
@@ -323,7 +324,7 @@ class Writer:
         #: What is not confirmed, and when the last of it was sent, on the monotonic clock.
         self.window = Window(publisher.window, WINDOW_SIZE)
         self.published_at = 0.0
-        self._heeded_at = 0.0
+        self._polled_at = 0.0
         self._session: Session | None = None
         #: When each queue was declared, on the monotonic clock.
         self._declared: dict[str, float] = {}
@@ -366,24 +367,24 @@ class Writer:
                 for publishing in publishings:
                     self._send_and_wait(session, [publishing])
 
-    def settle(self) -> None:
+    def wait_for_confirms(self) -> None:
         """Wait until everything is confirmed that was sent."""
         session = self.connect()
         while self.window:
             self._send_again(session)
-            self._settle(session, lambda: not self.window.unconfirmed)
+            self._confirm(session, lambda: not self.window.unconfirmed)
 
     def _make_room(self, session: Session) -> None:
         """Read the confirms that have come, now and then; wait for them when too many are awaited."""
         window, now = self.window, time.monotonic()
         if window.is_full():
-            self._settle(session, window.has_room)
-        elif not window.unconfirmed % HEED_EVERY or now - self._heeded_at > HEEDED:
-            self._heeded_at = now
-            session.heed()
+            self._confirm(session, window.has_room)
+        elif not window.unconfirmed % POLL_EVERY or now - self._polled_at > POLLED:
+            self._polled_at = now
+            session.poll()
         self._send_again(session)
 
-    def _settle(self, session: Session, enough: Callable[[], bool]) -> None:
+    def _confirm(self, session: Session, enough: Callable[[], bool]) -> None:
         # The broker closes the channel over a message, not over the one that is to be sent now.
         with contextlib.suppress(*self.refusals):
             self._wait(session, enough)
@@ -464,7 +465,7 @@ class Writer:
 
     def _wait(self, session: Session, enough: Callable[[], bool]) -> None:
         try:
-            session.settle(self.window, enough)
+            session.wait_for_confirms(self.window, enough)
         except socket.timeout as exc:
             raise BrokerUnreachable(
                 f"the broker {session.uri} has not taken messages for {CONFIRMED:.0f} seconds: it stands still, "

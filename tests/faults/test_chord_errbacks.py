@@ -20,7 +20,7 @@ from proxy import Proxy
 from rabbitmq_node import Node
 from workers import JoinerProcess, client, start_python
 
-from fastres.chords.joiner import TELLERS
+from fastres.chords.joiner import NOTIFIERS
 from fastres.chords.status import ask
 
 LONG = 60
@@ -171,12 +171,12 @@ def test_errbacks_that_take_their_time_hold_up_no_chords(
     app: Celery, unrun: Unrun, node: Node, options: dict[str, Any], tmp_path: Path
 ) -> None:
     with joining(app, node.url, options):
-        bodies = [fail(app, failing(unrun, tmp_path)) for _ in range(TELLERS + 5)]
-        until(lambda: len(told(tmp_path)) == TELLERS)
+        bodies = [fail(app, failing(unrun, tmp_path)) for _ in range(NOTIFIERS + 5)]
+        until(lambda: len(told(tmp_path)) == NOTIFIERS)
         sizes = [3] * 10
         finish(unrun, begun(unrun, sizes))
         assert sorted(unrun.wait(len(sizes))) == results_of(sizes)
-        assert len(told(tmp_path)) == TELLERS, "no more at a time"
+        assert len(told(tmp_path)) == NOTIFIERS, "no more at a time"
         (tmp_path / "gate").touch()
         for body in bodies:
             has_failed(app, unrun, body)

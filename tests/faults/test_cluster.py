@@ -6,11 +6,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from backend_kit import ENOUGH, MakeApp, group_of, held_by, in_thread, new_ids, store, store_group
+from backend_kit import CUT_GREETINGS, ENOUGH, MakeApp, group_of, held_by, in_thread, new_ids, store, store_group
 from celery.result import GroupResult
 from rabbitmq_node import Node
 
 import fastres
+
+pytestmark = CUT_GREETINGS
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
 import random
 import signal
 import sys
@@ -14,7 +15,19 @@ from types import FrameType
 from typing import Any, Callable
 
 import pytest
-from backend_kit import ENOUGH, Broker, MakeApp, group_of, member_ids, new_ids, page_ids, store, store_group, until
+from backend_kit import (
+    CUT_GREETINGS,
+    ENOUGH,
+    Broker,
+    MakeApp,
+    group_of,
+    member_ids,
+    new_ids,
+    page_ids,
+    store,
+    store_group,
+    until,
+)
 from celery import uuid
 from celery.exceptions import SoftTimeLimitExceeded
 from proj import add, progress_without_end
@@ -23,18 +36,7 @@ from workers import Worker
 
 from fastres.ids import queue_name
 
-#: A connection that was interrupted while it was made or dropped.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-]
-
-
-@pytest.fixture(autouse=True)
-def no_leftovers() -> Iterator[None]:
-    """What was interrupted is complained about here, if at all, and not in the tests that follow."""
-    yield
-    gc.collect()
+pytestmark = CUT_GREETINGS
 
 
 class Interrupted(BaseException):
@@ -116,7 +118,7 @@ def test_looks(make_app: MakeApp, broker: Broker, known: bool, kind: Any) -> Non
     expected = len(ids) if known else 1
 
     def look() -> None:
-        app.backend._looks.forget_all()
+        app.backend.layout.looks.forget_all()
         app.backend._cache.clear()
         assert app.AsyncResult(ids[1]).state == ("SUCCESS" if known else "PENDING")
 
@@ -137,13 +139,13 @@ def test_waits(make_app: MakeApp, broker: Broker, kind: Any) -> None:
     names = list(dict.fromkeys(queue_name(task_id) for task_id in ids))
 
     def wait() -> None:
-        app.backend._looks.forget_all()
+        app.backend.layout.looks.forget_all()
         app.backend._cache.clear()
         assert app.AsyncResult(ids[1]).get(timeout=ENOUGH) == 1
 
     def check(where: str) -> None:
         until(lambda: is_clean(broker, names, 2), 5, so=where)
-        assert not app.backend._reader._feeds, where
+        assert not app.backend.layout.reader._feeds, where
         wait()
 
     interrupt_everywhere(wait, check)
@@ -182,7 +184,7 @@ def test_joins(make_app: MakeApp, broker: Broker) -> None:
         missing = [task_id for number, task_id in enumerate(ids) if number not in got]
         again = dict(app.backend.get_many(missing, timeout=ENOUGH))
         assert set(again) >= set(missing[1:]), interrupt.where
-        assert not app.backend._reader._feeds, interrupt.where
+        assert not app.backend.layout.reader._feeds, interrupt.where
 
 
 def test_stores(make_app: MakeApp, broker: Broker) -> None:
@@ -208,7 +210,7 @@ def test_many_interrupted_threads_leave_room_for_others(make_app: MakeApp) -> No
     store(app, task_id, 1)
 
     def look() -> None:
-        app.backend._looks.forget_all()
+        app.backend.layout.looks.forget_all()
         app.backend._cache.clear()
         assert app.AsyncResult(task_id).state == "SUCCESS"
 
@@ -225,8 +227,8 @@ def test_many_interrupted_threads_leave_room_for_others(make_app: MakeApp) -> No
 
 # -- signals, at moments that nobody chooses
 
-#: How often the timer of a process goes off in all.
-SIGNALS = 100
+#: How many rounds there are of four operations, each with a timer that goes off meanwhile.
+ROUNDS = int(os.environ.get("FASTRES_SIGNALS", "400")) // 4
 
 
 class Alarm(Exception):
@@ -259,7 +261,7 @@ def alarms(seed: int) -> Iterator[Callable[[Callable[[], Any]], Any]]:
         signal.signal(signal.SIGALRM, before)
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(180 + ROUNDS)
 def test_signals_at_any_moment(make_app: MakeApp, broker: Broker) -> None:
     """Nothing is lost, nothing is stuck, nobody consumes: of stores, looks, waits and joins."""
     app, other = make_app(), make_app()
@@ -268,7 +270,7 @@ def test_signals_at_any_moment(make_app: MakeApp, broker: Broker) -> None:
         store(other, task_id, task_id)
         pages.add(queue_name(task_id))
     with alarms(seed=9) as do:
-        for number in range(SIGNALS):
+        for number in range(ROUNDS):
             result = app.AsyncResult(lone[number % len(lone)])
             own = app.AsyncResult(new_ids(1)[0])
             held = group_of(app, 5)
@@ -310,7 +312,7 @@ def test_a_wait_that_the_garbage_collector_ends(app: Any, broker: Broker) -> Non
         return session.inspect(queue_name(ids[0]))
 
     assert app.backend._link.call(ask) is not None
-    assert not app.backend._reader._feeds
+    assert not app.backend.layout.reader._feeds
     assert len(list(app.backend.get_many(ids[1:], timeout=ENOUGH))) == 2
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import os
 import signal
 import threading
@@ -12,6 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 from backend_kit import (
+    CUT_GREETINGS,
     ENOUGH,
     Broker,
     MakeApp,
@@ -35,18 +35,7 @@ import fastres
 
 UNCONFIRMED = {"confirm": False}
 
-#: py-amqp leaves a socket to the garbage collector that breaks while the broker is greeted.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-]
-
-
-@pytest.fixture(autouse=True)
-def no_leftovers() -> Iterator[None]:
-    """Such a one is complained about here, if at all, and not in the tests that follow."""
-    yield
-    gc.collect()
+pytestmark = CUT_GREETINGS
 
 
 @pytest.fixture

@@ -320,6 +320,47 @@ def test_a_child_writes(app: Celery, writer: Celery) -> None:
     assert app.AsyncResult(ours).get(timeout=SECONDS) == "parent's"
 
 
+def do_everything(app: Celery, members: int = 3) -> None:
+    """Store, look, wait, join, and a part of a chord."""
+    (lone,) = page_ids(1)
+    store(app, lone, "lone")
+    result = app.AsyncResult(lone)
+    assert result.state == "SUCCESS"
+    assert result.get(timeout=SECONDS) == "lone"
+    held = group_of(app, members)
+    store_group(app, held)
+    assert held.get(timeout=SECONDS) == list(range(members))
+    (own,) = new_ids(1)
+    assert app.AsyncResult(own).state == "PENDING"
+    app.backend.reports.counts["tests"] += 1
+
+
+@FORKS
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("confirm", [True, False], ids=["confirmed", "window"])
+def test_children_forked_in_the_middle_of_everything(make_app: Callable[..., Celery], confirm: bool) -> None:
+    """While 200 threads store, look, wait and join: whatever these hold just then, a child has its own."""
+    app = make_app(result_backend_transport_options={"confirm": confirm})
+    assert app.backend
+    over = threading.Event()
+
+    def many_times() -> int:
+        times = 0
+        while not times or not over.is_set():
+            do_everything(app)
+            times += 1
+        return times
+
+    with Crowd(200) as crowd:
+        try:
+            threads = [crowd.send(many_times) for _ in range(200)]
+            for _ in range(20):
+                in_fork(lambda: do_everything(app))
+        finally:
+            over.set()
+        assert all(thread.result() for thread in threads)
+
+
 def read_and_tell(task_id: str, answers: Any) -> None:
     answers.put(AsyncResult(task_id).get(timeout=SECONDS))
 

@@ -30,7 +30,7 @@ from kombu.exceptions import ContentDisallowed
 from rabbitmq_node import Node
 
 from fastres import RPCBackend
-from fastres.read.inboxes import UNCLAIMED
+from fastres.read.reply_inbox import UNCLAIMED
 
 
 @pytest.fixture

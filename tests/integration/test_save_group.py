@@ -180,7 +180,7 @@ def test_a_look_has_put_back_what_it_read(app: Celery, other: Celery) -> None:
     store_group(other, held)
     members, backends = {member.id for member in held}, (app.backend, other.backend)
     for turn in range(100):
-        looks = backends[turn % 2]._looks
+        looks = backends[turn % 2].layout.looks
         (browsed,) = looks._browse([(queue_of(held.id), 200)])
         assert browsed is not None
         assert {delivery.correlation_id for delivery in browsed.deliveries} == members

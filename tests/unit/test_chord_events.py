@@ -65,7 +65,7 @@ def events(draw: st.DrawFn) -> tuple[Event, bytes, list[bytes]]:
         parts=[(draw(TEXT), len(part)) for part in parts],
         root=draw(TEXT),
         mark=draw(TEXT),
-        told=draw(st.lists(TEXT, max_size=3)),
+        notified=draw(st.lists(TEXT, max_size=3)),
         ask=draw(TEXT),
     )
     return event, plan, parts

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import random
 
-from fastres.amqp.session import Message, Publishing
-from fastres.write.window import Window
+from fastres.amqp.publishing import Message, Publishing
+from fastres.amqp.window import Window
 
 
 def publishing(name: str, size: int = 1) -> Publishing:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Collection
 
-    from fastres.amqp.session import Publishing
+    from fastres.amqp.publishing import Publishing
 
 __all__ = ("Window",)
 
@@ -58,13 +58,13 @@ class Window:
 
     def confirm(self, number: int, multiple: bool) -> None:
         """The broker is done with a number, or with all up to it: it has them, or could not route them."""
-        for publishing in self._settle(number, multiple):
+        for publishing in self._remove(number, multiple):
             if publishing.routing_key in self._returned:
                 self.again.append(publishing)
 
     def refuse(self, number: int, multiple: bool) -> None:
         """The broker has not taken a number, or all up to it."""
-        self.doubtful.extend(self._settle(number, multiple))
+        self.doubtful.extend(self._remove(number, multiple))
 
     def give_back(self, routing_key: str) -> None:
         """There was no queue for a message: its confirm comes next."""
@@ -80,7 +80,7 @@ class Window:
         Args:
             doubtful: the broker has closed it over one of them.
         """
-        lost = self._settle(max(self._sent), True) if self._sent else []
+        lost = self._remove(max(self._sent), True) if self._sent else []
         (self.doubtful if doubtful else self.again).extendleft(reversed(lost))
         self._returned.clear()
 
@@ -97,7 +97,7 @@ class Window:
         left = []
         for number, publishing in list(self._sent.items()):
             if id(publishing) in ours:
-                left += self._settle(number, False)
+                left += self._remove(number, False)
         for place in (self.again, self.doubtful):
             if place:
                 left += [publishing for publishing in place if id(publishing) in ours]
@@ -106,8 +106,8 @@ class Window:
                 place.extend(kept)
         return left
 
-    def _settle(self, number: int, multiple: bool) -> list[Publishing]:
+    def _remove(self, number: int, multiple: bool) -> list[Publishing]:
         numbers = list(takewhile(number.__ge__, self._sent)) if multiple else [number]
-        settled = [self._sent.pop(each) for each in numbers if each in self._sent]
-        self._bytes -= sum(len(publishing.message.body) for publishing in settled)
-        return settled
+        removed = [self._sent.pop(each) for each in numbers if each in self._sent]
+        self._bytes -= sum(len(publishing.message.body) for publishing in removed)
+        return removed

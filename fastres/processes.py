@@ -1,0 +1,50 @@
+"""What backends do when their process forks, and when it ends."""
+
+from __future__ import annotations
+
+import atexit
+import multiprocessing.util
+import os
+from typing import Any, Protocol
+from weakref import WeakSet
+
+from celery.signals import worker_process_shutdown
+
+__all__ = ("attend",)
+
+
+class Attended(Protocol):
+    """What is told of both."""
+
+    def after_fork(self) -> None:
+        """In a forked child: the connections, and what came over them, are the parent's."""
+
+    def at_exit(self) -> None:
+        """The end of the process: what it has published is to be confirmed before."""
+
+
+_attended: WeakSet[Attended] = WeakSet()
+
+
+def attend(backend: Attended) -> None:
+    """Tell a backend, for as long as it lives, when its process has forked and when it ends."""
+    _attended.add(backend)
+
+
+def _after_fork_in_child() -> None:
+    for backend in list(_attended):
+        backend.after_fork()
+
+
+def _at_exit(**kwargs: Any) -> None:
+    for backend in list(_attended):
+        backend.at_exit()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
+atexit.register(_at_exit)
+# The children of Celery's pool end without it, those of multiprocessing's have finalizers of their own.
+worker_process_shutdown.connect(_at_exit, weak=False, dispatch_uid="fastres-confirms")
+multiprocessing.util.register_after_fork(
+    _at_exit, lambda at_exit: multiprocessing.util.Finalize(None, at_exit, exitpriority=0)
+)

@@ -1,0 +1,312 @@
+"""What a process reads queues of tasks and of groups with, for as long as a join waits for them."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from operator import attrgetter
+from typing import TYPE_CHECKING
+
+from celery import states
+
+from fastres.read.inbox import MARK, Inbox
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from fastres._protocols import Arrival, Delivery, Meta
+    from fastres.addresses import Address
+    from fastres.amqp.consumer import Consumer
+    from fastres.amqp.session import QueueState, Session
+    from fastres.read.inbox import Context
+    from fastres.read.join import Batch, Join
+
+__all__ = ("Feed",)
+
+#: Seconds since something came after which the broker is listened to before anything is acknowledged.
+POLL_AFTER = 1.0
+#: Seconds for which a result is held that others may want too, and until what was given back is read again: at
+#: least, and this many times the seconds that reading took, and at most.
+HOLD, PAUSE, REST, LONGEST_PAUSE = 0.05, 0.05, 2, 2.0
+#: Seconds between two looks for a queue that is not there: at first, and at most.
+SHORTEST_ABSENCE, LONGEST_ABSENCE = 0.005, 0.1
+#: Results that were handed over and are kept for joins that come late, in each feed: few, because while thousands
+#: rush by, each that is kept pushes out of the processor's cache what the next one needs.
+REMEMBERED = 250
+#: Whether a delivery is to stay in its queue.
+KEPT = attrgetter("keep")
+
+
+class Feed(Inbox):
+    """Results of tasks, for as long as a join waits for them.
+
+    It begins by taking what comes: messages are acknowledged when they have been handed over, so that a lost
+    connection loses none. With the first message that somebody else may want, or if nothing is to be taken, it
+    *shares* the queues: what has come is held for a moment, in which more may come, and given back, whoever it was
+    for; after a pause for the others it is read again. Nobody is kept from a result for longer than ``HOLD`` and
+    the time that reading the queue takes.
+
+    Args:
+        context: what it shares with the other inboxes of its process.
+        addresses: the queues of results, or with ``with_states`` of states and then of results.
+        take: acknowledge what is handed over; otherwise everything goes back.
+        exclusive: one reader at a time takes: others wait for their turn.
+        prefetch: messages that the broker sends ahead, 0: all it has.
+        deletes: whether a queue is deleted when its result was taken, a group's when all that came was.
+        leftovers: queues to delete with the others.
+        declares: whether the queues are made if they are not there. To that of a single task nobody may ever
+            write: its id may be anybody's invention.
+    """
+
+    def __init__(
+        self,
+        context: Context,
+        addresses: list[Address],
+        *,
+        take: bool,
+        exclusive: bool = False,
+        prefetch: int = 0,
+        deletes: bool = False,
+        leftovers: Sequence[Address] = (),
+        declares: bool = True,
+    ) -> None:
+        super().__init__(context, addresses, exclusive and take, prefetch if take else 0)
+        self._prefetch_to_take = self._prefetch
+        #: Whether others may want what comes.
+        self.shares = not take
+        self._declares = declares
+        self._absence = SHORTEST_ABSENCE
+        self._deletes = deletes
+        self._leftovers = leftovers
+        self._emptied = True
+        #: For joins that come late: the last results that came or were handed over, and what ended joins left.
+        self._last: deque[Arrival] = deque(maxlen=REMEMBERED)
+        self._left_over: list[Batch] = []
+        #: Deliveries that no join will ever be handed.
+        self._stuck = 0
+        #: The latest state of each task that has one and no result.
+        self._latest_state: dict[str, Delivery] = {}
+        #: While sharing: states that were told, when the queues were opened, how many messages they had then, when
+        #: the last came, and whether all of them have come.
+        self._reported: set[int] = set()
+        self._opened = 0.0
+        self._backlog = 0
+        self._came = 0.0
+        #: Queues of single tasks whose result was taken.
+        self._finished: list[Address] = []
+        #: Results that were handed over and are to be taken out of their queues, by queue.
+        self._to_take: dict[Address, set[str]] = {}
+
+    def _open(self, session: Session) -> None:
+        self._left_over.clear()
+        self._latest_state.clear()
+        self._stuck = 0
+        self._backlog = 0
+        if not self._declares and not any(session.browse([(address.name, 0) for address in self.addresses])):
+            self.due = time.monotonic() + self._absence
+            self._absence = min(2 * self._absence, LONGEST_ABSENCE)
+            return
+        super()._open(session)
+        if self.consumer is None and self._exclusive:
+            # Somebody waits for a part of it, or takes it: next to the former it can be read.
+            self._share()
+            super()._open(session)
+            if self.consumer is None:
+                self._exclusive, self.shares, self._prefetch = True, False, self._prefetch_to_take
+        self._opened = self._came = time.monotonic()
+        if self.shares and self.consumer is not None and self._backlog:
+            self.due = self._opened + HOLD
+
+    def act(self, session: Session) -> None:
+        if self.due is None or time.monotonic() < self.due:
+            return
+        if self.consumer is None or self.consumer.session is not session:
+            self.open(session)
+        elif self.consumer.unacknowledged:
+            self.give_back(session)
+        else:
+            self.due = None
+
+    def is_catching_up(self) -> bool:
+        """Whether messages are still to come that were in the queues before."""
+        return self.shares and self._backlog > 0 and time.monotonic() < self._came + HOLD
+
+    def give_back(self, session: Session) -> None:
+        took = max(0.0, self._came - self._opened)
+        self._leave()
+        self.due = time.monotonic() + max(PAUSE, min(took * REST, LONGEST_PAUSE))
+
+    def holds(self) -> bool:
+        return self.shares and self.consumer is not None and bool(self.consumer.unacknowledged)
+
+    def attach(self, join: Join) -> None:
+        waiting = self._waiting()
+        self.joins.append(join)
+        join.offer(list(self._last), None, None)
+        for batch in waiting:
+            join.offer(batch.arrivals, self, batch.consumer)
+        if self.holds() and join.aggregate:
+            # It may be among what is held and not remembered.
+            self.due = time.monotonic()
+
+    def share_from_now_on(self) -> None:
+        """A join has come that takes nothing."""
+        if not self.shares:
+            self._share()
+            self.due = time.monotonic()
+
+    def detach(self, join: Join) -> bool:
+        over = super().detach(join)
+        if not self.shares:
+            self._left_over += join.batches_of(self)
+        if join.aggregate:
+            self._emptied = False
+        return over
+
+    def peek(self, task_id: str) -> Meta | None:
+        """What has come for a task and was not handed over yet."""
+        for batch in self._waiting():
+            for _, waiting_id, meta in batch.arrivals:
+                if waiting_id == task_id:
+                    return meta
+        return None
+
+    def held(self, address: Address) -> int:
+        """How many messages have come from an address and were not acknowledged yet."""
+        consumer = self.consumer
+        if consumer is None:
+            return 0
+        tags = {tag for tag, consumed in consumer.addresses.items() if consumed == address}
+        return sum(tag in tags for tag in consumer.unacknowledged.values())
+
+    def read_deliveries(self, address: Address, session: Session) -> None:
+        """Read what the broker has delivered until now: on the consumers' channel its answer comes after them."""
+        if self.consumer is not None and self.consumer.session is session:
+            self.consumer.channel.queue_declare(address.name, passive=True)
+
+    def handed_over(self, batch: Batch, count: int, take: bool) -> None:
+        arrivals = batch.arrivals[:count]
+        consumer: Consumer | None = batch.consumer
+        if not arrivals or consumer is None:
+            return
+        self._last.extend([(None, task_id, meta) for _, task_id, meta in arrivals[-REMEMBERED:]])
+        if not take:
+            return
+        if time.monotonic() > self._came + POLL_AFTER:
+            # The broker may have closed the channel over what was held for so long.
+            self.context.link.attempt(lambda session: session.poll())
+        if not self.shares and consumer is self.consumer and not consumer.cancelled:
+            places = map(consumer.address_of, map(MARK, arrivals))
+            self._finished += [address for address in places if address.of_task is not None]
+            taken = self._acknowledge(consumer, map(MARK, arrivals))
+            self.context.count_taken(self.addresses[-1], taken)
+            return
+        for delivery, task_id, _ in arrivals:
+            if not delivery.keep:
+                self._to_take.setdefault(consumer.address_of(delivery), set()).add(task_id)
+
+    def close(self, session: Session) -> None:
+        if self.consumer is None:
+            return
+        over: list[Address] = []
+        full: list[Address] = []
+        if self._deletes and self._exclusive and self._emptied and not self.consumer.unacknowledged:
+            over = [*reversed(self.addresses), *self._leftovers]
+        elif self._deletes:
+            over = self._finished
+            # States on the way to a result that is gone.
+            full = [self.context.addresses.states(address.of_task) for address in over if address.of_task]
+        if over:
+            names = [address.name for address in over]
+            tags = list(self.consumer.addresses)
+            session.delete(self.consumer.channel, names, tags, [address.name for address in full])
+        self._leave()
+
+    def to_take(self) -> dict[Address, set[str]]:
+        """The results that are to be taken out of their queues after the end."""
+        return self._to_take
+
+    def _waiting(self) -> list[Batch]:
+        """What has come and was not handed over yet."""
+        return [*self._left_over, *(batch for join in self.joins for batch in join.batches_of(self))]
+
+    def _share(self) -> None:
+        self.shares = True
+        self._exclusive = False
+        self._prefetch = 0
+        self._backlog = 0
+
+    def _found(self, states: list[QueueState]) -> None:
+        self._backlog += sum(state.messages for state in states)
+
+    def _deliver(self, consumer: Consumer, deliveries: list[Delivery]) -> None:
+        arrivals, refused = self._decode(consumer, deliveries)
+        if self.shares:
+            self._pass_by(consumer, arrivals, len(deliveries))
+            return
+        self._came = time.monotonic()
+        ready, states_, repeated, foreign = self._offer(consumer, arrivals)
+        if states_ or self._latest_state:
+            self._supersede(consumer, ready, states_)
+        for delivery, task_id, meta in repeated:
+            if meta["status"] in states.READY_STATES:
+                self._report_repeated(consumer, delivery, task_id)
+        if repeated:
+            self._acknowledge(consumer, map(MARK, repeated))
+        if foreign or any(map(KEPT, deliveries)):
+            self._emptied = False
+            self._remember(consumer, [*ready, *foreign])
+            self.share_from_now_on()
+            return
+        self._stuck += refused
+        if self._prefetch and self._stuck > self._prefetch / 2:
+            self.context.link.attempt(self._unlimit)
+
+    def _pass_by(self, consumer: Consumer, arrivals: list[Arrival], count: int) -> None:
+        """Offer what others may want too."""
+        self._backlog = max(0, self._backlog - count)
+        self._came = time.monotonic()
+        self.due = self._came + HOLD if self._backlog or self.due is None else self.due
+        finals: dict[str, Arrival] = {}
+        news: list[Arrival] = []
+        for arrival in arrivals:
+            delivery, task_id, meta = arrival
+            if meta["status"] in states.READY_STATES:
+                before = finals.get(task_id)
+                # Of several results the first success counts, otherwise the latest.
+                if before is None or before[2]["status"] != states.SUCCESS:
+                    finals[task_id] = arrival
+            else:
+                # Two updates that say the same are told once if they were read before.
+                update = hash((task_id, bytes(delivery.body)))
+                if not (delivery.redelivered and update in self._reported):
+                    news.append(arrival)
+                self._reported.add(update)
+        news += finals.values()
+        ready, _, _, foreign = self._offer(consumer, news)
+        self._remember(consumer, [*ready, *foreign])
+
+    def _remember(self, consumer: Consumer, arrivals: list[Arrival]) -> None:
+        """For joins that come late, and for looks."""
+        for delivery, task_id, _ in arrivals:
+            self.context.reports.stranger(delivery, consumer.address_of(delivery), task_id)
+        finals = [arrival for arrival in arrivals[-REMEMBERED:] if arrival[2]["status"] in states.READY_STATES]
+        if finals:
+            self._last.extend([(None, task_id, meta) for _, task_id, meta in finals])
+            self.context.looks.see([(consumer.address_of(delivery), meta) for delivery, _, meta in finals])
+
+    def _supersede(self, consumer: Consumer, ready: list[Arrival], states_: list[Arrival]) -> None:
+        """Of a task's states that are not final, only the latest is kept."""
+        over = [self._latest_state.pop(task_id, None) for _, task_id, _ in ready]
+        for delivery, task_id, _ in states_:
+            over.append(self._latest_state.get(task_id))
+            self._latest_state[task_id] = delivery
+        self._acknowledge(consumer, [delivery for delivery in over if delivery is not None])
+
+    def _unlimit(self, session: Session) -> None:
+        """Messages that stay unacknowledged must not keep others from coming."""
+        self._prefetch = 0
+        if self.consumer is not None:
+            session.unlimit(self.consumer.channel, list(self.consumer.addresses))
+            for address in self.addresses:
+                self._consume(self.consumer, address)

@@ -1,0 +1,251 @@
+"""Inboxes consume from queues, and offer what comes to the joins that wait for it: what they have in common."""
+
+from __future__ import annotations
+
+import time
+from operator import itemgetter
+from typing import TYPE_CHECKING, Any
+
+from kombu.utils.functional import LRUCache
+
+from fastres.amqp.consumer import Consumer
+from fastres.amqp.session import Busy
+from fastres.errors import AccessRefused, refusal
+from fastres.logs import logger
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from fastres._protocols import Arrival, Decoder, Delivery, Sorted
+    from fastres.addresses import Address, Addresses
+    from fastres.amqp.connection import Link
+    from fastres.amqp.session import QueueState, Session
+    from fastres.logs import Reports
+    from fastres.read.join import Batch, Join
+    from fastres.read.look import Looks
+
+__all__ = ("Context", "Inbox")
+
+#: Seconds between two attempts to be the one reader of a queue.
+TURN = 0.1
+#: Seconds between two attempts to read what the broker has refused.
+REFUSED = 1.0
+#: Queues of which it is remembered how many results were taken.
+REMEMBERED = 1000
+#: What a result came with.
+MARK = itemgetter(0)
+
+
+class Context:
+    """What the inboxes of a process share.
+
+    Args:
+        link: the consuming connection.
+        addresses: the backend's addresses.
+        decoder: message to result.
+        looks: reads without taking; learns what is seen on the way.
+        reports: where unusable messages are reported.
+    """
+
+    def __init__(self, link: Link, addresses: Addresses, decoder: Decoder, looks: Looks, reports: Reports) -> None:
+        self.link = link
+        self.addresses = addresses
+        self.decoder = decoder
+        self.looks = looks
+        self.reports = reports
+        #: How many results were taken, by queue of a group.
+        self._taken = LRUCache(limit=REMEMBERED)
+        self._tag = 0
+
+    def next_tag(self) -> str:
+        """A new consumer tag."""
+        self._tag += 1
+        return f"fastres-{self._tag}"
+
+    def count_taken(self, address: Address, count: int) -> None:
+        self._taken[address.name] = self.taken(address) + count
+
+    def taken(self, address: Address) -> int:
+        """How many results this process has taken out of a group's queue."""
+        return int(self._taken.get(address.name, 0))
+
+
+class Inbox:
+    """Consumes from some addresses through the link of its process: what feeds and mailboxes have in common."""
+
+    def __init__(self, context: Context, addresses: list[Address], exclusive: bool, prefetch: int) -> None:
+        self.context = context
+        self.addresses = addresses
+        self.joins: list[Join] = []
+        self.consumer: Consumer | None = None
+        #: When to :meth:`act`, on the monotonic clock.
+        self.due: float | None = None
+        #: Why it is not open, None: it is, or there is no connection.
+        self.refused: Exception | None = None
+        self._exclusive = exclusive
+        self._prefetch = prefetch
+
+    def open(self, session: Session) -> None:
+        """Subscribe. What the broker refuses is no error of who uses the session just now: see :attr:`refused`."""
+        if self.consumer is not None and self.consumer.session is session:
+            return
+        before, self.refused = self.refused, None
+        self.due = None
+        try:
+            self._open(session)
+        except session.channel_errors as exc:
+            self._leave()
+            self.refused = refusal(exc, session.uri)
+            self.due = time.monotonic() + REFUSED
+            if str(before) != str(self.refused):
+                logger.warning("The broker lets no results be read, which is tried again: %s", self.refused)
+
+    def _open(self, session: Session) -> None:
+        try:
+            if self._exclusive or not self._subscribe(self._begin(session, session.unopened_channel())):
+                consumer = self._begin(session, session.channel())
+                session.prefetch(consumer.channel, self._prefetch)
+                self._found([self._consume(consumer, address) for address in self.addresses])
+        except Busy as exc:
+            # One reader at a time: results shared out between two would complete neither's join.
+            self._leave()
+            self.refused = exc
+            self.due = time.monotonic() + TURN
+        else:
+            # Once more, if it was busy before.
+            self.refused = None
+            if self.consumer is not None:
+                session.watch(self.consumer.channel, self.consumer.on_close)
+
+    def check_access(self) -> None:
+        """Raises: fastres.AccessRefused: the broker does not let us read, and will not when it is asked again."""
+        if isinstance(self.refused, AccessRefused):
+            raise self.refused
+
+    def _begin(self, session: Session, channel: Any) -> Consumer:
+        self.consumer = Consumer(session, channel)
+        return self.consumer
+
+    def _subscribe(self, consumer: Consumer) -> bool:
+        """Consume from all addresses at once, if they let us."""
+        queues = [self.context.addresses.queue(address) for address in self.addresses]
+        tags = [self.context.next_tag() for _ in queues]
+        consumer.addresses.update(zip(tags, self.addresses))
+        answer = consumer.session.subscribe(
+            consumer.channel, list(zip(queues, tags)), consumer.receive, consumer.on_cancel
+        )
+        if answer is None:
+            return False
+        self._found(answer)
+        return True
+
+    def _found(self, states: list[QueueState]) -> None:
+        """Called with what was in the queues when they were opened."""
+
+    def act(self, session: Session) -> None:
+        """Do what is due: try again to be the one reader."""
+        self.open(session)
+
+    def is_catching_up(self) -> bool:
+        """Whether more will come at once, before which nobody is to be told of what has come."""
+        return False
+
+    def flush(self) -> None:
+        """Hand on what was received."""
+        if self.consumer is None:
+            return
+        received = self.consumer.take_received()
+        if received:
+            self._deliver(self.consumer, received)
+        if self.consumer is not None and self.consumer.cancelled:
+            self.context.link.attempt(self._reopen)
+
+    def awaited(self) -> int:
+        """How many results the joins at this inbox wait for, of those that may come before one is acknowledged."""
+        awaited = sum(len(join.aggregate) for join in self.joins)
+        return min(awaited, self._prefetch) if self._prefetch else awaited
+
+    def detach(self, join: Join) -> bool:
+        """A join ends: whether nobody waits at this inbox any more, and it is to be closed."""
+        if join in self.joins:
+            self.joins.remove(join)
+        return not self.joins
+
+    def handed_over(self, batch: Batch, count: int, take: bool) -> None:
+        """The first ``count`` results of a batch are the user's now."""
+        raise NotImplementedError
+
+    def holds(self) -> bool:
+        """Whether others may be waiting for what this one has."""
+        return False
+
+    def give_back(self, session: Session) -> None:
+        """Leave what has come to others for a while."""
+
+    def close(self, session: Session) -> None:
+        """Stop consuming."""
+        self._leave()
+
+    def _consume(self, consumer: Consumer, address: Address) -> QueueState:
+        state = consumer.session.declare(self.context.addresses.queue(address))
+        if self._exclusive and state.consumers:
+            raise Busy(address.name)
+        tag = self.context.next_tag()
+        consumer.addresses[tag] = address
+        consumer.session.consume(
+            consumer.channel, address.name, tag, consumer.receive, consumer.on_cancel, self._exclusive
+        )
+        return state
+
+    def _reopen(self, session: Session) -> None:
+        self._leave()
+        self.open(session)
+
+    def _leave(self) -> None:
+        consumer, self.consumer = self.consumer, None
+        if consumer is not None:
+            consumer.session.leave(consumer.channel, list(consumer.addresses), list(consumer.unacknowledged))
+
+    def _deliver(self, consumer: Consumer, deliveries: list[Delivery]) -> None:
+        raise NotImplementedError
+
+    def _acknowledge(self, consumer: Consumer, deliveries: Iterable[Delivery]) -> int:
+        """Acknowledge deliveries: how many there were that had not been."""
+        tags = consumer.settle(deliveries)
+        if tags and consumer is self.consumer:
+            self.context.link.attempt(lambda session: consumer.acknowledge(tags), reads=False)
+        return len(tags)
+
+    def _decode(self, consumer: Consumer, deliveries: list[Delivery]) -> tuple[list[Arrival], int]:
+        """The results in deliveries, and how many deliveries held none."""
+        arrivals, refused = self.context.decoder.decode_all(deliveries)
+        for delivery, exc in refused:
+            self.context.reports.unreadable(delivery, consumer.address_of(delivery).name, exc)
+            task_id = delivery.correlation_id
+            for join in self.joins:
+                if task_id in join.aggregate:
+                    join.unreadable[str(task_id)] = exc
+        return arrivals, len(refused)
+
+    def _offer(self, consumer: Consumer, arrivals: list[Arrival]) -> Sorted:
+        """Offer arrivals to every join: the answer is that of the one who could use them most."""
+        if len(self.joins) == 1:
+            return self.joins[0].offer(arrivals, self, consumer)
+        # By their place, which tells arrivals apart that are equal.
+        came: list[set[int]] = [set(), set(), set()]
+        for join in self.joins:
+            for places, sort in zip(came, join.offer(arrivals, self, consumer)):
+                places.update(map(id, sort))
+        sorts: Sorted = ([], [], [], [])
+        for arrival in arrivals:
+            best = next((number for number, places in enumerate(came) if id(arrival) in places), 3)
+            sorts[best].append(arrival)
+        return sorts
+
+    def _report_repeated(self, consumer: Consumer, delivery: Delivery, task_id: str) -> None:
+        # The broker redelivers what was not acknowledged in time: nothing to tell anybody.
+        if not delivery.redelivered:
+            self.context.reports.add(
+                "repeated", consumer.address_of(delivery).name, task_id, delivery.delivery_tag,
+                "this task's result came before; the first one counts", 0, recount=True,
+            )  # fmt: skip
