@@ -20,6 +20,8 @@ Sorted = tuple[list[Arrival], list[Arrival], list[Arrival], list[Arrival]]
 COMPRESSION = "compression"
 #: Header of a result that stays in its queue when it is read: a chord's part, wanted by the join and by users.
 KEEP = "fastres-keep"
+#: When a state on the way was sent, in its meta: seconds since the epoch, where queues get out of order.
+SENT_AT = "fastres-sent-at"
 
 #: A frame that is not for fastres: type, channel, payload.
 Frame = tuple[int, int, bytes]

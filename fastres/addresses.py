@@ -26,6 +26,8 @@ MAX_EXPIRES = 2**32 - 1
 
 #: How many states on the way are kept: of a task with a queue of its own, and of all tasks of a kin together.
 STATES_OF_ONE, STATES_OF_ALL = 1, 10_000
+#: The same where they may get out of order while they are looked at.
+STATES_OUT_OF_ORDER = 10
 
 #: Celery's own default for ``result_exchange``, which every application has without asking for it.
 CELERY_EXCHANGE = "celeryresults"
@@ -45,6 +47,9 @@ class Address:
     is_page: bool = False
     #: Whether it is there for good, and read by one consumer at a time while others stand by.
     is_log: bool = False
+    #: Whether it is replicated: what is given back may come behind what was sent later, there are no exclusive
+    #: consumers, and it cannot be deleted on the condition that it is empty.
+    is_quorum: bool = False
 
 
 class Addresses:
@@ -55,6 +60,7 @@ class Addresses:
         exchange: exchange that carries results; Celery's default means the default exchange.
         exchange_type: ``direct`` or ``topic``.
         expires: seconds after which an unused queue goes away with its results; None: never.
+        queue_type: ``classic`` or ``quorum``.
         queue_class: a subclass of ``kombu.Queue``.
         exchange_class: a subclass of ``kombu.Exchange``.
     """
@@ -65,12 +71,14 @@ class Addresses:
         exchange: str | None,
         exchange_type: str,
         expires: float | None,
+        queue_type: str,
         queue_class: Any,
         exchange_class: Any,
     ) -> None:
         self.prefix = namespace or ids.PREFIX
         self._queue_class = queue_class
         self.expires = expires
+        self.is_quorum = queue_type == "quorum"
         named = exchange if exchange and exchange != CELERY_EXCHANGE else ""
         if named and exchange_type not in ("direct", "topic"):
             raise ImproperlyConfigured(
@@ -87,13 +95,16 @@ class Addresses:
         """Where a task's result is."""
         kin = ids.parse(task_id)
         if kin is None:
-            return Address(self.rkey(task_id), of_task=task_id)
-        return Address(self.rkey(task_id), is_page=kin.kind == ids.Kind.PAGE)
+            return Address(self.rkey(task_id), of_task=task_id, is_quorum=self.is_quorum)
+        return Address(self.rkey(task_id), is_page=kin.kind == ids.Kind.PAGE, is_quorum=self.is_quorum)
 
     def states(self, task_id: str) -> Address:
         """Where the states of a task are that are not final: apart, so that results can be counted."""
         result = self.result(task_id)
         kept = STATES_OF_ALL if result.of_task is None else STATES_OF_ONE
+        if self.is_quorum:
+            # The latest need not be the last one.
+            kept = max(kept, STATES_OUT_OF_ORDER)
         return replace(result, name=result.name + ids.STATES, max_length=kept)
 
     def by_result(self, task_ids: list[str]) -> dict[str, list[str]]:
@@ -106,23 +117,24 @@ class Addresses:
         return self.result(ids.new_id(ids.kin_of(group_id), ids.Kind.MEMBER if kin is None else kin.kind))
 
     def saved(self, group_id: str) -> Address:
-        return Address(ids.quoted_name("saved", group_id, self.prefix))
+        return Address(ids.quoted_name("saved", group_id, self.prefix), is_quorum=self.is_quorum)
 
     def chords(self, shard: int) -> Address:
-        return Address(f"{self.prefix}.chords.{shard}", is_log=True)
+        return Address(f"{self.prefix}.chords.{shard}", is_log=True, is_quorum=self.is_quorum)
 
     def refused(self) -> Address:
         """Where messages are put that came to a shard and are no events of chords."""
-        return Address(f"{self.prefix}.chords.refused")
+        return Address(f"{self.prefix}.chords.refused", is_quorum=self.is_quorum)
 
     def mailbox(self, oid: str) -> Address:
         return Address(oid)
 
     def queue(self, address: Address) -> Any:
-        """The queue at an address: durable, classic, never auto-delete (RabbitMQ 4.3 refuses transient
-        queues that are not exclusive, and an auto-delete one loses what comes while nobody consumes).
+        """The queue at an address: durable, of a type that no default of the virtual host changes, never
+        auto-delete (RabbitMQ 4.3 refuses transient queues that are not exclusive, and an auto-delete one loses
+        what comes while nobody consumes).
         """
-        arguments: dict[str, Any] = {}
+        arguments: dict[str, Any] = {"x-queue-type": "quorum" if address.is_quorum else "classic"}
         if address.is_log:
             arguments["x-single-active-consumer"] = True
         elif self.expires:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from typing import Any, ClassVar
 
 from celery import current_app, states
@@ -13,7 +14,7 @@ from kombu.utils.url import maybe_sanitize_url
 
 from fastres import canvas, worker
 from fastres._impl import Decoder
-from fastres._protocols import KEEP, Meta
+from fastres._protocols import KEEP, SENT_AT, Meta
 from fastres.addresses import Addresses
 from fastres.amqp.connection import Link
 from fastres.amqp.connector import Connector
@@ -100,6 +101,7 @@ class AMQPBackend(Waiting, Celery31, Backend):  # type: ignore[misc]
             getattr(exchange, "name", exchange) or conf.result_exchange,
             exchange_type or getattr(exchange, "type", None) or conf.result_exchange_type,
             self.expires,
+            self.options.queue_type,
             self.Queue,
             self.Exchange,
         )
@@ -163,6 +165,8 @@ class AMQPBackend(Waiting, Celery31, Backend):  # type: ignore[misc]
             result=self.encode_result(result, state), state=state, traceback=traceback, request=request
         )
         meta["task_id"] = task_id
+        if self.addresses.is_quorum and state not in self.READY_STATES:
+            meta[SENT_AT] = time.time()
         chord = getattr(request, "chord", None)
         by_reference = bool(chord) and wants_reference(chord)
         if by_reference:

@@ -14,7 +14,11 @@ from celery.exceptions import ImproperlyConfigured
 __all__ = ("Options",)
 
 #: What an option may be that has a few values.
-CHOICES = {"task_ids": ("fastres", "celery"), "take": ("joins", "always", "never")}
+CHOICES = {
+    "task_ids": ("fastres", "celery"),
+    "take": ("joins", "always", "never"),
+    "queue_type": ("classic", "quorum"),
+}
 #: What ``retry_policy`` has.
 RETRY = ("max_retries", "interval_start", "interval_step", "interval_max", "timeout")
 #: Names that begin with "amq." are the broker's; the names of queues end 255 bytes from here.
@@ -40,6 +44,8 @@ class Options:
     task_ids: str = "fastres"
     #: Which reads take results out of their queue: "joins" of several results, "always", "never".
     take: str = "joins"
+    #: The type of all queues: "quorum" replicates them over the nodes of a cluster.
+    queue_type: str = "classic"
     #: Leave the results of a chord's header in their queue after the chord is joined.
     keep_chord_results: bool = True
     #: How many queues the chords are spread over, each with a joiner of its own.
@@ -60,7 +66,8 @@ class Options:
 
     def __post_init__(self) -> None:
         expected: dict[str, Any] = {
-            "namespace": str, "confirm": bool, "task_ids": str, "take": str, "keep_chord_results": bool,
+            "namespace": str, "confirm": bool, "task_ids": str, "take": str, "queue_type": str,
+            "keep_chord_results": bool,
             "confirm_window": int, "prefetch": int, "max_unpacked_size": int, "ssl": Mapping,
             "retry_policy": Mapping, "chord_shards": int, "chord_joiner": bool, "chord_renewal": int,
         }  # fmt: skip

@@ -222,6 +222,10 @@ class Lab:
         try:
             action()
             self.shard.work()
+            if self.shard.wanted_prefetch is not None:
+                self.shard.leave()
+                self.log.give_back()
+                self.shard = Shard(self, self, 0, self.shard.wanted_prefetch)  # type: ignore[arg-type]
         except Lost:
             self.end()
 
@@ -266,10 +270,10 @@ class Lab:
     # -- the broker
 
     def channel(self) -> Any:
-        def basic_qos(size: int, count: int, all_of_channel: bool) -> None:
-            self._prefetch = count
+        return SimpleNamespace(tx_select=lambda: None)
 
-        return SimpleNamespace(tx_select=lambda: None, basic_qos=basic_qos)
+    def prefetch(self, channel: Any, count: int) -> None:
+        self._prefetch = count
 
     def declare(self, queue: Any) -> None:
         pass

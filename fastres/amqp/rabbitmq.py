@@ -7,10 +7,12 @@ import re
 import select
 import socket
 import struct
+import time
 from collections import deque
 from functools import partial
 from typing import TYPE_CHECKING, Any, Callable
 
+import amqp
 from amqp import spec
 from amqp.exceptions import AccessRefused, ChannelError, PreconditionFailed, error_for_code
 from amqp.serialization import dumps
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Sequence
 
     from fastres._protocols import Delivery, Frame
+    from fastres.addresses import Address
     from fastres.amqp.publishing import Publishing
     from fastres.amqp.session import Browsed, Receiver
     from fastres.amqp.window import Window
@@ -57,6 +60,11 @@ OPEN_OK, CLOSE_OK, DECLARE_OK, CONSUME_OK, ACK, COMMIT_OK = (
 IN_USE = "in exclusive use"
 #: The first RabbitMQ that has single active consumers.
 SINGLE_ACTIVE = (3, 8)
+#: The first RabbitMQ that drops what a quorum queue has delivered 21 times, unless it is told not to; the ones
+#: before take the word for it for "at once".
+LIMITED = (4, 0)
+#: Seconds before each look whether a quorum queue is empty: what was acknowledged is counted for a while.
+SETTLES = (0.0, 0.005, 0.01, 0.02, 0.05)
 
 
 class RabbitMQ(Session):
@@ -84,9 +92,20 @@ class RabbitMQ(Session):
 
     @property
     def single_active_consumer(self) -> bool:  # type: ignore[override]
+        return self._is_from(*SINGLE_ACTIVE)
+
+    def _is_from(self, *version: int) -> bool:
+        """Whether this is RabbitMQ of a version, or of a later one."""
         properties = self._connection.connection.server_properties
-        version = tuple(int(number) for number in re.findall(r"\d+", str(properties.get("version")))[:2])
-        return properties.get("product") == "RabbitMQ" and version >= SINGLE_ACTIVE
+        ours = tuple(int(number) for number in re.findall(r"\d+", str(properties.get("version")))[:2])
+        return properties.get("product") == "RabbitMQ" and ours >= version
+
+    def arguments(self, queue: Any) -> dict[str, Any] | None:
+        arguments = super().arguments(queue)
+        if arguments is not None and arguments.get("x-queue-type") == "quorum" and self._is_from(*LIMITED):
+            # A look gives back what it got: it must not be lost for having been looked at often.
+            return {**arguments, "x-delivery-limit": -1}
+        return arguments
 
     @property
     def buffered(self) -> bool:
@@ -229,9 +248,13 @@ class RabbitMQ(Session):
         return self.browser.browse(asked)
 
     def take(
-        self, name: str, count: int, choose: Callable[[list[Delivery]], list[Any]], delete: bool = False
+        self, address: Address, count: int, choose: Callable[[list[Delivery]], list[Any]], delete: bool = False
     ) -> int:
-        return self.browser.take(name, count, choose, delete)
+        taken = self.browser.take(address.name, count, choose, delete and not address.is_quorum)
+        if delete and taken and address.is_quorum:
+            self.hand_back()
+            self._delete_unconditionally(address.name)
+        return taken
 
     def channel(self) -> Any:
         channel = self._connection.channel()
@@ -274,7 +297,7 @@ class RabbitMQ(Session):
             if queue.exchange.name or queue.name in self._foreign:
                 self.declare(queue)
             else:
-                frames.append(_declaration(channel, queue))
+                frames.append(self._declaration(channel, queue))
         declared = len(frames)
         for message, exchange, routing_key, address in publishings:
             headers = dumps("F", (message.headers,)) if message.headers else b""
@@ -454,7 +477,7 @@ class RabbitMQ(Session):
                 self._register(channel, tag, receiver, on_cancel)
                 arguments = (0, queue.name, tag, False, False, False, False, None)
                 frames += [
-                    _declaration(channel, queue),
+                    self._declaration(channel, queue),
                     _method(channel, spec.Basic.Consume, "BssbbbbF", arguments),
                 ]
             connection.transport.write(b"".join(frames))
@@ -466,6 +489,11 @@ class RabbitMQ(Session):
                 self.leave(channel, [tag for _, tag in consumers], ())
                 return None
         return states
+
+    def _declaration(self, channel: Any, queue: Any) -> bytes:
+        """The frame of a declaration."""
+        arguments = (0, queue.name, False, True, False, False, False, self.arguments(queue))
+        return _method(channel, spec.Queue.Declare, "BsbbbbbF", arguments)
 
     def watch(self, channel: Any, on_close: Callable[[Exception], None]) -> None:
         channel._callbacks[spec.Channel.Close] = partial(self._on_close, channel, on_close)
@@ -505,6 +533,13 @@ class RabbitMQ(Session):
         )
         connection.bytes_sent += len(acks)
 
+    def answer(self, reply_to: str, body: bytes) -> None:
+        """Send JSON to the queue of somebody who has asked for it, if that is still there."""
+        self.hand_back()
+        self._declaring_channel().basic_publish(
+            amqp.Message(body, content_type="application/json"), routing_key=reply_to
+        )
+
     def post(self, channel: Any, message: Any, exchange: str, routing_key: str) -> None:
         """Publish a message of py-amqp on a transactional channel: nobody sees it before the commit."""
         channel.send_method(spec.Basic.Publish, "Bssbb", (0, exchange, routing_key, False, False), message)
@@ -534,15 +569,39 @@ class RabbitMQ(Session):
             channel.collect()
 
     def delete(
-        self, channel: Any, names: Sequence[str], tags: Sequence[str] = (), full: Sequence[str] = ()
+        self, channel: Any, addresses: Sequence[Address], tags: Sequence[str] = (), full: Sequence[Address] = ()
     ) -> None:
         frames = [_method(channel, spec.Basic.Cancel, "sb", (tag, True)) for tag in tags]
-        frames += [_method(channel, spec.Queue.Delete, "Bsbbb", (0, name, True, True, True)) for name in names]
-        frames += [_method(channel, spec.Queue.Delete, "Bsbbb", (0, name, True, False, True)) for name in full]
+        for empty, those in ((True, addresses), (False, full)):
+            frames += [
+                _method(channel, spec.Queue.Delete, "Bsbbb", (0, address.name, True, empty, True))
+                for address in those
+                if not address.is_quorum
+            ]
         # The broker may close the channel over a queue that is in use: whoever deletes has no further use for it.
         channel._callbacks[spec.Channel.Close] = partial(_let_close, channel)
-        channel.connection.transport.write(b"".join(frames))
-        channel.connection.bytes_sent += len(frames)
+        if frames:
+            channel.connection.transport.write(b"".join(frames))
+            channel.connection.bytes_sent += len(frames)
+        for address in (*addresses, *full):
+            if address.is_quorum and not self._delete_unconditionally(address.name, address in full):
+                return
+
+    def _delete_unconditionally(self, name: str, full: bool = False) -> bool:
+        """Delete a quorum queue, which takes no condition, if it seems to be empty and unused; whether it is gone.
+
+        What is sent to it between the last look and the deletion goes with it.
+        """
+        for pause in SETTLES:
+            if pause:
+                time.sleep(pause)
+            state = self.inspect(name)
+            if state is None:
+                return True
+            if not state.consumers and (full or not state.messages):
+                self._declaring_channel().queue_delete(name)
+                return True
+        return False
 
 
 def session_of(connection: Any) -> Session:
@@ -570,12 +629,6 @@ def _let_close(channel: Any, *why: Any) -> None:
 def _method(channel: Any, signature: tuple[int, int], types: str, arguments: tuple[Any, ...]) -> bytes:
     """The frame of a method."""
     return _frame(METHOD, channel.channel_id, struct.pack(">HH", *signature) + dumps(types, arguments))
-
-
-def _declaration(channel: Any, queue: Any) -> bytes:
-    """The frame of a declaration."""
-    arguments = (0, queue.name, False, True, False, False, False, queue.queue_arguments or None)
-    return _method(channel, spec.Queue.Declare, "BsbbbbbF", arguments)
 
 
 def _frame(kind: int, channel_id: int, payload: bytes) -> bytes:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Sequence
 
     from fastres._protocols import Delivery as DeliveryProtocol
+    from fastres.addresses import Address
     from fastres.amqp.publishing import Publishing
     from fastres.amqp.window import Window
 
@@ -92,11 +93,15 @@ class Session:
         if queue.exchange.name:
             queue.exchange(channel).declare()
         answer = channel.queue_declare(
-            queue.name, durable=True, auto_delete=False, arguments=queue.queue_arguments or None
+            queue.name, durable=True, auto_delete=False, arguments=self.arguments(queue)
         )
         if queue.exchange.name:
             queue(channel).queue_bind()
         return QueueState(answer[1], answer[2])
+
+    def arguments(self, queue: Any) -> dict[str, Any] | None:
+        """What a queue is declared with at this broker."""
+        return queue.queue_arguments or None
 
     def inspect(self, name: str) -> QueueState | None:
         """The state of a queue, None where there is none."""
@@ -225,13 +230,13 @@ class Session:
                 continue
             deliveries: list[DeliveryProtocol] = []
             if count:
-                self.take(name, count, partial(_keep, deliveries))
+                self._take(name, count, partial(_keep, deliveries), delete=False)
             browsed.append(Browsed(state, deliveries))
         return browsed
 
     def take(
         self,
-        name: str,
+        address: Address,
         count: int,
         choose: Callable[[list[DeliveryProtocol]], list[Any]],
         delete: bool = False,
@@ -244,6 +249,11 @@ class Session:
 
         Returns: how many were taken.
         """
+        return self._take(address.name, count, choose, delete)
+
+    def _take(
+        self, name: str, count: int, choose: Callable[[list[DeliveryProtocol]], list[Any]], delete: bool
+    ) -> int:
         channel = self.channel()
         try:
             messages: list[Any] = []
@@ -266,7 +276,7 @@ class Session:
             channel.close()
 
     def delete(
-        self, channel: Any, names: Sequence[str], tags: Sequence[str] = (), full: Sequence[str] = ()
+        self, channel: Any, addresses: Sequence[Address], tags: Sequence[str] = (), full: Sequence[Address] = ()
     ) -> None:
         """Delete queues that are empty and that nobody consumes from: up to the first that is not.
 
@@ -276,14 +286,14 @@ class Session:
             tags: the channel's own consumers, which end.
             full: queues that are deleted with what is in them.
         """
-        for name in names:
-            state = self.inspect(name)
+        for address in addresses:
+            state = self.inspect(address.name)
             if state is not None:
                 if state.messages:
                     return
-                channel.queue_delete(name)
-        for name in full:
-            self.drop(name)
+                channel.queue_delete(address.name)
+        for address in full:
+            self.drop(address.name)
 
 
 def _keep(deliveries: list[DeliveryProtocol], got: list[DeliveryProtocol]) -> list[Any]:

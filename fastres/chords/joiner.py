@@ -173,6 +173,10 @@ class Joiner:
                 if len(shards) > 1 and time.monotonic() >= next_long_round:
                     next_long_round = time.monotonic() + LONG_ROUND
                     self._share_out(shards)
+                for number, shard in enumerate(shards):
+                    if shard.wanted_prefetch is not None:
+                        shard.leave()
+                        shards[number] = Shard(self, self._session, number, shard.wanted_prefetch)
                 if any(shard.cancelled for shard in shards):
                     raise ConnectionResetError("the queue of a shard was deleted")
             if any(worked):

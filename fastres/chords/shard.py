@@ -31,8 +31,8 @@ __all__ = ("Shard",)
 #: Messages that the broker sends ahead of their acknowledgement; more when that many are needed to hold the open
 #: chords. A larger number than the largest does not fit into the protocol's field: no limit.
 PREFETCH, LARGEST_PREFETCH = 20_000, 65_535
-#: Bytes that one commit publishes.
-COMMIT = 1 << 24
+#: Bytes, and messages, that one commit publishes: RabbitMQ 4.3 takes 10,000 (``channel_tx_message_max``).
+COMMIT, COMMITTED = 1 << 24, 5_000
 
 
 class Caller(Protocol):
@@ -68,11 +68,15 @@ class Caller(Protocol):
 class Shard:
     """One shard, on a channel of its own: what is lost with the channel comes again from the broker.
 
+    Args:
+        prefetch: messages that the broker sends ahead. It counts for each consumer, and cannot be changed for one
+            that is there.
+
     Raises:
         RuntimeError: its queue lets several joiners read at once.
     """
 
-    def __init__(self, joiner: Caller, session: RabbitMQ, number: int) -> None:
+    def __init__(self, joiner: Caller, session: RabbitMQ, number: int, prefetch: int = 0) -> None:
         self._joiner = joiner
         self._session = session
         address = joiner.addresses.chords(number)
@@ -80,6 +84,8 @@ class Shard:
         self.reducer = Reducer(joiner.largest)
         self.received: list[Delivery] = []
         self.cancelled = False
+        #: More messages are to be held than the broker sends: the shard is to be read anew with this prefetch.
+        self.wanted_prefetch: int | None = None
         #: The delivery tags that are not acknowledged, in order.
         self._open: dict[int, None] = {}
         #: The mark of this reader's first event: when it has come, so has all that was in the queue before.
@@ -87,7 +93,8 @@ class Shard:
         self._caught_up = False
         self._channel = session.channel()
         self._channel.tx_select()
-        self._limit(PREFETCH)
+        self._prefetch = prefetch or PREFETCH
+        session.prefetch(self._channel, self._prefetch if self._prefetch <= LARGEST_PREFETCH else 0)
         session.declare(joiner.addresses.queue(address))
         if session.has_other_arguments(self.name):
             raise RuntimeError(
@@ -113,10 +120,6 @@ class Shard:
 
     def _on_cancel(self, tag: str) -> None:
         self.cancelled = True
-
-    def _limit(self, count: int) -> None:
-        self._prefetch = count
-        self._channel.basic_qos(0, count if count <= LARGEST_PREFETCH else 0, True)
 
     def work(self) -> bool:
         """Do what follows from what was received; whether anything was."""
@@ -144,8 +147,8 @@ class Shard:
             if event.mark == self._mark:
                 self._caught_up = True
             if event.ask:
-                answer = msgspec.json.encode(describe(reducer))
-                publishings.append(Publishing(_message(answer, "application/json"), "", event.ask))
+                # Outside of the transaction: RabbitMQ 4 refuses the commit if nobody waits for it any more.
+                self._session.answer(event.ask, msgspec.json.encode(describe(reducer)))
         refused, reducer.refused = reducer.refused, []
         for delivery, exc in refused:
             tags.append(delivery.delivery_tag)
@@ -189,12 +192,12 @@ class Shard:
                 logger.exception("Chord %s has all its parts, but what to do with them is lost: %r", chord.id, exc)
                 self.reducer.complete.pop(chord.id, None)
                 continue
+            if batch and (size > COMMIT or len(publishings) + len(found) > COMMITTED or joiner.careful):
+                self._finish(batch, publishings)
+                batch, publishings, size = [], [], 0
             batch.append(chord)
             publishings += found
             size += sum(len(publishing.message.body) for publishing in found)
-            if size > COMMIT or joiner.careful:
-                self._finish(batch, publishings)
-                batch, publishings, size = [], [], 0
         if batch:
             self._finish(batch, publishings)
         joiner.careful = False
@@ -227,13 +230,14 @@ class Shard:
     def _replace(self, merges: Iterable[Merge]) -> None:
         """Replace messages by others that say the same, those of several chords in a commit."""
         batch: list[Merge] = []
-        size = 0
+        size = count = 0
         for merge in merges:
             batch.append(merge)
             size += sum(map(len, merge.bodies))
-            if size > COMMIT:
+            count += len(merge.bodies)
+            if size > COMMIT or count > COMMITTED:
                 self._commit_merges(batch)
-                batch, size = [], 0
+                batch, size, count = [], 0, 0
         if batch:
             self._commit_merges(batch)
 
@@ -244,19 +248,22 @@ class Shard:
             self.reducer.release(merge.chord, merge.tags)
 
     def _make_room(self) -> None:
-        """Hold fewer messages, or have the broker send more ahead."""
-        if self.reducer.count * 2 < self._prefetch:
+        """Hold fewer messages, or ask for more of them ahead."""
+        if self._prefetch > LARGEST_PREFETCH or self.reducer.count * 2 < self._prefetch:
             return
         self._replace(self.reducer.tighten())
         # So that this is not to be done again soon.
         if self.reducer.count * 4 >= self._prefetch:
-            self._session.hand_back()
-            self._limit(self._prefetch * 2)
+            self.wanted_prefetch = self._prefetch * 2
 
     def _publishing(self, body: bytes) -> Publishing:
         return Publishing(_message(body, CONTENT_TYPE), "", self.name)
 
     def _commit(self, publishings: list[Publishing], tags: list[int]) -> None:
+        # A body may be a group of more tasks than one commit takes: the last has the acknowledgements.
+        while len(publishings) > COMMITTED:
+            self._commit(publishings[:COMMITTED], [])
+            publishings = publishings[COMMITTED:]
         for publishing in publishings:
             self._session.post(self._channel, publishing.message, publishing.exchange, publishing.routing_key)
         if tags:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from celery import states
 
 from fastres.read.inbox import MARK, Inbox
+from fastres.read.join import sent_at
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -217,9 +218,7 @@ class Feed(Inbox):
             # States on the way to a result that is gone.
             full = [self.context.addresses.states(address.of_task) for address in over if address.of_task]
         if over:
-            names = [address.name for address in over]
-            tags = list(self.consumer.addresses)
-            session.delete(self.consumer.channel, names, tags, [address.name for address in full])
+            session.delete(self.consumer.channel, over, list(self.consumer.addresses), full)
         self._leave()
 
     def to_take(self) -> dict[Address, set[str]]:
@@ -282,6 +281,7 @@ class Feed(Inbox):
                 if not (delivery.redelivered and update in self._reported):
                     news.append(arrival)
                 self._reported.add(update)
+        news.sort(key=sent_at)
         news += finals.values()
         ready, _, _, foreign = self._offer(consumer, news)
         self._remember(consumer, [*ready, *foreign])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from operator import itemgetter
+from random import random
 from typing import TYPE_CHECKING, Any
 
 from kombu.utils.functional import LRUCache
@@ -110,7 +111,8 @@ class Inbox:
             # One reader at a time: results shared out between two would complete neither's join.
             self._leave()
             self.refused = exc
-            self.due = time.monotonic() + TURN
+            # Not in step with another one.
+            self.due = time.monotonic() + TURN * (1 + random())
         else:
             # Once more, if it was busy before.
             self.refused = None
@@ -195,6 +197,11 @@ class Inbox:
         consumer.session.consume(
             consumer.channel, address.name, tag, consumer.receive, consumer.on_cancel, self._exclusive
         )
+        if self._exclusive and address.is_quorum:
+            # There are no exclusive consumers: of two who came at once neither is the only one.
+            now = consumer.session.inspect(address.name)
+            if now is not None and now.consumers > 1:
+                raise Busy(address.name)
         return state
 
     def _reopen(self, session: Session) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Callable, NamedTuple, Protocol
 from celery import states
 
 from fastres._impl import Aggregate
+from fastres._protocols import SENT_AT
 from fastres.errors import ResultsMissing
 
 if TYPE_CHECKING:
@@ -20,10 +21,15 @@ if TYPE_CHECKING:
     from fastres.amqp.consumer import Consumer
     from fastres.amqp.session import Session
 
-__all__ = ("Batch", "Inbox", "Join")
+__all__ = ("Batch", "Inbox", "Join", "sent_at")
 
 #: A wait of no seconds still lets the broker answer once.
 LEAST_TIMEOUT = 0.05
+
+
+def sent_at(arrival: Arrival) -> float:
+    """When a state was sent, where that is told."""
+    return arrival[2].get(SENT_AT) or 0.0
 
 
 class Inbox(Protocol):

@@ -17,6 +17,7 @@ from celery import states
 from kombu.utils.functional import LRUCache
 
 from fastres import ids
+from fastres._protocols import SENT_AT
 from fastres.errors import BacklogLimitExceeded
 
 if TYPE_CHECKING:
@@ -145,7 +146,7 @@ class Looks:
             for unreadable in (results.unreadable, on_the_way.unreadable):
                 if task_id in unreadable:
                     raise unreadable[task_id]
-        return meta
+        return None if meta is None else {key: value for key, value in meta.items() if key != SENT_AT}
 
     @staticmethod
     def _stays(meta: Meta) -> bool:
@@ -212,7 +213,7 @@ class Looks:
             return [tag for tag, _ in chosen]
 
         def take(count: int, writer: Any) -> None:
-            writer.connect().take(address.name, count, choose, delete)
+            writer.connect().take(address, count, choose, delete)
 
         for attempt, pause in enumerate(PAUSES):
             if pause:
@@ -347,6 +348,8 @@ def chosen(metas: Iterable[Meta]) -> dict[str, Meta]:
     best: dict[str, Meta] = {}
     for meta in metas:
         before = best.get(meta["task_id"])
-        if before is None or before["status"] != states.SUCCESS:
+        if before is None or (
+            before["status"] != states.SUCCESS and (meta.get(SENT_AT) or 0.0) >= (before.get(SENT_AT) or 0.0)
+        ):
             best[meta["task_id"]] = meta
     return best

@@ -110,8 +110,7 @@ class Stream(Inbox):
     def close(self, session: Session) -> None:
         if self.consumer is not None:
             if not self.consumer.unacknowledged:
-                names = [address.name for address in self.addresses]
-                session.delete(self.consumer.channel, names, list(self.consumer.addresses))
+                session.delete(self.consumer.channel, self.addresses, list(self.consumer.addresses))
             self._leave()
 
 

@@ -9,6 +9,7 @@ from celery import states
 from celery.result import GroupResult
 
 from fastres._impl import fulfil
+from fastres._protocols import SENT_AT
 from fastres.errors import BrokerUnreachable
 from fastres.groups import leaves
 from fastres.read.join import Join
@@ -203,6 +204,7 @@ class Waits:
                 try:
                     for _, task_id, meta in batch.arrivals:
                         if on_message is not None:
+                            meta.pop(SENT_AT, None)
                             on_message(meta)
                         if batch.final:
                             failed = meta["status"] in failures

@@ -10,7 +10,7 @@ import pytest
 from celery import Celery
 from celery.exceptions import ImproperlyConfigured
 
-from fastres.addresses import MAX_EXPIRES, Addresses
+from fastres.addresses import MAX_EXPIRES, Address, Addresses
 from fastres.ids import Kind, kin_of, new_id
 
 ID = "0f8fad5b-d9cb-469f-a165-70867728950e"
@@ -24,8 +24,9 @@ def addresses(
     exchange: str | None = None,
     exchange_type: str = "direct",
     expires: float | None = None,
+    queue_type: str = "classic",
 ) -> Addresses:
-    return Addresses(namespace, exchange, exchange_type, expires, kombu.Queue, kombu.Exchange)
+    return Addresses(namespace, exchange, exchange_type, expires, queue_type, kombu.Queue, kombu.Exchange)
 
 
 def backend_of(**conf: Any) -> Any:
@@ -34,10 +35,16 @@ def backend_of(**conf: Any) -> Any:
     return app.backend
 
 
+def declared(addresses: Addresses, address: Address) -> dict[str, Any]:
+    """What a queue is declared with, beside its type."""
+    arguments = dict(addresses.queue(address).queue_arguments)
+    assert arguments.pop("x-queue-type") == "classic"
+    return arguments
+
+
 def arguments(expires: Any) -> dict[str, Any]:
     backend = backend_of(result_expires=expires)
-    queue = backend.addresses.queue(backend.addresses.group(ID))
-    return dict(queue.queue_arguments)
+    return declared(backend.addresses, backend.addresses.group(ID))
 
 
 def test_names() -> None:
@@ -89,16 +96,25 @@ def test_task_ids_by_queue() -> None:
 
 def test_states_on_the_way_are_kept_up_to_a_number_and_results_all() -> None:
     given = addresses()
-    assert given.queue(given.states(ID)).queue_arguments == {"x-max-length": 1}
-    assert given.queue(given.states(MEMBER)).queue_arguments == {"x-max-length": 10_000}
+    assert declared(given, given.states(ID)) == {"x-max-length": 1}
+    assert declared(given, given.states(MEMBER)) == {"x-max-length": 10_000}
     for address in (given.result(ID), given.group(ID), given.result(PAGE), given.saved(ID), given.mailbox(ID)):
-        assert given.queue(address).queue_arguments == {}
+        assert declared(given, address) == {}
 
 
 def test_results_of_an_id_that_is_used_again_and_again_expire_one_by_one() -> None:
     given = addresses(expires=60)
-    assert given.queue(given.result(ID)).queue_arguments == {"x-expires": 60_000, "x-message-ttl": 60_000}
-    assert given.queue(given.result(MEMBER)).queue_arguments == {"x-expires": 60_000}
+    assert declared(given, given.result(ID)) == {"x-expires": 60_000, "x-message-ttl": 60_000}
+    assert declared(given, given.result(MEMBER)) == {"x-expires": 60_000}
+
+
+def test_quorum_queues_where_results_are_and_classic_mailboxes() -> None:
+    given = addresses(queue_type="quorum")
+    for address in (given.result(ID), given.group(ID), given.states(PAGE), given.saved(ID), given.chords(0)):
+        assert address.is_quorum
+        assert given.queue(address).queue_arguments["x-queue-type"] == "quorum"
+    assert given.queue(given.mailbox(ID)).queue_arguments == {"x-queue-type": "classic"}
+    assert given.queue(given.states(ID)).queue_arguments["x-max-length"] > 1, "they may get out of order"
 
 
 def test_queues_are_durable_and_outlive_their_consumers() -> None:
@@ -136,7 +152,7 @@ def test_results_that_never_expire(expires: Any) -> None:
 
 def test_celerys_default_is_a_day() -> None:
     backend = backend_of()
-    assert backend.addresses.queue(backend.addresses.group(ID)).queue_arguments == {"x-expires": 86_400_000}
+    assert declared(backend.addresses, backend.addresses.group(ID)) == {"x-expires": 86_400_000}
 
 
 def test_results_go_through_the_default_exchange() -> None:

@@ -22,6 +22,7 @@ def test_defaults() -> None:
         "confirm_window": 1000,
         "task_ids": "fastres",
         "take": "joins",
+        "queue_type": "classic",
         "keep_chord_results": True,
         "chord_shards": 1,
         "chord_joiner": True,
