@@ -202,6 +202,9 @@ class Node(Leashed, TCPExecutor):
         if self._peer is not None:
             conf["cluster_formation.peer_discovery_backend"] = "classic_config"
             conf["cluster_formation.classic_config.nodes.1"] = f"node-{self._peer.port}@localhost"
+        if os.environ.get("FASTRES_TEST_DEFAULT_QUEUES"):
+            # Of RabbitMQ 4: what a queue is whose declaration does not say it.
+            conf["default_queue_type"] = os.environ["FASTRES_TEST_DEFAULT_QUEUES"]
         conf.update(self._config)
         (folder / "rabbitmq.conf").write_text("".join(f"{key} = {value}\n" for key, value in conf.items()))
         parameters = ", ".join(f"{{{key}, {value}}}" for key, value in self._advanced.items())

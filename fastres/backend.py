@@ -128,7 +128,8 @@ class AMQPBackend(Waiting, Celery31, Backend):  # type: ignore[misc]
         self._waits = Waits(self.layout, reader, self._cache, self.meta_from_decoded, self.EXCEPTION_STATES)
         self._pending = Pending()
         self._groups = Groups(self._publisher, self._encoder, looks, self.addresses, decoder, self.reports)
-        self._chords = Log(self, self._publisher, self.addresses, self.options.chord_shards)
+        #: Sends the events of chords.
+        self.chords = Log(self, self._publisher, self.addresses, self.options.chord_shards)
         #: Joins the chords, where it is started.
         self.joiner = Joiner(self) if self.layout.joins_chords else None
         if self.layout.declares and self.options.task_ids == "fastres":
@@ -182,7 +183,6 @@ class AMQPBackend(Waiting, Celery31, Backend):  # type: ignore[misc]
 
         Raises: what :meth:`store_result` would.
         """
-        # A queue that exists where chords are joined.
         self._publisher.check(self.addresses.chords(0) if self.layout.declares else None)
 
     def mark_as_done(
@@ -249,8 +249,7 @@ class AMQPBackend(Waiting, Celery31, Backend):  # type: ignore[misc]
     # -- groups
 
     def _save_group(self, group_id: str, result: GroupResult) -> GroupResult:
-        self._groups.save(group_id, result)
-        return result
+        return self._groups.save(group_id, result)
 
     def _restore_group(self, group_id: str) -> dict[str, Any] | None:
         saved = self._groups.restore(group_id)
@@ -268,14 +267,14 @@ class AMQPBackend(Waiting, Celery31, Backend):  # type: ignore[misc]
         """Called before the header of a chord is sent: a joiner will join it, or ``celery.chord_unlock``."""
         self.ensure_chords_allowed()
         chord_id, results = header_result_args
-        if self._chords.supported():
-            self._chords.begin(chord_id, body, results)
+        if self.chords.supported():
+            self.chords.begin(chord_id, body, results)
         else:
             super().apply_chord(header_result_args, body, **kwargs)
 
     def set_chord_size(self, group_id: str, chord_size: int) -> None:
         """Called before the last task of a chord's header is sent."""
-        self._chords.size(group_id, chord_size)
+        self.chords.size(group_id, chord_size)
 
     def add_to_chord(self, chord_id: str, result: Any) -> None:
         """Called by a task of a chord's header before it sends another one.
@@ -284,15 +283,11 @@ class AMQPBackend(Waiting, Celery31, Backend):  # type: ignore[misc]
         """
         if not self.layout.joins_chords:
             super().add_to_chord(chord_id, result)
-        self._chords.add(chord_id, result.id)
+        self.chords.add(chord_id, result.id)
 
     def on_chord_part_return(self, request: Any, state: str, result: Any, **kwargs: Any) -> None:
         """Called when a task of a chord's header has returned or raised, or was revoked."""
-        self._chords.part(request, state, result)
-
-    def fail_part(self, request: Any, exc: Exception, notified: list[str]) -> None:
-        """A chord in the header of a chord has failed; ``notified`` are errbacks that know."""
-        self._chords.part(request, states.FAILURE, exc, notified)
+        self.chords.part(request, state, result)
 
     # -- the rest
 

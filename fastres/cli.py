@@ -118,7 +118,8 @@ def _describe(shard: ShardStatus) -> Iterator[str]:
     if shard.open is None:
         yield f"{where}. The joiner did not answer."
         return
-    yield f"{where}, {shard.open.count} open chords"
+    since = _duration(time.time() - shard.open.running_since) if shard.open.running_since else "?"
+    yield f"{where}, {shard.open.count} open chords, joiner runs for {since}"
     if shard.open.chords:
         yield f"  {'chord':<36} {'parts':>9} {'missing':>9} {'age':>10} {'last part':>12}"
     now = time.time()

@@ -60,12 +60,13 @@ class Groups:
         self._decoder = decoder
         self._reports = reports
 
-    def save(self, group_id: str, result: GroupResult) -> None:
+    def save(self, group_id: str, result: GroupResult) -> GroupResult:
         """Keep a group in the place of what was saved under its id before."""
         address = self._addresses.saved(group_id)
         self._publisher.run(lambda writer: writer.clear(address))
         for message in pack(group_id, result):
             self._publisher.publish(address, self._encoder.encode(message, group_id), declare=True)
+        return result
 
     def restore(self, group_id: str) -> Saved | None:
         """What was saved under an id, None if nothing was.

@@ -4,19 +4,13 @@
 JSON goes by another way where that makes no difference: see ``Decoder._fast``.
 """
 
-import bz2
-import lzma
-import zlib
-from functools import partial
-
 import msgspec
-from kombu.compression import decompress
-from kombu.exceptions import DecodeError
 from kombu.serialization import TRUSTED_CONTENT, dumps, loads, registry
 from kombu.utils.json import dumps as kombu_json_dumps
 from kombu.utils.json import loads as kombu_json
 
-from fastres.errors import MalformedResult, OversizedResult
+from fastres.compression import unpack
+from fastres.errors import MalformedResult
 
 cimport cython
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
@@ -37,16 +31,6 @@ cdef extern from * nogil:
     void* memmem(const void* haystack, size_t size, const void* needle, size_t needle_size)
 
 __all__ = ("Decoder", "encode")
-
-# Bytes that unpacking LZMA may take: a header of 13 bytes can ask for 4 GB. The highest preset takes 65 MB.
-LZMA_MEMORY = 1 << 28
-# Decompressors of the standard library stop at a limit; the others are checked when they are done.
-STOPPING = {
-    "application/x-gzip": zlib.decompressobj,
-    "application/x-bz2": bz2.BZ2Decompressor,
-    "application/x-lzma": partial(lzma.LZMADecompressor, memlimit=LZMA_MEMORY),
-}
-
 
 # What JSON carries as it is nests no deeper than this; the rest is left to kombu.
 cdef int DEEPEST = 64
@@ -141,7 +125,7 @@ cdef class Decoder:
             # Not every decoder takes them.
             body = bytes(body)
         if delivery.compression:
-            body = self._decompress(body, delivery.compression)
+            body = unpack(body, delivery.compression, self._max_size)
         if plain and type(body) is bytes and delivery.content_type == "application/json":
             meta = self._fast(<bytes>body)
         if meta is None:
@@ -183,21 +167,3 @@ cdef class Decoder:
             return self._decode_json(body)
         except (ValueError, RecursionError):
             return None
-
-    cdef _decompress(self, body, compression):
-        data = body.encode() if isinstance(body, str) else body
-        try:
-            if compression in STOPPING:
-                stopping = STOPPING[compression]()
-                unpacked = stopping.decompress(data, self._max_size + 1)
-                if len(unpacked) <= self._max_size and not stopping.eof:
-                    raise DecodeError(f"a truncated {compression} body")
-            else:
-                unpacked = decompress(data, compression)
-        except DecodeError:
-            raise
-        except Exception as exc:
-            raise DecodeError(f"cannot unpack a {compression} body: {exc!r}") from exc
-        if len(unpacked) > self._max_size:
-            raise OversizedResult(f"a {compression} body of more than {self._max_size} bytes")
-        return unpacked

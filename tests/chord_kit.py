@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import time
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import kombu
+from amqp.exceptions import ChannelError
 from backend_kit import Broker, nobodys_task, request_of, until
 from celery import Celery, chord, uuid
 from celery.app.task import Context
@@ -187,6 +189,8 @@ class Lab:
     firing: list[Chord]
     largest = LARGE
     lost = (Lost,)
+    channel_errors = (ChannelError,)
+    since = 0.0
 
     def __init__(self) -> None:
         self.log = Log()
@@ -267,10 +271,17 @@ class Lab:
     def forget(self, chord: Chord) -> None:
         pass
 
+    def put_back(self, name: str, bodies: list[bytes]) -> None:
+        for body in bodies:
+            self.log.publish(body)
+
+    def may_be_routed(self, chord: Chord) -> bool:
+        return True
+
     # -- the broker
 
     def channel(self) -> Any:
-        return SimpleNamespace(tx_select=lambda: None)
+        return SimpleNamespace(tx_select=lambda: None, events=defaultdict(set))
 
     def prefetch(self, channel: Any, count: int) -> None:
         self._prefetch = count

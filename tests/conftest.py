@@ -15,6 +15,7 @@ import pytest
 from amqp.transport import TCPTransport
 from backend_kit import CELERY, Broker, MakeApp, Reports, close
 from celery import Celery
+from proj import conf_of_run
 from rabbitmq_node import Node, Redis
 
 import fastres
@@ -123,7 +124,7 @@ def make_app(node: Node) -> Iterator[MakeApp]:
 
     def make(broker: str | None = None, backend: str = "fastres://", **conf: Any) -> Celery:
         app = Celery(f"test{len(apps)}", broker=broker or node.url, backend=backend, set_as_current=False)
-        app.conf.update(conf)
+        app.conf.update(conf_of_run(backend, conf))
         apps.append(app)
         return app
 

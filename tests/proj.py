@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import time
 from datetime import date, datetime, timezone
 from decimal import Decimal
@@ -16,16 +17,34 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
-from celery import Celery, Task, chain, chord, current_app, group, shared_task
+import amqp
+import celery
+import kombu
+from celery import Celery, Task, chain, chord, current_app, current_task, group, shared_task
 from celery.result import allow_join_result
 
+import fastres
+
 Json = dict[str, Any]
+
+
+def conf_of_run(backend: str, conf: Json) -> Json:
+    """Settings of an application; FASTRES_TEST_QUEUES in the environment is the type of its queues."""
+    queue_type = os.environ.get("FASTRES_TEST_QUEUES")
+    if queue_type is None or not backend.startswith(("fastres://", "fastress://")):
+        return conf
+    options = conf.get("result_backend_transport_options") or {}
+    return {**conf, "result_backend_transport_options": {"queue_type": queue_type, **options}}
 
 
 def make_app(broker: str, backend: str, conf: Json | None = None, current: bool = False) -> Celery:
     """An application with these tasks; `current`: the one that signatures and results find by themselves."""
     app = Celery("proj", broker=broker, backend=backend, set_as_current=current)
-    app.conf.update(broker_connection_retry_on_startup=True, result_chord_retry_interval=0.1, **(conf or {}))
+    app.conf.update(
+        broker_connection_retry_on_startup=True,
+        result_chord_retry_interval=0.1,
+        **conf_of_run(backend, conf or {}),
+    )
     app.made_with = (broker, backend, conf or {})
     if current:
         app.set_default()
@@ -95,6 +114,80 @@ def slow(seconds: float, value: Any = None) -> Any:
 @shared_task
 def fail(item: str, left: int = 0) -> None:
     raise OutOfStockError(item, left)
+
+
+#: What the tasks of users raise that fastres knows from brokers too.
+BROKEN = {
+    "ConnectionError": ConnectionError("the shop is closed"),
+    "ConnectionResetError": ConnectionResetError(104, "reset"),
+    "TimeoutError": TimeoutError("too slow"),
+    "FileNotFoundError": FileNotFoundError(2, "No such file", "/orders"),
+    "socket.timeout": socket.timeout("timed out"),
+    "amqp": amqp.exceptions.RecoverableConnectionError("theirs"),
+    "AccessRefused": amqp.exceptions.AccessRefused("theirs"),
+    "kombu": kombu.exceptions.OperationalError("theirs"),
+    "fastres": fastres.BrokerUnreachable("theirs"),
+    "TimeLimitExceeded": celery.exceptions.TimeLimitExceeded(3),
+}
+
+
+@shared_task
+def broken(how: str) -> None:
+    raise BROKEN[how]
+
+
+class UnprintableError(Exception):
+    """An exception of the application's own, with a mistake."""
+
+    def __repr__(self) -> str:
+        raise RuntimeError("no repr")
+
+    __str__ = __repr__
+
+
+@shared_task
+def unprintable() -> None:
+    raise UnprintableError("x")
+
+
+class UnsentError(Exception):
+    """What an override of ``apply_async`` raises."""
+
+
+class Unsent(Task):
+    """Cannot be sent: what its tenant's middleware does goes wrong."""
+
+    def apply_async(self, args: Any = None, kwargs: Any = None, **options: Any) -> Any:
+        how = (kwargs or {}).get("how")
+        if how == "SystemExit":
+            raise SystemExit(1)
+        if how is not None:
+            raise BROKEN.get(how) or UnsentError(how)
+        return super().apply_async(args, kwargs, **options)
+
+
+@shared_task(base=Unsent)
+def unsent(values: Any, how: str) -> Any:
+    return values
+
+
+class Tenanted(Task):
+    """Tasks of a tenant's: the one of who sends them."""
+
+    def apply_async(self, args: Any = None, kwargs: Any = None, **options: Any) -> Any:
+        headers = dict(options.pop("headers", None) or {})
+        request = current_task.request if current_task else None
+        if request is not None and "tenant" not in headers:
+            headers["tenant"] = request.get("tenant") or (request.headers or {}).get("tenant") or "public"
+            headers["cid"] = request.correlation_id
+            headers["sent_by"] = request.hostname
+        return super().apply_async(args, kwargs, headers=headers, **options)
+
+
+@shared_task(base=Tenanted, bind=True)
+def tenanted(self: Any, *values: Any) -> Json:
+    request = self.request
+    return {"id": request.id, **{name: request.get(name) for name in ("tenant", "cid", "sent_by", "hostname")}}
 
 
 @shared_task

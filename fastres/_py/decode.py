@@ -2,34 +2,20 @@
 
 from __future__ import annotations
 
-import bz2
-import lzma
 import sys
-import zlib
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from kombu.compression import decompress
-from kombu.exceptions import DecodeError
 from kombu.serialization import dumps, loads
 
-from fastres.errors import MalformedResult, OversizedResult
+from fastres.compression import unpack
+from fastres.errors import MalformedResult
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from fastres._protocols import Arrival, Body, Delivery, Meta
+    from fastres._protocols import Arrival, Delivery, Meta
 
 __all__ = ("Decoder", "encode")
-
-#: Bytes that unpacking LZMA may take: a header of 13 bytes can ask for 4 GB. The highest preset takes 65 MB.
-LZMA_MEMORY = 1 << 28
-#: Decompressors of the standard library stop at a limit; the others are checked when they are done.
-STOPPING: dict[str, Any] = {
-    "application/x-gzip": zlib.decompressobj,
-    "application/x-bz2": bz2.BZ2Decompressor,
-    "application/x-lzma": partial(lzma.LZMADecompressor, memlimit=LZMA_MEMORY),
-}
 
 
 def encode(meta: Meta, serializer: str) -> tuple[str, str, bytes]:
@@ -64,7 +50,7 @@ class Decoder:
             # Not every decoder takes them.
             body = bytes(body)
         if delivery.compression:
-            body = self._decompress(body, delivery.compression)
+            body = unpack(body, delivery.compression, self._max_size)
         meta: Meta = loads(body, delivery.content_type, delivery.content_encoding, accept=self._accept)
         if not isinstance(meta, dict):
             raise MalformedResult(f"a result is a mapping, this message holds {type(meta).__name__}")
@@ -77,21 +63,3 @@ class Decoder:
         if "result" not in meta:
             raise MalformedResult("a result without result")
         return meta
-
-    def _decompress(self, body: Body, compression: str) -> Any:
-        data = body.encode() if isinstance(body, str) else body
-        try:
-            if compression in STOPPING:
-                stopping = STOPPING[compression]()
-                unpacked = stopping.decompress(data, self._max_size + 1)
-                if len(unpacked) <= self._max_size and not stopping.eof:
-                    raise DecodeError(f"a truncated {compression} body")
-            else:
-                unpacked = decompress(data, compression)
-        except DecodeError:
-            raise
-        except Exception as exc:
-            raise DecodeError(f"cannot unpack a {compression} body: {exc!r}") from exc
-        if len(unpacked) > self._max_size:
-            raise OversizedResult(f"a {compression} body of more than {self._max_size} bytes")
-        return unpacked

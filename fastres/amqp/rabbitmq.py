@@ -541,8 +541,11 @@ class RabbitMQ(Session):
         )
 
     def post(self, channel: Any, message: Any, exchange: str, routing_key: str) -> None:
-        """Publish a message of py-amqp on a transactional channel: nobody sees it before the commit."""
-        channel.send_method(spec.Basic.Publish, "Bssbb", (0, exchange, routing_key, False, False), message)
+        """Publish a message of py-amqp on a transactional channel: nobody sees it before the commit.
+
+        It comes back with the commit (``basic_return``) if there is no queue for it.
+        """
+        channel.send_method(spec.Basic.Publish, "Bssbb", (0, exchange, routing_key, True, False), message)
 
     def commit(self, channel: Any) -> None:
         """Have all that was published and acknowledged on a transactional channel happen, or nothing of it."""

@@ -16,7 +16,9 @@ from celery.app.task import Context
 from celery.canvas import _chain, chord, group, maybe_signature
 from celery.exceptions import ChordError
 from kombu import Producer
+from kombu.exceptions import DecodeError, OperationalError
 from kombu.serialization import loads, prepare_accept_content, registry
+from kombu.utils.encoding import safe_repr
 from kombu.utils.functional import maybe_list
 from kombu.utils.json import dumps as kombu_json_dumps
 from kombu.utils.json import loads as kombu_json_loads
@@ -24,9 +26,10 @@ from kombu.utils.uuid import uuid
 
 from fastres._impl import in_order, listed
 from fastres.amqp.publishing import Publishing
-from fastres.chords.events import JSON, REFERENCE, UTF8, Part, unpack_part, unpack_plan
+from fastres.chords.events import JSON, REFERENCE, UTF8, Part, pack_part, unpack_part, unpack_plan
 from fastres.chords.lazy import HeaderResults, wants_reference
-from fastres.ids import expand
+from fastres.chords.reducer import id_of
+from fastres.compression import unpack
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -37,6 +40,8 @@ __all__ = ("Bodies", "BodyProducer", "Failed")
 
 #: How many results the representation of a body's arguments shows.
 SHOWN = 3
+#: What is raised by what is the user's, and ends nothing but a chord: ``SystemExit`` is raised by tasks too.
+USERS = (Exception, SystemExit, KeyboardInterrupt)
 #: Seconds after which a broker that does not confirm a body is taken to be gone.
 PATIENCE = 30.0
 
@@ -110,7 +115,7 @@ class BodyProducer(Producer):  # type: ignore[misc]
     """Publishes tasks; the results of a header are put into their arguments as they are.
 
     Args:
-        channel: a channel, or a connection.
+        channel: a channel.
         publishings: where messages are put instead of being published; what they need is declared all the same.
     """
 
@@ -119,6 +124,9 @@ class BodyProducer(Producer):  # type: ignore[misc]
     def __init__(self, channel: Any, publishings: list[Publishing] | None = None) -> None:
         super().__init__(channel, auto_declare=False)
         self.publishings = publishings
+        #: What the connection broke with, while something was to be published: no error of the user's.
+        self.broken: Exception | None = None
+        self._breaks = (*channel.connection.client.recoverable_connection_errors, OperationalError)
 
     def _prepare(
         self, body: Any, serializer: Any = None, content_type: Any = None, content_encoding: Any = None,
@@ -149,7 +157,11 @@ class BodyProducer(Producer):  # type: ignore[misc]
             options["retry"] = False
         else:
             options["confirm_timeout"] = PATIENCE
-        return super().publish(body, **options)
+        try:
+            return super().publish(body, **options)
+        except self._breaks as exc:
+            self.broken = exc
+            raise
 
     def _publish(
         self, body: Any, priority: Any, content_type: Any, content_encoding: Any, headers: Any, properties: Any,
@@ -205,22 +217,26 @@ class Bodies:
         """Publish what a complete chord goes on with.
 
         Raises:
-            Failed: its errbacks are to be told.
-            Exception: its plan cannot be read: there is no body that could be told.
+            Failed: its errbacks are to be notified.
+            Exception: its plan cannot be read: there is no body that could be notified.
         """
         body, tree = self.plan(chord)
-        parts = None if tree is not None or wants_reference(body) else in_order(list(chord.parts.values()))
-        if parts is not None:
-            arguments: Any = Values(parts)
-        else:
-            arguments = self._arguments(body, chord, tree)
+        if chord.failed:
+            raise Failed(body, chord.failed)
+        try:
+            parts = None if tree is not None or wants_reference(body) else in_order(list(chord.parts.values()))
+            arguments = self._arguments(body, chord, tree) if parts is None else Values(parts)
+        except Failed:
+            raise
+        except Exception as exc:
+            raise Failed(body, f"Join error: {safe_repr(exc)}", exc) from exc
         publisher.values = arguments if isinstance(arguments, Values) else None
         self._publishing.publisher = publisher
         try:
             with _as_part(chord):
                 body.apply_async((arguments,))
-        except Exception as exc:
-            raise Failed(body, f"Callback error: {exc!r}", exc) from exc
+        except USERS as exc:
+            raise Failed(body, f"Callback error: {safe_repr(exc)}", exc) from exc
         finally:
             del self._publishing.publisher
             publisher.values = None
@@ -229,14 +245,21 @@ class Bodies:
         if wants_reference(body):
             return self._by_reference(body, chord)
         results = chord.results()
-        parts = {task_id: unpack_part(packed) for task_id, packed in results.items()}
+        parts = {task_id: self._unpacked(packed) for task_id, packed in results.items()}
         if tree is None:
             tree = _in_order(parts)
         for task_id in _leaves(tree):
             self._check(body, chord, task_id, parts.get(task_id))
         if all(part.content_type == JSON and part.content_encoding == UTF8 for part in parts.values()):
-            return Values(_filled(tree, results.__getitem__))
-        return _filled(tree, lambda task_id: self._decode(parts[task_id]))
+            return Values(_filled(tree, lambda task_id: pack_part(parts[task_id])))
+        return _filled(tree, lambda task_id: self._decode(task_id, parts[task_id]))
+
+    def _unpacked(self, packed: bytes) -> Part:
+        part = unpack_part(packed)
+        if not part.compression:
+            return part
+        result = unpack(part.result, part.compression, self._backend.options.max_unpacked_size)
+        return part._replace(result=result, compression="")
 
     def _by_reference(self, body: Any, chord: Chord) -> HeaderResults:
         elsewhere: list[str] = []
@@ -245,8 +268,8 @@ class Bodies:
         if packed.count(REFERENCE) < len(packed):
             for key, each in chord.parts.items():
                 if each != REFERENCE:
-                    task_id = expand(key)
-                    self._check(body, chord, task_id, unpack_part(each))
+                    task_id = id_of(key)
+                    self._check(body, chord, task_id, self._unpacked(each))
                     elsewhere.append(task_id)
         return HeaderResults(chord.id, len(packed), elsewhere)
 
@@ -272,18 +295,22 @@ class Bodies:
                 part = Context(task.options)
                 if part.chord:
                     part.update(id=task.options.get("task_id"), group=task.options.get("group_id"))
-                    self._backend.fail_part(part, error, sorted(notified))
+                    self._backend.chords.part(part, states.FAILURE, error, sorted(notified))
 
     def _check(self, body: Any, chord: Chord, task_id: str, part: Part | None) -> None:
         if part is None:
             raise Failed(body, f"Join error: chord {chord.id} has no result of task {task_id}")
         if part.state in states.PROPAGATE_STATES:
-            exc = self._decode(part)
-            raise Failed(body, f"Dependency {task_id} raised {exc!r}", exc)
+            exc = self._decode(task_id, part)
+            raise Failed(body, f"Dependency {id_of(task_id)} raised {safe_repr(exc)}", exc)
 
-    def _decode(self, part: Part) -> Any:
-        value = loads(part.result, part.content_type, part.content_encoding, accept=self._backend.accept)
-        return self._backend.exception_to_python(value) if part.state in states.EXCEPTION_STATES else value
+    def _decode(self, task_id: str, part: Part) -> Any:
+        """Raises: DecodeError: it cannot be made a value."""
+        try:
+            value = loads(part.result, part.content_type, part.content_encoding, accept=self._backend.accept)
+            return self._backend.exception_to_python(value) if part.state in states.EXCEPTION_STATES else value
+        except Exception as exc:
+            raise DecodeError(f"the result of task {id_of(task_id)} cannot be decoded: {safe_repr(exc)}") from exc
 
 
 def _tasks_of(body: Any) -> Iterator[Any]:
@@ -339,9 +366,12 @@ def _filled(tree: list[Any], of: Callable[[str], Any]) -> list[Any]:
 @contextlib.contextmanager
 def _as_part(chord: Chord) -> Iterator[None]:
     """What is published in here comes from the part that came last, which Celery makes the parent of the body."""
-    request = SimpleNamespace(
-        id=chord.last, root_id=chord.root or chord.last, called_directly=False, delivery_info={}, chord=None,
-        group=chord.id, is_eager=False,
+    request = Context(
+        {
+            "correlation_id": chord.last, "delivery_info": {}, **(chord.context.get("headers") or {}),
+            **chord.context, "id": chord.last, "root_id": chord.root or chord.last, "group": chord.id,
+            "chord": None, "called_directly": False, "is_eager": False,
+        }
     )  # fmt: skip
     _task_stack.push(SimpleNamespace(name="celery.chord", request=request, add_trail=lambda result: result))
     try:

@@ -8,9 +8,9 @@ once, and merged into larger ones. A message is one line of JSON, the head, then
 | head, ``\\n``         | ``Event`` as JSON                                                              |
 | ``head.plan`` bytes  | the plan: ``type encoding\\n``, then the body's signature and the structure of  |
 |                      | the header, serialized as the tasks of the application are                     |
-| ``head.part``: all   | a part: ``place state type encoding\\n``, then the result, serialized as        |
-| the rest; each of    | results are; what is not given is ``-``, ``SUCCESS``, JSON in UTF-8            |
-| ``head.parts``       |                                                                                |
+| ``head.part``: all   | a part: ``place state type encoding compression\\n``, then the result,          |
+| the rest; each of    | serialized as results are; what is not given is ``-``, ``SUCCESS``, JSON in    |
+| ``head.parts``       | UTF-8, not compressed                                                          |
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ __all__ = (
     "Plan",
     "pack_part",
     "pack_plan",
+    "place_of",
     "read_event",
     "unpack_part",
     "unpack_plan",
@@ -64,8 +65,11 @@ class Event(msgspec.Struct, omit_defaults=True, gc=False):
     #: The task id of the one part in it; or those of several, and the lengths of their parts, in bytes.
     part: str = ""
     parts: list[tuple[str, int]] = []
-    #: The root task of the last part, if that is another one.
+    #: The root task of the last part, if that is another one, and what else its request had: ``log.context_of``.
     root: str = ""
+    context: dict[str, Any] = {}
+    #: Why the chord cannot go on although all its parts have come: it was tried, and refused.
+    failed: str = ""
     #: Names an event that somebody waits to see come back.
     mark: str = ""
     #: A queue to which the joiner is to tell its open chords.
@@ -80,8 +84,9 @@ class Part(NamedTuple):
     state: str
     content_type: str
     content_encoding: str
-    #: Serialized.
+    #: Serialized, and compressed if ``compression`` says so.
     result: bytes
+    compression: str = ""
 
 
 class Plan(NamedTuple):
@@ -92,15 +97,20 @@ class Plan(NamedTuple):
     content: bytes
 
 
+#: State, content type, content encoding and compression of a part that says none of them.
+PLAIN = (states.SUCCESS, JSON, UTF8, "")
+
 _head = msgspec.json.Encoder()
 _event = msgspec.json.Decoder(Event)
 
 
 def pack_part(part: Part) -> bytes:
     place = "-" if part.place is None else part.place
-    if (part.state, part.content_type, part.content_encoding) == (states.SUCCESS, JSON, UTF8):
+    if (part.state, part.content_type, part.content_encoding, part.compression) == PLAIN:
         return b"%b\n%b" % (str(place).encode(), part.result)
     line = f"{place} {part.state} {part.content_type} {part.content_encoding}"
+    if part.compression:
+        line += f" {part.compression}"
     return b"%b\n%b" % (line.encode(), part.result)
 
 
@@ -114,10 +124,17 @@ def unpack_part(packed: bytes) -> Part:
     try:
         words = line.decode().split(" ")
         place = None if words[0] == "-" else int(words[0])
-        state, content_type, content_encoding = words[1:] or (states.SUCCESS, JSON, UTF8)
+        # Nobody compressed parts at first.
+        rest = words[1:] if len(words) != 4 else [*words[1:], ""]
+        state, content_type, content_encoding, compression = rest or PLAIN
     except ValueError:
         raise MalformedEvent(f"a part of a chord begins with {line[:80]!r}") from None
-    return Part(place, state, content_type, content_encoding, result)
+    return Part(place, state, content_type, content_encoding, result, compression)
+
+
+def place_of(packed: bytes) -> bytes:
+    """The place in the header that a packed part says."""
+    return packed.partition(b"\n")[0].partition(b" ")[0]
 
 
 def pack_plan(plan: Plan) -> bytes:

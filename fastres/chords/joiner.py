@@ -14,15 +14,13 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
-from kombu.exceptions import OperationalError
-
 from fastres.amqp.connector import abandon, drop, establish
 from fastres.amqp.rabbitmq import RabbitMQ, session_of
 from fastres.amqp.session import is_open
-from fastres.chords.bodies import Bodies, BodyProducer, Failed
+from fastres.chords.bodies import USERS, Bodies, BodyProducer, Failed
 from fastres.chords.forks import busy
 from fastres.chords.reducer import LARGE
-from fastres.chords.shard import Shard
+from fastres.chords.shard import Shard, refusal_of
 from fastres.errors import Error
 from fastres.logs import logger
 from fastres.write.publisher import SIZE_LIMIT
@@ -64,6 +62,7 @@ class Joiner:
         self._thread: threading.Thread | None = None
         self._stopping = threading.Event()
         self._stop_at = math.inf
+        self.since = time.time()
         self._connection: Any = None
         self._session: Any = None
         self._bodies: Bodies | None = None
@@ -84,6 +83,8 @@ class Joiner:
         self._refused: dict[str, str] = {}
         #: Chords that have failed, each time that they were sent, and whether their errbacks have been told.
         self._notified: dict[tuple[str, str], bool] = {}
+        #: Those whose body has come back: there was no queue for it.
+        self._unrouted: set[tuple[str, str]] = set()
         #: What is to be told, and how many threads tell.
         self._to_notify: deque[Callable[[], None]] = deque()
         self._notifiers = 0
@@ -123,6 +124,8 @@ class Joiner:
                     shards = self._connect()
                 if self._useless:
                     return
+                if retry != FIRST_RETRY:
+                    logger.warning("The joiner of chords reads again at %s", self._connection.as_uri())
                 retry = FIRST_RETRY
                 self._serve(shards)
             except Exception as exc:
@@ -216,7 +219,7 @@ class Joiner:
             # One of them cannot be sent, or is not to the broker's taste: sending them one by one tells which.
             self.careful = len(firing) > 1
             if not self.careful:
-                self._refused[firing[0].id] = getattr(exc, "reply_text", None) or repr(exc)
+                self._refused[firing[0].id] = refusal_of(getattr(exc, "reply_text", None) or repr(exc))
         elif isinstance(exc, (*self.lost, *channel_errors, Error)):
             what = "cannot reach" if self._session is None else "has lost"
             where = "" if self._connection is None else f" {self._connection.as_uri()}"
@@ -229,21 +232,19 @@ class Joiner:
     def call(self, chord: Chord) -> list[Publishing]:
         assert self._bodies is not None
         if chord.id in self._refused:
-            raise Failed(self._bodies.plan(chord)[0], _refusal(self._refused.pop(chord.id)))
+            raise Failed(self._bodies.plan(chord)[0], self._refused.pop(chord.id))
         self._session.hand_back()
         if self._publishings is not None:
             self._publishings.clear()
         if self._producer is None or not is_open(self._producer.channel):
             channel = (self._tasks or self._connection).channel()
             self._producer = BodyProducer(channel, self._publishings)
+        self._producer.broken = None
         try:
             self._bodies.call(chord, self._producer)
         except Failed as failed:
-            cause = failed.error.__cause__
-            if isinstance(cause, OperationalError):
-                cause = cause.__cause__
-            if isinstance(cause, self.lost):
-                raise cause from failed
+            if self._producer.broken is not None:
+                raise ConnectionResetError(repr(self._producer.broken)) from failed
             raise
         return list(self._publishings or ())
 
@@ -261,7 +262,7 @@ class Joiner:
             with busy():
                 try:
                     bodies.fail(chord, failed)
-                except Exception:
+                except USERS:
                     logger.exception("The errbacks of chord %s could not be told of: %s", chord.id, failed)
                 if key in self._notified:
                     self._notified[key] = True
@@ -282,13 +283,18 @@ class Joiner:
                 notify = self._to_notify.popleft()
             notify()
 
+    def put_back(self, name: str, bodies: list[bytes]) -> None:
+        self.backend.chords.put_back(name, bodies)
+
+    def may_be_routed(self, chord: Chord) -> bool:
+        key = chord.id, chord.run
+        known = key in self._unrouted
+        self._unrouted.add(key)
+        # What was declared is remembered by kombu.
+        connection = self._tasks or self._connection
+        connection.declared_entities.clear()
+        return not known
+
     def forget(self, chord: Chord) -> None:
+        self._unrouted.discard((chord.id, chord.run))
         self._notified.pop((chord.id, chord.run), None)
-
-
-def _refusal(text: str) -> str:
-    return (
-        f"The broker refused the message with the results of the header: {text}. If they are too large for one "
-        "message (RabbitMQ's max_message_size), let the body have them by reference: "
-        "chord(header)(fastres.lazy(body))"
-    )

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 from zlib import crc32
 
+import msgspec
 from celery import states
 from celery._state import get_current_task
 from celery.canvas import _regen
 from celery.exceptions import ImproperlyConfigured
 from celery.result import GroupResult
+from kombu.compression import compress
 from kombu.exceptions import EncodeError
 from kombu.serialization import dumps
 from kombu.utils.functional import LRUCache
 from kombu.utils.uuid import uuid
 
 from fastres._impl import encode
+from fastres.addresses import Address
 from fastres.amqp.publishing import Message
 from fastres.chords.events import (
     CONTENT_TYPE,
@@ -62,6 +66,7 @@ class Log:
         self._publisher = publisher
         self._addresses = addresses
         self._shards = shards
+        self._compression: str | None = backend.app.conf.get("result_compression")
         #: Packed plans of chords by their id.
         self._plans = LRUCache(limit=BEGUN)
         self._supported: bool | None = None
@@ -132,7 +137,13 @@ class Log:
             )  # fmt: skip
         packed = self._pack(request, state, result)
         root = request.root_id
-        event = Event(chord_id, at=time.time(), part=task_id, root=root if root and root != task_id else "")
+        event = Event(
+            chord_id,
+            at=time.time(),
+            part=task_id,
+            root=root if root and root != task_id else "",
+            context=context_of(request),
+        )
         if notified:
             event.notified = notified
         self._send(shard, task_id, write_event(event, parts=(packed,)))
@@ -147,7 +158,10 @@ class Log:
         content_type, content_encoding, body = encode(
             self._backend.encode_result(result, state), self._backend.serializer
         )
-        return pack_part(Part(place, state, content_type, content_encoding, body))
+        compression = ""
+        if self._compression:
+            body, compression = compress(body, self._compression)
+        return pack_part(Part(place, state, content_type, content_encoding, body, compression))
 
     def add(self, chord_id: str, task_id: str) -> None:
         """A task is added to a chord, by the one of its header that runs just now."""
@@ -160,12 +174,51 @@ class Log:
             )
         self._send(shard, task_id, write_event(Event(chord_id, at=time.time(), added=[task_id])))
 
+    def put_back(self, name: str, bodies: list[bytes]) -> None:
+        """Write events of chords again that are out of a shard, and wait for the broker's confirm."""
+        for body in bodies:
+            message = Message(body, CONTENT_TYPE, "binary", "", PERSISTENT, {})
+            self._publisher.publish(Address(name), message, declare=False)
+        self._publisher.wait_for_confirms()
+
     def _shard(self, chord_id: str) -> int:
         return crc32(chord_id.encode()) % self._shards
 
     def _send(self, shard: int, correlation_id: str, body: bytes) -> None:
         message = Message(body, CONTENT_TYPE, "binary", correlation_id, PERSISTENT, {})
         self._publisher.publish(self._addresses.chords(shard), message, declare=True)
+
+
+def context_of(request: Any) -> dict[str, Any]:
+    """What the body of a chord, and whatever sees it being sent, may want to know of the request of its last part.
+
+    That is what JSON can hold of it; a common request has the name of its worker, and no more.
+    """
+    context: dict[str, Any] = {}
+    if request.hostname:
+        context["hostname"] = request.hostname
+    if request.correlation_id and request.correlation_id != request.id:
+        context["correlation_id"] = request.correlation_id
+    priority = (request.delivery_info or {}).get("priority")
+    if priority is not None:
+        context["delivery_info"] = {"priority": priority}
+    for name in ("headers", "stamps", "stamped_headers", "origin"):
+        value = getattr(request, name, None)
+        if not value:
+            continue
+        if isinstance(value, Mapping):
+            value = {str(key): each for key, each in value.items() if _is_json(each)}
+        if value and _is_json(value):
+            context[name] = value
+    return context
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        msgspec.json.encode(value)
+    except (TypeError, ValueError, OverflowError, RecursionError):
+        return False
+    return True
 
 
 def shard_of(body: Any) -> int | None:

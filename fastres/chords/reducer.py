@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import math
 from itertools import count, repeat
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kombu.utils.uuid import uuid
 
-from fastres.chords.events import REFERENCE, Event, read_event, write_event
+from fastres.chords.events import REFERENCE, Event, place_of, read_event, write_event
 from fastres.ids import compact, expand
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from fastres._protocols import Delivery
 
-__all__ = ("Chord", "Held", "Merge", "Reducer")
+__all__ = ("Chord", "Held", "Merge", "Reducer", "id_of")
 
 #: How many single events are merged into a batch, and how many batches into a larger one.
 MERGED, FEW = 1000, 10
@@ -35,6 +35,13 @@ REMEMBERED, GRACE = 100_000, 60.0
 FEW_OPEN = 100
 #: In the place of when a chord has fired that has not.
 _NEVER = math.inf, ""
+#: In the key of a part, before its place: there is another part of the same id.
+ANOTHER = "\0"
+
+
+def id_of(key: int | str) -> str:
+    """The task id of a part's key."""
+    return expand(key).partition(ANOTHER)[0]
 
 
 class Held(NamedTuple):
@@ -55,24 +62,14 @@ class Chord:
     """What is known of a chord."""
 
     __slots__ = (
-        "added",
-        "at",
-        "held",
-        "id",
-        "last",
-        "needed",
-        "notified",
-        "parts",
-        "plan",
-        "root",
-        "run",
-        "since",
-        "size",
-        "under_way",
+        "added", "at", "born", "context", "failed", "held", "id", "last", "needed", "notified", "parts", "plan",
+        "root", "run", "since", "size", "under_way",
     )  # fmt: skip
 
-    def __init__(self, id: str) -> None:
+    def __init__(self, id: str, born: float) -> None:
         self.id = id
+        #: When this joiner first heard of it, on the monotonic clock.
+        self.born = born
         #: Wall clock, in seconds: when its first and its last known event were sent.
         self.since, self.at = math.inf, 0.0
         self.size: int | None = None
@@ -87,8 +84,11 @@ class Chord:
         self.plan = b""
         #: Packed parts by compact task id: there may be a million.
         self.parts: dict[int | str, bytes] = {}
-        #: The part that came last, and its root task.
+        #: The part that came last, its root task, and what else is known of its request.
         self.last = self.root = ""
+        self.context: dict[str, Any] = {}
+        #: Why it cannot go on; empty: it can, as far as is known.
+        self.failed = ""
         #: By level: single events, batches, batches of batches.
         self.held: list[list[Held]] = [[]]
         #: How many merged events have not come back yet.
@@ -105,8 +105,26 @@ class Chord:
         return len(self.parts) >= self.needed
 
     def results(self) -> dict[str, bytes]:
-        """Packed parts by task id."""
+        """Packed parts by task id; of several with one id, all but the first have ``ANOTHER`` and a place."""
         return {expand(key): part for key, part in self.parts.items()}
+
+    def add(self, task_id: str, packed: bytes, event: Event) -> int | str:
+        """Learn of a part: the key that it has in ``parts``."""
+        key: int | str = compact(task_id)
+        parts = self.parts
+        before = parts.get(key)
+        if before is not None:
+            if before == packed or place_of(before) == place_of(packed):
+                # The first one counts.
+                return key
+            # Two tasks of the header have one id, which the user chose.
+            key = f"{task_id}{ANOTHER}{place_of(packed).decode(errors='replace')}"
+            if key in parts:
+                return key
+        # There may be a million that say the same.
+        parts[key] = REFERENCE if packed == REFERENCE else packed
+        self.last, self.root, self.context = task_id, event.root, event.context
+        return key
 
     def messages(self) -> Iterator[Held]:
         for level in self.held:
@@ -175,8 +193,8 @@ class Reducer:
                     # Its sender was not sure that this had come.
                     self.spent.append(delivery.delivery_tag)
                     continue
-                chord = chords[event.chord] = Chord(event.chord)
-            more = event.size is not None or bool(event.added or event.plan or event.notified)
+                chord = chords[event.chord] = Chord(event.chord, now)
+            more = event.size is not None or bool(event.added or event.plan or event.notified or event.failed)
             if more:
                 self._learn(chord, event, rest)
             at = event.at
@@ -185,29 +203,21 @@ class Reducer:
             since = event.since or at
             if since < chord.since:
                 chord.since = since
-            parts = chord.parts
             task_id = event.part
             if task_id:
-                key = compact(task_id)
-                if key not in parts:
-                    # There may be a million that say the same.
-                    parts[key] = REFERENCE if rest == REFERENCE else rest
-                    chord.last, chord.root = task_id, event.root
-                keys: tuple[int | str, ...] = (key,)
+                keys: tuple[int | str, ...] = (chord.add(task_id, rest, event),)
             elif merged is None:
                 start = event.plan
-                keys = tuple([compact(task_id) for task_id, _ in event.parts])
-                for key, (task_id, length) in zip(keys, event.parts):
-                    if key not in parts:
-                        part = rest[start : start + length]
-                        parts[key] = REFERENCE if part == REFERENCE else part
-                        chord.last, chord.root = task_id, event.root
+                learnt = []
+                for task_id, length in event.parts:
+                    learnt.append(chord.add(task_id, rest[start : start + length], event))
                     start += length
+                keys = tuple(learnt)
             else:
                 # All this is known: the same numbers need not be there twice.
                 keys = merged[1]
             self._hold(chord, Held(delivery.delivery_tag, now, len(delivery.body), keys, more))
-            if len(parts) >= chord.needed and not chord.under_way:
+            if len(chord.parts) >= chord.needed and not chord.under_way:
                 self.complete[chord.id] = chord
             elif self.complete:
                 # One more task was added to it.
@@ -221,6 +231,7 @@ class Reducer:
             self._fired.pop(chord.id, None)
         chord.added.update(event.added)
         chord.notified.update(event.notified)
+        chord.failed = chord.failed or event.failed
         if event.plan:
             chord.plan = rest[: event.plan]
         if chord.size is not None and chord.plan:
@@ -278,6 +289,21 @@ class Reducer:
         mergeable = [held for held in messages if held.size < self._largest]
         return self._replace(chord, mergeable) if len(mergeable) > 1 else None
 
+    def snapshot(self, chord: Chord) -> list[bytes]:
+        """All that is known of a chord as new events, for when its messages are gone."""
+        bodies: list[bytes] = []
+        keys: list[int | str] = []
+        size, more = len(chord.plan), True
+        for key, part in chord.parts.items():
+            keys.append(key)
+            size += len(part)
+            if size >= self._largest:
+                bodies.append(self._batch(chord, keys, more, ""))
+                keys, size, more = [], 0, False
+        if keys or more:
+            bodies.append(self._batch(chord, keys, more, ""))
+        return bodies
+
     def _replace(self, chord: Chord, messages: list[Held]) -> Merge:
         self.complete.pop(chord.id, None)
         bodies: list[bytes] = []
@@ -306,12 +332,13 @@ class Reducer:
     def _batch(chord: Chord, keys: list[int | str], more: bool, mark: str) -> bytes:
         packed = [chord.parts[key] for key in keys]
         event = Event(
-            chord.id, chord.since, chord.at, parts=[(expand(key), len(part)) for key, part in zip(keys, packed)],
-            root=chord.root, mark=mark,
+            chord.id, chord.since, chord.at, parts=[(id_of(key), len(part)) for key, part in zip(keys, packed)],
+            root=chord.root, context=chord.context, mark=mark,
         )  # fmt: skip
         if more:
             event.size, event.run, event.plan = chord.size, chord.run, len(chord.plan)
             event.added, event.notified = sorted(chord.added), sorted(chord.notified)
+            event.failed = chord.failed
         return write_event(event, chord.plan if more else b"", packed)
 
     # -- after a commit
@@ -322,14 +349,19 @@ class Reducer:
         self.count -= len(gone)
         chord.held = [[held for held in level if held.tag not in gone] for level in chord.held]
 
-    def forget(self, chord: Chord, now: float) -> None:
-        """A chord has fired, or has expired: its messages were acknowledged."""
+    def forget(self, chord: Chord, now: float, over: bool = True) -> None:
+        """A chord has fired, or has expired: its messages were acknowledged.
+
+        Args:
+            over: False: it is written into the log again.
+        """
         self.count -= sum(map(len, chord.held))
         self.complete.pop(chord.id, None)
         self.chords.pop(chord.id, None)
         self._crowded.pop(chord.id, None)
         self._fired.pop(chord.id, None)
-        self._fired[chord.id] = now, chord.run
+        if over:
+            self._fired[chord.id] = now, chord.run
         if len(self._fired) > REMEMBERED:
             del self._fired[next(iter(self._fired))]
 
@@ -363,5 +395,5 @@ class Reducer:
         return [
             chord for chord in self.chords.values()
             if (seconds and chord.at < wall - seconds)
-            or (chord.size is None and self._fired.get(chord.id, _NEVER)[0] < now - GRACE)
+            or (chord.size is None and chord.id in self._fired and chord.born < now - GRACE)
         ]  # fmt: skip

@@ -22,17 +22,19 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from fastres._protocols import Delivery
-    from fastres.addresses import Addresses
+    from fastres.addresses import Address, Addresses
     from fastres.amqp.rabbitmq import RabbitMQ
     from fastres.chords.reducer import Chord, Merge
 
-__all__ = ("Shard",)
+__all__ = ("Shard", "refusal_of")
 
 #: Messages that the broker sends ahead of their acknowledgement; more when that many are needed to hold the open
 #: chords. A larger number than the largest does not fit into the protocol's field: no limit.
 PREFETCH, LARGEST_PREFETCH = 20_000, 65_535
 #: Bytes, and messages, that one commit publishes: RabbitMQ 4.3 takes 10,000 (``channel_tx_message_max``).
 COMMIT, COMMITTED = 1 << 24, 5_000
+#: How RabbitMQ words that it has done a part of a commit.
+PARTIAL = "partial tx completion"
 
 
 class Caller(Protocol):
@@ -44,6 +46,8 @@ class Caller(Protocol):
     largest: int
     #: What a connection breaks with.
     lost: tuple[type[BaseException], ...]
+    #: Since when it runs, in seconds since the epoch.
+    since: float
     #: Chords in the commit that is under way, and whether commits are to hold one chord each.
     firing: list[Chord]
     careful: bool
@@ -63,6 +67,12 @@ class Caller(Protocol):
 
     def forget(self, chord: Chord) -> None:
         """A chord has fired."""
+
+    def put_back(self, name: str, bodies: list[bytes]) -> None:
+        """Write events into a shard whose broker has acknowledged them, and not done what they were for."""
+
+    def may_be_routed(self, chord: Chord) -> bool:
+        """There was no queue for a body: whether to try once more, with its queues declared anew."""
 
 
 class Shard:
@@ -93,6 +103,9 @@ class Shard:
         self._caught_up = False
         self._channel = session.channel()
         self._channel.tx_select()
+        #: Exchanges and routing keys of what came back since the last commit: there is no queue.
+        self._returned: set[tuple[str, str]] = set()
+        self._channel.events["basic_return"].add(self._on_return)
         self._prefetch = prefetch or PREFETCH
         session.prefetch(self._channel, self._prefetch if self._prefetch <= LARGEST_PREFETCH else 0)
         session.declare(joiner.addresses.queue(address))
@@ -117,6 +130,9 @@ class Shard:
     def _receive(self, deliveries: list[Delivery]) -> None:
         self.received += deliveries
         self._open.update(dict.fromkeys([delivery.delivery_tag for delivery in deliveries]))
+
+    def _on_return(self, exc: Exception, exchange: str, routing_key: str, message: Any) -> None:
+        self._returned.add((exchange, routing_key))
 
     def _on_cancel(self, tag: str) -> None:
         self.cancelled = True
@@ -148,7 +164,7 @@ class Shard:
                 self._caught_up = True
             if event.ask:
                 # Outside of the transaction: RabbitMQ 4 refuses the commit if nobody waits for it any more.
-                self._session.answer(event.ask, msgspec.json.encode(describe(reducer)))
+                self._session.answer(event.ask, msgspec.json.encode(describe(reducer, self._joiner.since)))
         refused, reducer.refused = reducer.refused, []
         for delivery, exc in refused:
             tags.append(delivery.delivery_tag)
@@ -165,17 +181,19 @@ class Shard:
             self._commit(publishings, tags)
 
     def _set_aside(self, delivery: Delivery) -> Publishing:
+        return Publishing(_message(delivery.body, delivery.content_type), "", self._refused_queue().name)
+
+    def _refused_queue(self) -> Address:
         address = self._joiner.addresses.refused()
         self._session.hand_back()
         self._session.declare(self._joiner.addresses.queue(address))
-        return Publishing(_message(delivery.body, delivery.content_type), "", address.name)
+        return address
 
     def _fire(self, chords: Iterable[Chord]) -> None:
         """Publish what complete chords go on with, several in a commit."""
         joiner = self._joiner
-        batch: list[Chord] = []
-        publishings: list[Publishing] = []
-        size = 0
+        batch: list[tuple[Chord, list[Publishing]]] = []
+        count = size = 0
         for chord in chords:
             try:
                 notified = joiner.notified(chord)
@@ -188,27 +206,62 @@ class Shard:
             except joiner.lost:
                 raise
             except Exception as exc:
-                # There is no body to be called, and nobody to be told: an operator may want to look at it.
-                logger.exception("Chord %s has all its parts, but what to do with them is lost: %r", chord.id, exc)
-                self.reducer.complete.pop(chord.id, None)
+                self._give_up(chord, exc)
                 continue
-            if batch and (size > COMMIT or len(publishings) + len(found) > COMMITTED or joiner.careful):
-                self._finish(batch, publishings)
-                batch, publishings, size = [], [], 0
-            batch.append(chord)
-            publishings += found
+            if batch and (size > COMMIT or count + len(found) > COMMITTED or joiner.careful):
+                self._finish(batch)
+                batch, count, size = [], 0, 0
+            batch.append((chord, found))
+            count += len(found)
             size += sum(len(publishing.message.body) for publishing in found)
         if batch:
-            self._finish(batch, publishings)
+            self._finish(batch)
         joiner.careful = False
 
-    def _finish(self, chords: list[Chord], publishings: list[Publishing]) -> None:
+    def _finish(self, batch: list[tuple[Chord, list[Publishing]]]) -> None:
+        """Publish bodies and acknowledge what they were joined from, in one transaction."""
+        chords = [chord for chord, _ in batch]
         self._joiner.firing = chords
-        self._commit(publishings, [held.tag for chord in chords for held in chord.messages()])
+        try:
+            self._commit(
+                [publishing for _, found in batch for publishing in found],
+                [held.tag for chord in chords for held in chord.messages()],
+            )
+        except self._session.channel_errors as exc:
+            if PARTIAL in str(exc):
+                # RabbitMQ has acknowledged the parts before a queue refused a body.
+                if len(chords) == 1:
+                    chords[0].failed = refusal_of(str(exc))
+                for chord in chords:
+                    self._joiner.put_back(self.name, self.reducer.snapshot(chord))
+            raise
         self._joiner.firing = []
-        for chord in chords:
-            self.reducer.forget(chord, time.monotonic())
-            self._joiner.forget(chord)
+        returned, self._returned = self._returned, set()
+        now = time.monotonic()
+        for chord, found in batch:
+            lost = {(each.exchange, each.routing_key) for each in found} & returned
+            self.reducer.forget(chord, now, over=not lost)
+            if lost:
+                if not self._joiner.may_be_routed(chord):
+                    queues = ", ".join(sorted(routing_key for _, routing_key in lost))
+                    chord.failed = f"There is no queue for its body: {queues}"
+                self._joiner.put_back(self.name, self.reducer.snapshot(chord))
+            else:
+                self._joiner.forget(chord)
+
+    def _give_up(self, chord: Chord, exc: Exception) -> None:
+        """There is no body to be called, and nobody to be notified: an operator may want to look at it."""
+        address = self._refused_queue()
+        logger.error(
+            "Chord %s has all its parts, but what to do with them cannot be read; they were put into %s: %r",
+            chord.id, address.name, exc, exc_info=exc,
+        )  # fmt: skip
+        bodies = self.reducer.snapshot(chord)
+        self._commit(
+            [Publishing(_message(body, CONTENT_TYPE), "", address.name) for body in bodies],
+            [held.tag for held in chord.messages()],
+        )
+        self.reducer.forget(chord, time.monotonic())
 
     def look_after(self, renewal: float, expires: float | None) -> None:
         """Write anew what has been held for long, and drop what has expired."""
@@ -271,6 +324,15 @@ class Shard:
                 del self._open[tag]
             self._session.acknowledge(self._channel, tags, all_up_to(tags, self._open))
         self._session.commit(self._channel)
+
+
+def refusal_of(text: str) -> str:
+    """Why a chord cannot go on whose body the broker has refused."""
+    return (
+        f"The broker refused the message with the results of the header: {text}. If they are too large for one "
+        "message (RabbitMQ's max_message_size), let the body have them by reference: "
+        "chord(header)(fastres.lazy(body)); if its queue is full (x-overflow), make room there"
+    )
 
 
 def _message(body: Any, content_type: str | None) -> Any:

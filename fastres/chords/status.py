@@ -44,6 +44,8 @@ class Open(msgspec.Struct):
     count: int
     #: The oldest ones.
     chords: list[OpenChord]
+    #: Since when their joiner runs, in seconds since the epoch, 0: it does not say.
+    running_since: float = 0.0
 
 
 class ShardStatus(msgspec.Struct):
@@ -58,8 +60,8 @@ class ShardStatus(msgspec.Struct):
     open: Open | None
 
 
-def describe(reducer: Reducer) -> Open:
-    """A joiner's answer."""
+def describe(reducer: Reducer, since: float) -> Open:
+    """A joiner's answer, which runs since then."""
     oldest = reducer.open()
     return Open(
         len(oldest),
@@ -67,6 +69,7 @@ def describe(reducer: Reducer) -> Open:
             OpenChord(chord.id, len(chord.parts), chord.total, chord.since, chord.at)
             for chord in oldest[:SHOWN]
         ],
+        since,
     )  # fmt: skip
 
 

@@ -34,6 +34,7 @@ PARTS = st.builds(
     st.sampled_from(["application/json", "application/x-python-serialize"]) | WORDS,
     st.sampled_from(["utf-8", "binary"]) | WORDS,
     st.binary(max_size=200),
+    st.just("") | WORDS,
 )
 PLANS = st.builds(Plan, WORDS, WORDS, st.binary(max_size=200))
 
@@ -161,7 +162,7 @@ def test_any_bytes_are_an_event_or_malformed(body: bytes) -> None:
 
 
 def test_bytes_that_are_no_part_say_so() -> None:
-    for body in (b"", b"x\n1", b"1 SUCCESS\n1", b"1 SUCCESS a b c\n1", b"\xff\n1"):
+    for body in (b"", b"x\n1", b"1 SUCCESS\n1", b"1 SUCCESS a\n1", b"1 SUCCESS a b c d\n1", b"\xff\n1"):
         with pytest.raises(MalformedEvent, match="begins with"):
             unpack_part(body)
     for body in (b"", b"json\n", b"a b c\n", b"\xff \xff\n"):

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastres.chords import reducer as module
-from fastres.chords.events import Event, read_event, write_event
+from fastres.chords.events import Event, Part, pack_part, read_event, write_event
 from fastres.chords.reducer import Chord, Merge, Reducer
 
 NOW = 1000.0
@@ -84,12 +84,32 @@ def test_a_task_that_turns_out_to_have_been_added_is_waited_for() -> None:
 
 
 def test_a_repeated_part_counts_once_and_the_first_one_counts() -> None:
-    again = part_event("c", "a", b"another result")
+    again = part_event("c", "a", b'-\n"another result"')
     reducer = fed(size_event("c", 2), part_event("c", "a"), again, again)
     assert not reducer.complete
     reducer.feed([delivery(9, part_event("c", "b"))], NOW)
     assert reducer.complete["c"].parts == results("a", "b")
     assert tags_of(reducer.complete["c"]) == [1, 2, 3, 4, 9], "acknowledged all the same"
+
+
+def test_two_tasks_of_one_id_are_two_parts_if_their_places_differ() -> None:
+    first, second = (pack_part(Part(place, "SUCCESS", "application/json", "utf-8", b"1")) for place in range(2))
+    events = [size_event("c", 2), part_event("c", "a", first), part_event("c", "a", second)]
+    reducer = fed(*events, events[1], events[2])
+    assert list(reducer.complete["c"].parts.values()) == [first, second]
+    # As another joiner reads them that finds them merged.
+    again = fed(*reducer.snapshot(reducer.complete["c"]))
+    assert list(again.complete["c"].parts.values()) == [first, second]
+
+
+def test_a_snapshot_says_all_that_is_known() -> None:
+    reducer = fed(size_event("c", 2), added_event("c", "b"), *(part_event("c", each) for each in "abd"))
+    chord = reducer.complete["c"]
+    chord.failed = "refused"
+    chord.context = {"hostname": "here"}
+    (again,) = fed(*reducer.snapshot(chord)).complete.values()
+    for name in ("id", "size", "run", "plan", "parts", "added", "needed", "failed", "context", "since", "at"):
+        assert getattr(again, name) == getattr(chord, name), name
 
 
 def test_chords_do_not_mix() -> None:

@@ -1,0 +1,260 @@
+"""A chord harms no other, and always ends: whatever is raised, refused, or cannot be read on its way."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import amqp
+import pytest
+from backend_kit import Broker, MakeApp, until
+from celery import Celery, chord, group, uuid
+from celery.exceptions import ChordError
+from chord_kit import Unrun, finish
+from proj import BROKEN, add, big, broken, chord_errback, echo, tenanted, tsum, unprintable, unsent
+from rabbitmq_node import Node, Redis
+from workers import JoinerProcess, Worker, adds
+
+from fastres.chords.status import ask
+
+SECONDS = 20
+
+
+@pytest.fixture(scope="module")
+def worker(node: Node) -> Iterator[Worker]:
+    options = {"namespace": "harm"}
+    with Worker(node.url, pool="threads", concurrency=4, result_backend_transport_options=options) as worker:
+        yield worker
+
+
+@pytest.fixture
+def app(worker: Worker) -> Iterator[Celery]:
+    with worker.client() as app:
+        yield app
+
+
+def error_of(result: Any) -> str:
+    with pytest.raises(ChordError) as caught:
+        result.get(timeout=SECONDS, follow_parents=False)
+    assert result.state == "FAILURE"
+    return str(caught.value)
+
+
+def others_are_joined() -> None:
+    assert chord(adds(3))(tsum.s()).get(timeout=SECONDS) == 6
+
+
+# -- what is the user's
+
+
+@pytest.mark.parametrize("how", BROKEN)
+def test_what_a_task_of_a_header_raises(app: Celery, how: str, tmp_path: Any) -> None:
+    body = tsum.s().on_error(chord_errback.s(folder=str(tmp_path)))
+    result = chord([add.s(1, 1), broken.s(how)])(body)
+    assert "Dependency" in error_of(result)
+    until((tmp_path / f"told-{result.id}").exists, SECONDS)
+    others_are_joined()
+
+
+def test_an_exception_that_cannot_be_shown(app: Celery) -> None:
+    assert "UnprintableError" in error_of(chord([unprintable.s(), add.s(1, 1)])(tsum.s()))
+    others_are_joined()
+
+
+@pytest.mark.parametrize("how", ["ConnectionError", "kombu", "AccessRefused", "SystemExit", "own"])
+def test_what_sending_the_body_raises(app: Celery, how: str, tmp_path: Any) -> None:
+    body = unsent.s(how=how).on_error(chord_errback.s(folder=str(tmp_path)))
+    result = chord(adds(2))(body)
+    assert "Callback error" in error_of(result)
+    until((tmp_path / f"told-{result.id}").exists, SECONDS)
+    others_are_joined()
+
+
+def test_a_result_that_cannot_be_decoded(node: Node, broker: Broker) -> None:
+    """msgpack writes a key that it does not read; garbage stands for a worker with a mistake."""
+    options = {"namespace": uuid()}
+    conf = {"result_backend_transport_options": options, "result_accept_content": ["json", "msgpack"]}
+    with Worker(node.url, pool="threads", **conf) as worker, worker.client() as app:
+        unrun = Unrun(app, broker)
+        for content_type, body in (("application/x-msgpack", b"\x81\x01\xa1a"), ("application/json", b"{")):
+            requests = unrun.begin(2)
+            result = app.AsyncResult(requests[0].chord["options"]["task_id"])
+            unrun.part(requests[0], 1)
+            head = {"chord": requests[1].group, "at": time.time(), "part": requests[1].id}
+            part = f"1 SUCCESS {content_type} utf-8\n".encode()
+            event = json.dumps(head).encode() + b"\n" + part + body
+            broker.channel().basic_publish(amqp.Message(event), "", f"{options['namespace']}.chords.0")
+            assert f"result of task {requests[1].id} cannot be decoded" in error_of(result)
+        others_are_joined()
+
+
+def test_groups_in_bodies_and_bodies_in_groups(app: Celery) -> None:
+    """What their last links return is theirs, and no part of the header's."""
+    result = chord(adds(2))(group(echo.s() | tsum.s(), echo.s()))
+    assert result.get(timeout=SECONDS) == [2, [0, 2]]
+    result = (group(adds(2)) | group(tsum.s() | add.s(1), echo.s())).apply_async()
+    assert result.get(timeout=SECONDS) == [3, [0, 2]]
+
+
+# -- a chord that is sent like no other
+
+
+def test_two_tasks_of_a_header_with_one_id(node: Node, app: Celery, redis: Redis) -> None:
+    def results(app: Celery) -> list[int]:
+        one = uuid()
+        header = [add.s(1, 1).set(task_id=one), add.s(2, 2).set(task_id=one), add.s(3, 3)]
+        return sorted(chord(header)(echo.s()).get(timeout=SECONDS, follow_parents=False))
+
+    ours = results(app)
+    with Worker(node.url, redis.url, pool="threads") as worker, worker.client() as theirs:
+        assert results(theirs) == ours == [2, 4, 6]
+
+
+@pytest.mark.parametrize("pause", [0.0, 1.5])
+def test_a_chord_that_is_sent_again_long_after(
+    monkeypatch: pytest.MonkeyPatch, node: Node, broker: Broker, make_app: MakeApp, pause: float
+) -> None:
+    """The parts of the second time come before its size, which is told when all of it was sent."""
+    from fastres.chords import reducer
+
+    monkeypatch.setattr(reducer, "GRACE", 1.0)
+    app = make_app(result_backend_transport_options={"namespace": uuid()})
+    app.backend.joiner.start()
+    unrun = Unrun(app, broker)
+    requests = unrun.begin(2, "first")
+    finish(unrun, requests)
+    assert unrun.wait(1) == [("first", [0, 1])]
+    time.sleep(pause)
+    group_id, body = requests[0].group, requests[0].chord
+    finish(unrun, requests)
+    time.sleep(2 * reducer.GRACE if not pause else 0.5)
+    app.backend.apply_chord((group_id, [app.AsyncResult(request.id) for request in requests]), body)
+    app.backend.set_chord_size(group_id, 2)
+    if pause:
+        assert unrun.wait(1) == [("first", [0, 1])]
+    else:
+        # So late they may as well be those of the first time.
+        finish(unrun, requests)
+        assert unrun.wait(1) == [("first", [0, 1])]
+    app.backend.joiner.stop()
+
+
+# -- where the body goes
+
+
+@pytest.fixture
+def options() -> dict[str, Any]:
+    return {"namespace": uuid(), "keep_chord_results": False}
+
+
+@pytest.fixture
+def joined(node: Node, broker: Broker, make_app: MakeApp, options: dict[str, Any]) -> Iterator[Unrun]:
+    app = make_app(result_backend_transport_options=options)
+    with JoinerProcess(node.url, result_backend_transport_options=options):
+        yield Unrun(app, broker)
+
+
+def full_queue(broker: Broker) -> str:
+    name = f"full-{uuid()}"
+    arguments = {"x-max-length": 1, "x-overflow": "reject-publish"}
+    channel = broker.channel()
+    channel.queue_declare(name, durable=True, auto_delete=False, arguments=arguments)
+    channel.confirm_select()
+    channel.basic_publish_confirm(amqp.Message(b"x"), "", name)
+    return name
+
+
+def test_a_body_whose_queue_is_full(joined: Unrun, broker: Broker, make_app: MakeApp, options: Any) -> None:
+    """The parts are acknowledged before it is refused: they are not lost, and the chord ends."""
+    name = full_queue(broker)
+    app = make_app(result_backend_transport_options=options)
+    refused = [joined.begin(3, queue=name) for _ in range(3)]
+    for requests in refused:
+        # Its queue is there with other arguments than Celery declares it with.
+        requests[0].chord["options"]["queue"] = None
+        requests[0].chord["options"].update(exchange="", routing_key=name)
+    again = [joined.begin(2, number) for number in range(3)]
+    for requests in [*refused, *again]:
+        finish(joined, requests)
+    for requests in refused:
+        result = app.AsyncResult(requests[0].chord["options"]["task_id"])
+        with pytest.raises(ChordError, match=r"The broker refused the message.*make room there"):
+            result.get(timeout=SECONDS)
+    assert joined.wait(3) == [(number, [0, 1]) for number in range(3)]
+    until(lambda: all(shard.open and not shard.open.count for shard in ask(app.backend, 5)), SECONDS)
+
+
+def test_a_body_whose_queue_is_gone_gets_it_back(joined: Unrun, broker: Broker) -> None:
+    """The connection of the joiner has declared it once, and kombu remembers that."""
+    finish(joined, joined.begin(2))
+    assert joined.wait(1) == [("body", [0, 1])]
+    broker.channel().queue_delete(joined.bodies)
+    finish(joined, joined.begin(2))
+    assert joined.wait(1) == [("body", [0, 1])]
+
+
+def test_a_body_that_no_queue_wants(joined: Unrun, make_app: MakeApp, options: Any) -> None:
+    app = make_app(result_backend_transport_options=options)
+    for exchange in ("", "amq.topic", f"gone-{uuid()}"):
+        requests = joined.begin(2)
+        requests[0].chord["options"].update(queue=None, exchange=exchange, routing_key=f"nowhere-{uuid()}")
+        app.backend.apply_chord(
+            (requests[0].group, [app.AsyncResult(request.id) for request in requests]), requests[0].chord
+        )
+        app.backend.set_chord_size(requests[0].group, 2)
+        finish(joined, requests)
+        result = app.AsyncResult(requests[0].chord["options"]["task_id"])
+        with pytest.raises(ChordError, match=r"no queue for its body|no exchange"):
+            result.get(timeout=SECONDS)
+
+
+# -- compression, and sizes
+
+
+def test_parts_are_compressed_as_results_are(node: Node, broker: Broker) -> None:
+    options = {"namespace": uuid(), "keep_chord_results": False}
+    conf = {"result_backend_transport_options": options, "result_compression": "gzip"}
+    with Worker(node.url, pool="threads", **conf) as worker, worker.client() as app:
+        value = "x" * 1_000_000
+        unrun = Unrun(app, broker)
+        requests = unrun.begin(2)
+        before = broker.messages(f"{options['namespace']}.chords.0")
+        del before
+        finish(unrun, requests, [value, value])
+        assert unrun.wait(1) == [("body", [value, value])]
+        assert chord(adds(3))(echo.s()).get(timeout=SECONDS) == [0, 2, 4]
+        assert "raised" in error_of(chord([broken.s("TimeoutError"), add.s(1, 1)])(tsum.s()))
+
+
+def test_a_part_that_is_too_large_fails_its_task_before_its_result_is_stored() -> None:
+    with contextlib.ExitStack() as stack:
+        node = stack.enter_context(Node({"max_message_size": "100000"}))
+        app = stack.enter_context(stack.enter_context(Worker(node.url, pool="threads")).client())
+        result = chord([big.s(99_700), add.s(1, 1)])(echo.s())
+        with pytest.raises(ChordError):
+            result.get(timeout=SECONDS, follow_parents=False)
+        first = result.parent.results[0]
+        with contextlib.suppress(Exception):
+            first.get(timeout=SECONDS)
+        assert first.state == app.AsyncResult(first.id).state == "FAILURE"
+
+
+# -- the request that the body is sent from
+
+
+@pytest.mark.parametrize("pool", ["threads", "prefork"])
+def test_the_body_is_sent_from_the_request_of_the_last_part(node: Node, redis: Redis, pool: str) -> None:
+    """An override of ``apply_async`` sees what it sees on Redis: headers, correlation id, host name."""
+    got = []
+    for backend in ("fastres://", redis.url):
+        with Worker(node.url, backend, pool=pool) as worker, worker.client():
+            header = [tenanted.s().set(headers={"tenant": "shop"}) for _ in range(2)]
+            result = chord(header)(tenanted.s().set(priority=3))
+            body = result.get(timeout=SECONDS, follow_parents=False)
+            parts = {part.id for part in result.parent.results}
+            assert body["cid"] in parts
+            got.append({"tenant": body["tenant"], "sent_by": body["sent_by"] == body["hostname"]})
+    assert got == [{"tenant": "shop", "sent_by": True}] * 2
