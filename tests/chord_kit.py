@@ -63,12 +63,12 @@ class Unrun:
 
     def send(self, count: int, name: Any = "body", **options: Any) -> Any:
         """Send a chord of so many tasks; its body is known by ``name``. Returns the body's result."""
-        body = self.task.s(name=name).set(queue=self.bodies, **options)
+        body = self.task.s(name=name).set(**{"queue": self.bodies, **options})
         return chord([self.task.s().set(queue=self.header) for _ in range(count)], app=self._app)(body)
 
     def begin(self, count: int, name: Any = "body", **options: Any) -> list[Context]:
         """As send(), without tasks for the header: their requests, which no broker has seen."""
-        body = self.task.s(name=name).set(queue=self.bodies, **options)
+        body = self.task.s(name=name).set(**{"queue": self.bodies, **options})
         group_id, task_ids = uuid(), [uuid() for _ in range(count)]
         body.freeze(group_id=group_id)
         self._app.backend.apply_chord((group_id, [self._app.AsyncResult(each) for each in task_ids]), body)
@@ -213,6 +213,7 @@ class Lab:
 
     def _start(self) -> Shard:
         self.firing = []
+        self.refusing: set[Any] = set()
         return Shard(self, self, 0)  # type: ignore[arg-type]
 
     def step(self, count: int) -> None:

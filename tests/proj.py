@@ -136,6 +136,11 @@ def broken(how: str) -> None:
     raise BROKEN[how]
 
 
+@shared_task
+def numbered() -> Any:
+    return {1: "a"}
+
+
 class UnprintableError(Exception):
     """An exception of the application's own, with a mistake."""
 

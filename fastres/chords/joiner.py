@@ -20,7 +20,7 @@ from fastres.amqp.session import is_open
 from fastres.chords.bodies import USERS, Bodies, BodyProducer, Failed
 from fastres.chords.forks import busy
 from fastres.chords.reducer import LARGE
-from fastres.chords.shard import Shard, refusal_of
+from fastres.chords.shard import Shard, Where, refusal_of
 from fastres.errors import Error
 from fastres.logs import logger
 from fastres.write.publisher import SIZE_LIMIT
@@ -77,6 +77,7 @@ class Joiner:
         #: chord in the last one the broker closed the channel.
         self.firing: list[Chord] = []
         self.careful = False
+        self.refusing: set[Where] = set()
         #: Bytes from which messages are not merged any more.
         self.largest = LARGE
         #: Chords that the broker refused, and how it said so.

@@ -37,6 +37,26 @@ COMMIT, COMMITTED = 1 << 24, 5_000
 PARTIAL = "partial tx completion"
 
 
+#: The exchanges and routing keys that the messages of a body go to.
+Where = frozenset[tuple[str, str]]
+
+
+class Batch:
+    """Chords that are fired in one commit, with the messages that they go on with."""
+
+    def __init__(self) -> None:
+        self.chords: list[tuple[Chord, list[Publishing]]] = []
+        self._count = self._size = 0
+
+    def add(self, chord: Chord, publishings: list[Publishing]) -> None:
+        self.chords.append((chord, publishings))
+        self._count += len(publishings)
+        self._size += sum(len(publishing.message.body) for publishing in publishings)
+
+    def has_no_room(self, publishings: list[Publishing]) -> bool:
+        return bool(self.chords) and (self._size > COMMIT or self._count + len(publishings) > COMMITTED)
+
+
 class Caller(Protocol):
     """What calls the bodies of the chords of all shards, and notifies their errbacks: the joiner."""
 
@@ -51,6 +71,8 @@ class Caller(Protocol):
     #: Chords in the commit that is under way, and whether commits are to hold one chord each.
     firing: list[Chord]
     careful: bool
+    #: Where one of several bodies was refused.
+    refusing: set[Where]
 
     def call(self, chord: Chord) -> list[Publishing]:
         """The messages that a chord goes on with, those that are not published yet.
@@ -192,8 +214,8 @@ class Shard:
     def _fire(self, chords: Iterable[Chord]) -> None:
         """Publish what complete chords go on with, several in a commit."""
         joiner = self._joiner
-        batch: list[tuple[Chord, list[Publishing]]] = []
-        count = size = 0
+        # A commit that a queue refuses is done in part: it is known of which chords if all go to that queue.
+        batches: dict[Where, Batch] = {}
         for chord in chords:
             try:
                 notified = joiner.notified(chord)
@@ -208,37 +230,44 @@ class Shard:
             except Exception as exc:
                 self._give_up(chord, exc)
                 continue
-            if batch and (size > COMMIT or count + len(found) > COMMITTED or joiner.careful):
-                self._finish(batch)
-                batch, count, size = [], 0, 0
-            batch.append((chord, found))
-            count += len(found)
-            size += sum(len(publishing.message.body) for publishing in found)
-        if batch:
-            self._finish(batch)
+            where = frozenset((publishing.exchange, publishing.routing_key) for publishing in found)
+            batch = batches.setdefault(where, Batch())
+            if batch.has_no_room(found):
+                self._finish(batches.pop(where), where)
+                batch = batches[where] = Batch()
+            batch.add(chord, found)
+            if joiner.careful or where in joiner.refusing:
+                self._finish(batches.pop(where))
+                joiner.refusing.discard(where)
+        for where, batch in batches.items():
+            self._finish(batch, where)
         joiner.careful = False
 
-    def _finish(self, batch: list[tuple[Chord, list[Publishing]]]) -> None:
+    def _finish(self, batch: Batch, where: Where = frozenset()) -> None:
         """Publish bodies and acknowledge what they were joined from, in one transaction."""
-        chords = [chord for chord, _ in batch]
+        chords = [chord for chord, _ in batch.chords]
         self._joiner.firing = chords
         try:
             self._commit(
-                [publishing for _, found in batch for publishing in found],
+                [publishing for _, found in batch.chords for publishing in found],
                 [held.tag for chord in chords for held in chord.messages()],
             )
         except self._session.channel_errors as exc:
             if PARTIAL in str(exc):
                 # RabbitMQ has acknowledged the parts before a queue refused a body.
+                self._joiner.firing = []
                 if len(chords) == 1:
                     chords[0].failed = refusal_of(str(exc))
+                else:
+                    # Which of them it refused shows when each is sent by itself.
+                    self._joiner.refusing.add(where)
                 for chord in chords:
                     self._joiner.put_back(self.name, self.reducer.snapshot(chord))
             raise
         self._joiner.firing = []
         returned, self._returned = self._returned, set()
         now = time.monotonic()
-        for chord, found in batch:
+        for chord, found in batch.chords:
             lost = {(each.exchange, each.routing_key) for each in found} & returned
             self.reducer.forget(chord, now, over=not lost)
             if lost:

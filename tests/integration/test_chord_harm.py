@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,7 +12,7 @@ from backend_kit import Broker, MakeApp, until
 from celery import Celery, chord, group, uuid
 from celery.exceptions import ChordError
 from chord_kit import Unrun, finish
-from proj import BROKEN, add, big, broken, chord_errback, echo, tenanted, tsum, unprintable, unsent
+from proj import BROKEN, add, big, broken, chord_errback, echo, numbered, tenanted, tsum, unprintable, unsent
 from rabbitmq_node import Node, Redis
 from workers import JoinerProcess, Worker, adds
 
@@ -73,21 +71,17 @@ def test_what_sending_the_body_raises(app: Celery, how: str, tmp_path: Any) -> N
     others_are_joined()
 
 
-def test_a_result_that_cannot_be_decoded(node: Node, broker: Broker) -> None:
-    """msgpack writes a key that it does not read; garbage stands for a worker with a mistake."""
-    options = {"namespace": uuid()}
-    conf = {"result_backend_transport_options": options, "result_accept_content": ["json", "msgpack"]}
-    with Worker(node.url, pool="threads", **conf) as worker, worker.client() as app:
-        unrun = Unrun(app, broker)
-        for content_type, body in (("application/x-msgpack", b"\x81\x01\xa1a"), ("application/json", b"{")):
-            requests = unrun.begin(2)
-            result = app.AsyncResult(requests[0].chord["options"]["task_id"])
-            unrun.part(requests[0], 1)
-            head = {"chord": requests[1].group, "at": time.time(), "part": requests[1].id}
-            part = f"1 SUCCESS {content_type} utf-8\n".encode()
-            event = json.dumps(head).encode() + b"\n" + part + body
-            broker.channel().basic_publish(amqp.Message(event), "", f"{options['namespace']}.chords.0")
-            assert f"result of task {requests[1].id} cannot be decoded" in error_of(result)
+def test_a_result_that_cannot_be_decoded(node: Node) -> None:
+    """msgpack writes keys that it does not read."""
+    conf = {
+        "result_backend_transport_options": {"namespace": uuid()},
+        "result_accept_content": ["json", "msgpack"],
+        "result_serializer": "msgpack",
+    }
+    with Worker(node.url, pool="threads", **conf) as worker, worker.client():
+        result = chord([add.s(1, 1), numbered.s()])(tsum.s())
+        with pytest.raises(ChordError, match=f"result of task {result.parent.results[1].id} cannot be decoded"):
+            result.get(timeout=SECONDS, follow_parents=False)
         others_are_joined()
 
 
@@ -111,35 +105,6 @@ def test_two_tasks_of_a_header_with_one_id(node: Node, app: Celery, redis: Redis
     ours = results(app)
     with Worker(node.url, redis.url, pool="threads") as worker, worker.client() as theirs:
         assert results(theirs) == ours == [2, 4, 6]
-
-
-@pytest.mark.parametrize("pause", [0.0, 1.5])
-def test_a_chord_that_is_sent_again_long_after(
-    monkeypatch: pytest.MonkeyPatch, node: Node, broker: Broker, make_app: MakeApp, pause: float
-) -> None:
-    """The parts of the second time come before its size, which is told when all of it was sent."""
-    from fastres.chords import reducer
-
-    monkeypatch.setattr(reducer, "GRACE", 1.0)
-    app = make_app(result_backend_transport_options={"namespace": uuid()})
-    app.backend.joiner.start()
-    unrun = Unrun(app, broker)
-    requests = unrun.begin(2, "first")
-    finish(unrun, requests)
-    assert unrun.wait(1) == [("first", [0, 1])]
-    time.sleep(pause)
-    group_id, body = requests[0].group, requests[0].chord
-    finish(unrun, requests)
-    time.sleep(2 * reducer.GRACE if not pause else 0.5)
-    app.backend.apply_chord((group_id, [app.AsyncResult(request.id) for request in requests]), body)
-    app.backend.set_chord_size(group_id, 2)
-    if pause:
-        assert unrun.wait(1) == [("first", [0, 1])]
-    else:
-        # So late they may as well be those of the first time.
-        finish(unrun, requests)
-        assert unrun.wait(1) == [("first", [0, 1])]
-    app.backend.joiner.stop()
 
 
 # -- where the body goes
@@ -169,20 +134,15 @@ def full_queue(broker: Broker) -> str:
 
 def test_a_body_whose_queue_is_full(joined: Unrun, broker: Broker, make_app: MakeApp, options: Any) -> None:
     """The parts are acknowledged before it is refused: they are not lost, and the chord ends."""
-    name = full_queue(broker)
-    app = make_app(result_backend_transport_options=options)
-    refused = [joined.begin(3, queue=name) for _ in range(3)]
-    for requests in refused:
-        # Its queue is there with other arguments than Celery declares it with.
-        requests[0].chord["options"]["queue"] = None
-        requests[0].chord["options"].update(exchange="", routing_key=name)
-    again = [joined.begin(2, number) for number in range(3)]
-    for requests in [*refused, *again]:
+    app, full = make_app(result_backend_transport_options=options), full_queue(broker)
+    broker.channel().queue_bind(full, "amq.direct", full)
+    refused = [joined.begin(3, queue=None, exchange="amq.direct", routing_key=full) for _ in range(3)]
+    others = [joined.begin(2, number) for number in range(3)]
+    for requests in [*refused, *others]:
         finish(joined, requests)
     for requests in refused:
-        result = app.AsyncResult(requests[0].chord["options"]["task_id"])
         with pytest.raises(ChordError, match=r"The broker refused the message.*make room there"):
-            result.get(timeout=SECONDS)
+            app.AsyncResult(requests[0].chord.id).get(timeout=SECONDS)
     assert joined.wait(3) == [(number, [0, 1]) for number in range(3)]
     until(lambda: all(shard.open and not shard.open.count for shard in ask(app.backend, 5)), SECONDS)
 
@@ -196,19 +156,15 @@ def test_a_body_whose_queue_is_gone_gets_it_back(joined: Unrun, broker: Broker) 
     assert joined.wait(1) == [("body", [0, 1])]
 
 
-def test_a_body_that_no_queue_wants(joined: Unrun, make_app: MakeApp, options: Any) -> None:
+@pytest.mark.parametrize("exchange", ["amq.topic", "gone"])
+def test_a_body_that_no_queue_wants(joined: Unrun, make_app: MakeApp, options: Any, exchange: str) -> None:
     app = make_app(result_backend_transport_options=options)
-    for exchange in ("", "amq.topic", f"gone-{uuid()}"):
-        requests = joined.begin(2)
-        requests[0].chord["options"].update(queue=None, exchange=exchange, routing_key=f"nowhere-{uuid()}")
-        app.backend.apply_chord(
-            (requests[0].group, [app.AsyncResult(request.id) for request in requests]), requests[0].chord
-        )
-        app.backend.set_chord_size(requests[0].group, 2)
-        finish(joined, requests)
-        result = app.AsyncResult(requests[0].chord["options"]["task_id"])
-        with pytest.raises(ChordError, match=r"no queue for its body|no exchange"):
-            result.get(timeout=SECONDS)
+    requests = joined.begin(2, queue=None, exchange=exchange, routing_key=f"nowhere-{uuid()}")
+    finish(joined, requests)
+    with pytest.raises(ChordError, match=r"no queue for its body|no exchange"):
+        app.AsyncResult(requests[0].chord.id).get(timeout=SECONDS)
+    finish(joined, joined.begin(2))
+    assert joined.wait(1) == [("body", [0, 1])]
 
 
 # -- compression, and sizes
@@ -221,19 +177,18 @@ def test_parts_are_compressed_as_results_are(node: Node, broker: Broker) -> None
         value = "x" * 1_000_000
         unrun = Unrun(app, broker)
         requests = unrun.begin(2)
-        before = broker.messages(f"{options['namespace']}.chords.0")
-        del before
         finish(unrun, requests, [value, value])
         assert unrun.wait(1) == [("body", [value, value])]
         assert chord(adds(3))(echo.s()).get(timeout=SECONDS) == [0, 2, 4]
         assert "raised" in error_of(chord([broken.s("TimeoutError"), add.s(1, 1)])(tsum.s()))
 
 
-def test_a_part_that_is_too_large_fails_its_task_before_its_result_is_stored() -> None:
+@pytest.mark.parametrize("size", [99_850, 150_000])
+def test_a_result_that_is_too_large_fails_its_task_and_the_chord(size: int) -> None:
     with contextlib.ExitStack() as stack:
         node = stack.enter_context(Node({"max_message_size": "100000"}))
         app = stack.enter_context(stack.enter_context(Worker(node.url, pool="threads")).client())
-        result = chord([big.s(99_700), add.s(1, 1)])(echo.s())
+        result = chord([big.s(size), add.s(1, 1)])(echo.s())
         with pytest.raises(ChordError):
             result.get(timeout=SECONDS, follow_parents=False)
         first = result.parent.results[0]

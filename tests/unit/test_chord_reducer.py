@@ -112,6 +112,20 @@ def test_a_snapshot_says_all_that_is_known() -> None:
         assert getattr(again, name) == getattr(chord, name), name
 
 
+def test_late_parts_are_kept_for_a_while_after_they_came() -> None:
+    """They may be those of a chord that is sent again: its size is told when all of it was sent."""
+    reducer = fed(size_event("c", 1), part_event("c", "a"))
+    reducer.forget(reducer.complete["c"], NOW)
+    long_after = NOW + 10 * module.GRACE
+    reducer.feed([delivery(3, part_event("c", "a"))], long_after)
+    assert not reducer.expired(None, long_after + module.GRACE / 2, time.time())
+    reducer.feed([delivery(4, size_event("c", 1))], long_after + 1)
+    assert list(reducer.complete) == ["c"]
+    reducer.forget(reducer.complete["c"], long_after)
+    reducer.feed([delivery(5, part_event("c", "a"))], long_after)
+    assert len(reducer.expired(None, long_after + module.GRACE + 1, time.time())) == 1
+
+
 def test_chords_do_not_mix() -> None:
     """Not even if their tasks have the same ids."""
     reducer = fed(size_event("c", 1), size_event("d", 1), part_event("c", "a"))
