@@ -110,12 +110,7 @@ class AMQPBackend(Waiting, Celery31, Backend):  # type: ignore[misc]
         self.retry_policy = {**self.retry_policy, **(self.options.retry_policy or {})}  # type: ignore[misc]
         self.connector = Connector(app, self.url, connection, self.options)
         self._publisher = Publisher(
-            self.connector.open,
-            self.addresses,
-            self.retry_policy,
-            self.options.confirm,
-            self.options.confirm_window,
-            conf.broker_pool_limit or 10,
+            self.connector.open, self.addresses, self.retry_policy, self.options, conf.broker_pool_limit or 10
         )
         self._link = Link(self.connector.open, self.retry_policy, conf.broker_heartbeat or 0)
         decoder = Decoder(self.accept, self.options.max_unpacked_size)

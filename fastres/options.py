@@ -39,6 +39,8 @@ class Options:
     confirm: bool = True
     #: Without: how many messages may wait for their confirm on a connection, kept to be sent again if it breaks.
     confirm_window: int = 1000
+    #: Seconds that the broker may take to confirm a result.
+    confirm_timeout: float = 60
     #: Who makes the ids of tasks: "fastres" makes those near each other that are read together; "celery" leaves
     #: every task an id, and with it a queue, of its own.
     task_ids: str = "fastres"
@@ -68,15 +70,20 @@ class Options:
         expected: dict[str, Any] = {
             "namespace": str, "confirm": bool, "task_ids": str, "take": str, "queue_type": str,
             "keep_chord_results": bool,
-            "confirm_window": int, "prefetch": int, "max_unpacked_size": int, "ssl": Mapping,
+            "confirm_window": int, "confirm_timeout": (int, float), "prefetch": int, "max_unpacked_size": int, "ssl": Mapping,
             "retry_policy": Mapping, "chord_shards": int, "chord_joiner": bool, "chord_renewal": int,
         }  # fmt: skip
         for name, kind in expected.items():
             value = getattr(self, name)
             if value is None and name in ("namespace", "ssl", "retry_policy"):
                 continue
-            if not isinstance(value, kind) or (kind is int and (isinstance(value, bool) or value < 1)):
-                what = "a positive int" if kind is int else f"a {kind.__name__.lower()}"
+            number = kind in (int, (int, float))
+            if not isinstance(value, kind) or (number and (isinstance(value, bool) or value <= 0)):
+                what = (
+                    "a positive " + ("int" if kind is int else "number")
+                    if number
+                    else f"a {kind.__name__.lower()}"
+                )
                 raise ImproperlyConfigured(
                     f"result_backend_transport_options: {name} must be {what}, not {value!r}"
                 )

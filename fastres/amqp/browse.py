@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Callable, Protocol
 from amqp import spec
 from amqp.exceptions import ChannelError, error_for_code
 
-from fastres.amqp.session import Browsed, QueueState, says_no_queue
+from fastres.amqp.session import Browsed, Patience, QueueState, says_no_queue
 from fastres.errors import BrokerUnreachable
 
 if TYPE_CHECKING:
@@ -158,12 +158,17 @@ class Browser:
 
     def _read(self, slots: list[Slot]) -> None:
         by_channel = {slot.channel.channel_id: slot for slot in slots}
+        patience = Patience(PATIENCE)
         while any(not slot.is_answered() for slot in slots):
             others: list[Frame] = []
+            answered, got = False, sum(len(slot.deliveries) for slot in slots)
             for kind, channel_id, payload in self._native.next_frames():
                 slot = by_channel.get(channel_id)
                 if slot is None or not slot.answer(payload):
                     others.append((kind, channel_id, payload))
+                else:
+                    answered = True
+            patience.check(answered or sum(len(slot.deliveries) for slot in slots) > got)
             if others:
                 self._native.pass_on(others)
             # What a refused channel answers with.

@@ -22,7 +22,7 @@ from kombu.utils.functional import LRUCache
 from fastres._impl import Frames, publication
 from fastres._protocols import COMPRESSION
 from fastres.amqp.browse import Browser
-from fastres.amqp.session import Busy, QueueState, Session, is_open, make_delivery
+from fastres.amqp.session import Busy, Patience, QueueState, Session, is_open, make_delivery
 from fastres.logs import logger
 
 if TYPE_CHECKING:
@@ -75,6 +75,8 @@ class RabbitMQ(Session):
     def __init__(self, connection: Any) -> None:
         super().__init__(connection)
         self.heartbeat = connection.connection.heartbeat
+        connection.connection.on_blocked = self._on_blocked
+        connection.connection.on_unblocked = self._on_unblocked
         #: Queues that are there with other arguments than ours.
         self._foreign = LRUCache(limit=FOREIGN)
         #: The channel to publish on, the number of the last message on it, and what is not confirmed.
@@ -106,6 +108,12 @@ class RabbitMQ(Session):
             # A look gives back what it got: it must not be lost for having been looked at often.
             return {**arguments, "x-delivery-limit": -1}
         return arguments
+
+    def _on_blocked(self, reason: str) -> None:
+        self.is_blocked = True
+
+    def _on_unblocked(self) -> None:
+        self.is_blocked = False
 
     @property
     def buffered(self) -> bool:
@@ -397,16 +405,20 @@ class RabbitMQ(Session):
         awaited: dict[bytes, int],
         enough: Callable[[], bool] = lambda: True,
         declared: list[QueueState] | None = None,
+        over: Callable[[], bool] = lambda: False,
     ) -> None:
         """Read until the broker has answered with so many of these methods; what has come is counted down.
 
         Args:
             enough: whether what has come besides is enough.
+            over: whether nothing more is to be awaited.
             declared: the states of queues that were declared are added to it.
         """
         connection = self._connection.connection
         publishes_on = 0 if self._publishing_channel is None else self._publishing_channel.channel_id
-        while any(awaited.values()) or not enough():
+        patience = Patience(self.socket.gettimeout())
+        while (any(awaited.values()) or not enough()) and not over():
+            before = self._frames.consumed
             if channel is self._publishing_channel and not channel.is_open:
                 raise self._closed_with or ConnectionResetError("the channel was closed")
             frames = self.next_frames()
@@ -424,6 +436,7 @@ class RabbitMQ(Session):
                     self._window.confirm(*struct.unpack_from(">QB", payload, 4))
                 else:
                     left.append(frames[number])
+            patience.check(len(left) < len(frames) or self._frames.consumed > before)
             if left:
                 self.pass_on(left)
 
@@ -566,7 +579,8 @@ class RabbitMQ(Session):
         channel._callbacks[spec.Channel.Close] = partial(_let_close, channel)
         channel.send_method(spec.Channel.Close, "BsBB", (0, "", 0, 0))
         # What still comes is read and dropped here: nobody else has a use for it.
-        self._await(channel, {CLOSE_OK: 1})
+        # Of two who close a channel at the same time RabbitMQ may answer neither: its own word is enough.
+        self._await(channel, {CLOSE_OK: 1}, over=lambda: not channel.is_open)
         self._disown(channel.channel_id)
         if channel.is_open:
             channel.collect()

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import math
+import socket
+import time
 from functools import partial
 from typing import TYPE_CHECKING, Any, Callable, NamedTuple
 
@@ -19,7 +22,17 @@ if TYPE_CHECKING:
     from fastres.amqp.publishing import Publishing
     from fastres.amqp.window import Window
 
-__all__ = ("Browsed", "Busy", "QueueState", "Session", "all_up_to", "is_open", "make_delivery", "says_no_queue")
+__all__ = (
+    "Browsed",
+    "Busy",
+    "Patience",
+    "QueueState",
+    "Session",
+    "all_up_to",
+    "is_open",
+    "make_delivery",
+    "says_no_queue",
+)
 
 #: Called with deliveries to its consumers, in order.
 Receiver = Callable[[list["DeliveryProtocol"]], object]
@@ -51,6 +64,8 @@ class Session:
     confirms = False
     #: Whether a queue can have one active consumer, with others standing by.
     single_active_consumer = False
+    #: Whether it has said that it takes no messages for now, being short of memory or disk.
+    is_blocked = False
 
     #: Seconds of silence, twice, after which the broker takes us for gone, 0: never.
     heartbeat: float = 0
@@ -317,6 +332,25 @@ def all_up_to(tags: Sequence[Any], waiting: Iterable[Any]) -> Any:
 def says_no_queue(exc: Any) -> bool:
     """Whether a 404 means that there is no queue; otherwise the node that it is on is down."""
     return "no queue" in str(exc.reply_text) or "no exchange" in str(exc.reply_text)
+
+
+class Patience:
+    """Waits for an answer no longer than for so many seconds, None: for ever, since something of it has come.
+
+    A socket's own timeout is begun anew by everything that comes, the broker's heartbeats too.
+    """
+
+    def __init__(self, seconds: float | None) -> None:
+        self._seconds = math.inf if seconds is None else seconds
+        self._end = time.monotonic() + self._seconds
+
+    def check(self, progress: bool) -> None:
+        """Called when something has come. Raises: socket.timeout: no answer has, for too long."""
+        now = time.monotonic()
+        if progress:
+            self._end = now + self._seconds
+        elif now > self._end:
+            raise socket.timeout(f"no answer for {self._seconds:.1f} seconds")
 
 
 def is_open(channel: Any) -> bool:

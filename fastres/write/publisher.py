@@ -39,9 +39,9 @@ DECLARED_FOR = 60.0
 #: Bodies from this size, in bytes, are confirmed whatever the option says: it is how their refusal is noticed.
 LARGE = 1 << 20
 
-#: Seconds that the broker may take to take in a message and to confirm it: an alarm of its memory, or of its disk,
-#: holds all of them back until it is over.
-CONFIRMED = 300.0
+#: Seconds that the broker may take for it in all once it has said that an alarm of its memory, or of its disk,
+#: holds everything back.
+BLOCKED = 300.0
 
 #: Bytes of messages that may wait for their confirm on one connection.
 WINDOW_SIZE = 16 << 20
@@ -69,6 +69,7 @@ class Publisher:
             sent again when a connection breaks: up to ``window`` of them, or ``WINDOW_SIZE`` bytes, for each
             connection.
         window: see there.
+        confirm_timeout: seconds that the broker may take to take in a message and to confirm it.
         limit: how many connections the threads of this process may open.
     """
 
@@ -79,12 +80,14 @@ class Publisher:
         retry_policy: dict[str, Any],
         confirm: bool,
         window: int,
+        confirm_timeout: float,
         limit: int,
     ) -> None:
         self.connect = connect
         self.addresses = addresses
         self.confirm = confirm
         self.window = window
+        self.confirm_timeout = confirm_timeout
         self._retry_policy = retry_policy
         self._limit = limit
         self._gathered = threading.local()
@@ -333,7 +336,7 @@ class Writer:
         if self._session is None:
             establish(self.connection)
             self._session = session_of(self.connection)
-            self._session.limit(CONFIRMED)
+            self._session.limit(self._publisher.confirm_timeout)
         return self._session
 
     def drop(self) -> None:
@@ -464,13 +467,26 @@ class Writer:
         raise QueueGone(f"queue {left[0].routing_key!r} is deleted as often as it is declared")
 
     def _wait(self, session: Session, enough: Callable[[], bool]) -> None:
-        try:
-            session.wait_for_confirms(self.window, enough)
-        except socket.timeout as exc:
-            raise BrokerUnreachable(
-                f"the broker {session.uri} has not taken messages for {CONFIRMED:.0f} seconds: it stands still, "
-                "or an alarm (memory, disk) makes it wait"
-            ) from exc
+        start = time.monotonic()
+        while True:
+            try:
+                session.wait_for_confirms(self.window, enough)
+                return
+            except socket.timeout as exc:
+                seconds = time.monotonic() - start
+                if session.is_blocked and seconds < BLOCKED:
+                    continue
+                why = (
+                    "an alarm (memory, disk) makes it wait"
+                    if session.is_blocked
+                    else (
+                        "it stands still, or lacks something that it does not tell of: file handles, disk, a majority of "
+                        "its nodes"
+                    )
+                )
+                raise BrokerUnreachable(
+                    f"the broker {session.uri} has not taken messages for {seconds:.0f} seconds: {why}"
+                ) from exc
 
     def _is_due(self, address: Address) -> bool:
         """Whether a queue is to be declared, for the first time or again."""

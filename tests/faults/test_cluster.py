@@ -14,6 +14,9 @@ import fastres
 
 pytestmark = CUT_GREETINGS
 
+#: What RabbitMQ 3.10 says of a queue whose node is down; RabbitMQ 4 thinks for a minute before it says anything.
+DOWN = "down or inaccessible|has not answered|due to timeout"
+
 
 @pytest.fixture(scope="module")
 def nodes() -> Iterator[tuple[Node, Node]]:
@@ -29,7 +32,7 @@ def group_on(node: Node, make_app: MakeApp) -> GroupResult:
     return held
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(300)
 @pytest.mark.usefixtures("both")
 def test_the_node_of_a_queue_is_down(nodes: tuple[Node, Node], make_app: MakeApp) -> None:
     first, second = nodes[0].start(), nodes[1].start()
@@ -50,9 +53,9 @@ def test_the_node_of_a_queue_is_down(nodes: tuple[Node, Node], make_app: MakeApp
         lambda: impatient.AsyncResult(lone).state,
         lambda: store_group(impatient, there, range(1, 2), start=1),
     ):
-        with pytest.raises(fastres.BrokerUnreachable, match="down or inaccessible"):
+        with pytest.raises(fastres.BrokerUnreachable, match=DOWN):
             call()
-    with pytest.raises(fastres.ResultsMissing, match="down or inaccessible"):
+    with pytest.raises(fastres.ResultsMissing, match=DOWN):
         held_by(make_app(first.url), there).get(timeout=2)
     store_group(impatient, here, range(1, 3), start=1)
     threads[1].join(ENOUGH)

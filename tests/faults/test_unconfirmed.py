@@ -90,11 +90,9 @@ def test_nobody_publishes_any_more(alive: Node, make_app: MakeApp, own_broker: B
         assert held_by(make_app(alive.url), held).get(timeout=ENOUGH) == list(range(100))
 
 
-def test_a_broker_that_stands_still_fills_the_window(
-    alive: Node, make_app: MakeApp, own_broker: Broker, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("fastres.write.publisher.CONFIRMED", 1.0)
-    app = make_app(alive.url, result_backend_transport_options={**UNCONFIRMED, "confirm_window": 10})
+def test_a_broker_that_stands_still_fills_the_window(alive: Node, make_app: MakeApp, own_broker: Broker) -> None:
+    options = {**UNCONFIRMED, "confirm_window": 10, "confirm_timeout": 1}
+    app = make_app(alive.url, result_backend_transport_options=options)
     group_id = uuid()
     ids = member_ids(group_id, 100)
     store(app, ids[0], 0, group=group_id)

@@ -221,14 +221,14 @@ def test_shards(make_app: MakeApp, node: Node, broker: Broker) -> None:
     with JoinerProcess(node.url, result_backend_transport_options=options):
         names = [f"many-shards.chords.{number}" for number in range(4)]
         broker.wait_for_consumer(*names)
-        for number in range(20):
+        for number in range(40):
             unrun.send(2, number)
-        requests = unrun.requests(40)
+        requests = unrun.requests(80)
         finish(unrun, requests[::2])
-        until(lambda: sum(shard.open.count for shard in ask(app.backend, SECONDS) if shard.open) == 20, SECONDS)
+        until(lambda: sum(shard.open.count for shard in ask(app.backend, SECONDS) if shard.open) == 40, SECONDS)
         assert all(shard.open and shard.open.count for shard in ask(app.backend, SECONDS)), "all are used"
         finish(unrun, requests[1::2])
-        assert sorted(unrun.wait(20)) == [(number, [0, 1]) for number in range(20)]
+        assert sorted(unrun.wait(40)) == [(number, [0, 1]) for number in range(40)]
 
 
 def test_a_sender_with_fewer_shards_than_the_joiner(make_app: MakeApp, node: Node, broker: Broker) -> None:

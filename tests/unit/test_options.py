@@ -20,6 +20,7 @@ def test_defaults() -> None:
         "namespace": None,
         "confirm": True,
         "confirm_window": 1000,
+        "confirm_timeout": 60,
         "task_ids": "fastres",
         "take": "joins",
         "queue_type": "classic",
