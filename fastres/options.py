@@ -21,6 +21,7 @@ CHOICES = {
 }
 #: What ``retry_policy`` has.
 RETRY = ("max_retries", "interval_start", "interval_step", "interval_max", "timeout")
+NUMBER = (int, float)
 #: Names that begin with "amq." are the broker's; the names of queues end 255 bytes from here.
 NAMESPACE = re.compile(r"(?!amq\.)[\w.-]{1,100}", re.ASCII)
 
@@ -70,20 +71,18 @@ class Options:
         expected: dict[str, Any] = {
             "namespace": str, "confirm": bool, "task_ids": str, "take": str, "queue_type": str,
             "keep_chord_results": bool,
-            "confirm_window": int, "confirm_timeout": (int, float), "prefetch": int, "max_unpacked_size": int, "ssl": Mapping,
+            "confirm_window": int, "confirm_timeout": NUMBER, "prefetch": int,
+            "max_unpacked_size": int, "ssl": Mapping,
             "retry_policy": Mapping, "chord_shards": int, "chord_joiner": bool, "chord_renewal": int,
         }  # fmt: skip
         for name, kind in expected.items():
             value = getattr(self, name)
             if value is None and name in ("namespace", "ssl", "retry_policy"):
                 continue
-            number = kind in (int, (int, float))
+            number = kind in (int, NUMBER)
             if not isinstance(value, kind) or (number and (isinstance(value, bool) or value <= 0)):
-                what = (
-                    "a positive " + ("int" if kind is int else "number")
-                    if number
-                    else f"a {kind.__name__.lower()}"
-                )
+                what = {int: "a positive int", NUMBER: "a positive number"}.get(kind)
+                what = what or f"a {kind.__name__.lower()}"
                 raise ImproperlyConfigured(
                     f"result_backend_transport_options: {name} must be {what}, not {value!r}"
                 )

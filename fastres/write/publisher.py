@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from fastres.addresses import Address, Addresses
     from fastres.amqp.session import Session
+    from fastres.options import Options
 
 __all__ = ("Publisher",)
 
@@ -42,6 +43,9 @@ LARGE = 1 << 20
 #: Seconds that the broker may take for it in all once it has said that an alarm of its memory, or of its disk,
 #: holds everything back.
 BLOCKED = 300.0
+#: Why it may take longer.
+ALARM = "an alarm (memory, disk) makes it wait"
+SILENCE = "it stands still, or lacks something that it does not tell of: file handles, disk, most of its nodes"
 
 #: Bytes of messages that may wait for their confirm on one connection.
 WINDOW_SIZE = 16 << 20
@@ -65,11 +69,9 @@ class Publisher:
         addresses: the backend's addresses.
         retry_policy: ``max_retries``, ``interval_start``, ``interval_step``, ``interval_max``, and perhaps
             ``timeout`` (seconds).
-        confirm: wait for the broker's confirm of each message. Otherwise messages are kept until it has come, and
-            sent again when a connection breaks: up to ``window`` of them, or ``WINDOW_SIZE`` bytes, for each
-            connection.
-        window: see there.
-        confirm_timeout: seconds that the broker may take to take in a message and to confirm it.
+        options: of the backend. With ``confirm`` each message waits for the broker's confirm; otherwise messages
+            are kept until it has come, and sent again when a connection breaks: up to ``confirm_window`` of them,
+            or ``WINDOW_SIZE`` bytes, for each connection.
         limit: how many connections the threads of this process may open.
     """
 
@@ -78,16 +80,14 @@ class Publisher:
         connect: Callable[[], Any],
         addresses: Addresses,
         retry_policy: dict[str, Any],
-        confirm: bool,
-        window: int,
-        confirm_timeout: float,
+        options: Options,
         limit: int,
     ) -> None:
         self.connect = connect
         self.addresses = addresses
-        self.confirm = confirm
-        self.window = window
-        self.confirm_timeout = confirm_timeout
+        self.confirm = options.confirm
+        self.window = options.confirm_window
+        self.confirm_timeout = options.confirm_timeout
         self._retry_policy = retry_policy
         self._limit = limit
         self._gathered = threading.local()
@@ -476,14 +476,7 @@ class Writer:
                 seconds = time.monotonic() - start
                 if session.is_blocked and seconds < BLOCKED:
                     continue
-                why = (
-                    "an alarm (memory, disk) makes it wait"
-                    if session.is_blocked
-                    else (
-                        "it stands still, or lacks something that it does not tell of: file handles, disk, a majority of "
-                        "its nodes"
-                    )
-                )
+                why = ALARM if session.is_blocked else SILENCE
                 raise BrokerUnreachable(
                     f"the broker {session.uri} has not taken messages for {seconds:.0f} seconds: {why}"
                 ) from exc
