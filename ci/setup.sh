@@ -52,6 +52,15 @@ setup_venv() {
     "$python" -m venv --clear "$venv" || die "The virtual environment $venv could not be made: see above"
 }
 
+# python_of VERSION: the path of such a Python on this machine, if there is one.
+python_of() {
+    local python
+    for python in "python$1" "${PYENV_ROOT:-$HOME/.pyenv}/versions/$1".*/bin/python; do
+        # A shim of pyenv may be of a version that is not switched on.
+        ! "$python" -c "" 2>/dev/null || { command -v "$python"; return; }
+    done
+}
+
 setup_compiler() {
     local header='import os, sysconfig; print(os.path.join(sysconfig.get_path("include"), "Python.h"))'
     command -v cc >/dev/null && [ -f "$("$venv/bin/python" -c "$header")" ] && return

@@ -14,6 +14,7 @@ __all__ = (
     "Error",
     "MalformedEvent",
     "MalformedResult",
+    "MessageRefused",
     "OversizedResult",
     "QueueGone",
     "ResultTooLarge",
@@ -45,6 +46,10 @@ class ConsumerTimeout(Error, amqp.exceptions.PreconditionFailed):  # type: ignor
 
 class QueueGone(Error, OperationalError):  # type: ignore[misc]
     """A queue is deleted as often as it is declared."""
+
+
+class MessageRefused(Error, amqp.exceptions.MessageNacked):  # type: ignore[misc]
+    """The broker has refused to keep a message."""
 
 
 class ResultsMissing(Error, TimeoutError):  # type: ignore[misc]

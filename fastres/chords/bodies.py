@@ -29,6 +29,7 @@ from fastres.amqp.publishing import Publishing
 from fastres.chords.events import JSON, REFERENCE, UTF8, Part, pack_part, unpack_part, unpack_plan
 from fastres.chords.lazy import HeaderResults, wants_reference
 from fastres.chords.reducer import id_of
+from fastres.chords.tracing import continued
 from fastres.compression import unpack
 
 if TYPE_CHECKING:
@@ -375,6 +376,7 @@ def _as_part(chord: Chord) -> Iterator[None]:
     )  # fmt: skip
     _task_stack.push(SimpleNamespace(name="celery.chord", request=request, add_trail=lambda result: result))
     try:
-        yield
+        with continued(request.headers or {}):
+            yield
     finally:
         _task_stack.pop()

@@ -159,7 +159,9 @@ class Joiner:
         return [Shard(self, session, number) for number in range(self.backend.options.chord_shards)]
 
     def _serve(self, shards: list[Shard]) -> None:
-        options, expires = self.backend.options, self.backend.expires
+        options, expires = self.backend.options, self._app.conf.get("result_chord_expires")
+        if expires is None:
+            expires = self.backend.expires
         next_round, next_long_round = 0.0, time.monotonic() + LONG_ROUND
         while not self._stopping.is_set() or self._is_notifying():
             # What came while a commit was waited for needs no reading.

@@ -10,7 +10,7 @@ import time
 from typing import TYPE_CHECKING, Any, Callable, TypeVar
 from weakref import WeakSet
 
-from amqp.exceptions import MessageNacked, NotFound, PreconditionFailed
+from amqp.exceptions import NotFound, PreconditionFailed
 from kombu.utils.functional import retry_over_time
 from kombu.utils.uuid import uuid
 
@@ -19,7 +19,7 @@ from fastres.amqp.publishing import Message, Publishing
 from fastres.amqp.rabbitmq import session_of
 from fastres.amqp.session import says_no_queue
 from fastres.amqp.window import Window
-from fastres.errors import BrokerUnreachable, QueueGone, ResultTooLarge, refusal
+from fastres.errors import BrokerUnreachable, MessageRefused, QueueGone, ResultTooLarge, refusal
 from fastres.logs import logger
 
 if TYPE_CHECKING:
@@ -324,6 +324,8 @@ class Writer:
         self.errors: tuple[type[BaseException], ...] = self.connection.connection_errors
         #: What the broker says no with, to an operation that has come to its end.
         self.refusals: tuple[type[Exception], ...] = self.connection.channel_errors
+        #: The same, and what is made of it.
+        self.verdicts: tuple[type[Exception], ...] = (*self.refusals, ResultTooLarge, QueueGone, MessageRefused)
         #: What is not confirmed, and when the last of it was sent, on the monotonic clock.
         self.window = Window(publisher.window, WINDOW_SIZE)
         self.published_at = 0.0
@@ -412,7 +414,7 @@ class Writer:
             try:
                 window.doubtful.popleft()
                 self._send_and_wait(session, [publishing])
-            except (*self.refusals, ResultTooLarge, QueueGone, MessageNacked) as exc:
+            except self.verdicts as exc:
                 if isinstance(exc, NotFound) and not says_no_queue(exc):
                     window.doubtful.appendleft(publishing)
                     raise
@@ -438,7 +440,7 @@ class Writer:
 
         Raises:
             fastres.errors.ResultTooLarge: the broker does not take a message of this size.
-            amqp.exceptions.MessageNacked: the broker has refused a message.
+            fastres.MessageRefused: the broker has refused a message.
             fastres.QueueGone: there is no queue for a message, although it was declared twice.
         """
         window, left = self.window, publishings
@@ -459,7 +461,10 @@ class Writer:
             if not came_back:
                 return
             if any(publishing in came_back for publishing in refused):
-                raise MessageNacked(f"the broker has refused a message to {came_back[0].routing_key!r}")
+                raise MessageRefused(
+                    f"the broker {session.uri} has refused a message to {came_back[0].routing_key!r}: the queue "
+                    "is full (a policy with max-length and reject-publish), or not there on enough nodes"
+                )
             left = came_back
             for publishing in left:
                 self._declared.pop(publishing.routing_key, None)

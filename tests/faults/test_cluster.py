@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
+import os
+import random
+import time
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from backend_kit import CUT_GREETINGS, ENOUGH, MakeApp, group_of, held_by, in_thread, new_ids, store, store_group
+from backend_kit import (
+    CUT_GREETINGS,
+    ENOUGH,
+    Broker,
+    MakeApp,
+    group_of,
+    held_by,
+    in_thread,
+    new_ids,
+    store,
+    store_group,
+)
+from celery import uuid
 from celery.result import GroupResult
+from chord_kit import Unrun, begun, finish, results_of
 from rabbitmq_node import Node
+from workers import JoinerProcess
 
 import fastres
 
@@ -66,3 +83,53 @@ def test_the_node_of_a_queue_is_down(nodes: tuple[Node, Node], make_app: MakeApp
         thread.join(90)
     assert got["there"] == [0, 1, 2]
     assert app.AsyncResult(lone).get(timeout=ENOUGH) == "there"
+
+
+# -- three nodes, everything on quorum queues
+
+#: How often a node is killed, and how many chords of ten there are each time, with one of so many parts.
+KILLS = int(os.environ.get("FASTRES_KILLS", "2"))
+CHORDS, LARGE = 40, 500
+
+
+@pytest.fixture(scope="module")
+def three() -> Iterator[list[Node]]:
+    # Nodes that join one after the other: two at once may form a cluster of their own.
+    with Node() as first, Node(peer=first) as second, Node(peer=first) as third:
+        yield [first, second, third]
+
+
+@pytest.mark.timeout(300 + 60 * KILLS)
+def test_a_killed_node_of_three_loses_nothing(three: list[Node], make_app: MakeApp) -> None:
+    """No result, no part, no body, and no body is sent twice."""
+    options = {"queue_type": "quorum", "namespace": uuid()}
+    urls = ";".join(node.url for node in three)
+    moments = random.Random(4)
+    app = make_app(urls, result_backend_transport_options=options)
+    reader = make_app(urls, result_backend_transport_options=options)
+    with JoinerProcess(urls, result_backend_transport_options=options):
+        for _ in range(KILLS):
+            broker = Broker(three[0].url)
+            unrun = Unrun(app, broker, {"x-queue-type": "quorum"})
+            sizes = [10] * CHORDS + [LARGE]
+            requests = begun(unrun, sizes)
+            held = group_of(app, 1000)
+            victim = moments.choice(three[1:])
+
+            def work(unrun: Unrun = unrun, requests: Any = requests, held: GroupResult = held) -> None:
+                store_group(app, held)
+                finish(unrun, requests)
+
+            working = in_thread(work)
+            time.sleep(moments.uniform(0.2, 4.0))
+            victim.kill()
+            time.sleep(moments.uniform(0, 5))
+            victim.start()
+            working.join(120)
+            assert not working.is_alive()
+            found = unrun.wait(len(sizes), 90)
+            assert sorted(found) == results_of(sizes)
+            assert held_by(reader, held).get(timeout=60) == list(range(1000))
+            time.sleep(1)
+            assert unrun.called() == []
+            broker.close()

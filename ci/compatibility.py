@@ -1,0 +1,92 @@
+"""What the suite says on each broker, Python and Celery of ci/matrix: docs/compatibility.md, or the same printed.
+
+Fails when a test failed that `tests/compatibility.toml` has no reason for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+from xml.etree import ElementTree
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).parent.parent
+REPORT = ROOT / "docs" / "compatibility.md"
+KNOWN = ROOT / "tests" / "compatibility.toml"
+HEAD = """\
+# Compatibility
+
+What the test suite (units, parity, integration, faults) says on other brokers, Pythons and Celerys: written by
+`ci/matrix --report`, which runs it there. `-quorum` is with `queue_type="quorum"` in every application.
+
+| run | RabbitMQ | Python | Celery | kombu | py-amqp | passed | failed | skipped |
+| --- | --- | --- | --- | --- | --- | --- | --- | --- |
+"""
+
+
+class Run(NamedTuple):
+    """A row of the matrix."""
+
+    name: str
+    versions: dict[str, str]
+    passed: int
+    skipped: int
+    #: Names of tests.
+    failed: list[str]
+
+
+def read(place: Path) -> Run:
+    versions = json.loads(place.read_text())
+    passed = skipped = 0
+    failed: dict[str, None] = {}
+    for case in ElementTree.parse(place.with_suffix(".xml")).iter("testcase"):
+        name = f"{case.get('classname', '').rpartition('.')[2]}::{case.get('name')}"
+        if case.find("failure") is not None or case.find("error") is not None:
+            failed[name] = None
+        elif case.find("skipped") is not None:
+            skipped += 1
+        else:
+            passed += 1
+    return Run(place.stem, versions, passed, skipped, list(failed))
+
+
+def reason_of(known: list[dict[str, Any]], run: Run, test: str) -> str | None:
+    """Why a test may fail in a run, None: it may not."""
+    for entry in known:
+        if re.fullmatch(entry["run"], run.name) and re.fullmatch(entry["test"], test):
+            return str(entry["reason"])
+    return None
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--report", action="store_true", help="write docs/compatibility.md")
+    parser.add_argument("place", type=Path, help="the folder with the runs")
+    given = parser.parse_args()
+    known = tomllib.loads(KNOWN.read_text())["known"]
+    text, reasons, unknown = HEAD, "", 0
+    for run in map(read, sorted(given.place.glob("*.json"))):
+        of = [run.versions[name] for name in ("rabbitmq", "python", "celery", "kombu", "amqp")]
+        text += f"| {run.name} | {' | '.join(of)} | {run.passed} | {len(run.failed)} | {run.skipped} |\n"
+        for test in run.failed:
+            reason = reason_of(known, run, test)
+            unknown += reason is None
+            reasons += f"- {run.name}: `{test}`: {reason or '**not explained**'}\n"
+    text += f"\n## What failed\n\n{reasons or 'Nothing.'}".rstrip() + "\n"
+    print(text)
+    if given.report:
+        REPORT.parent.mkdir(exist_ok=True)
+        REPORT.write_text(text)
+    return 1 if unknown else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

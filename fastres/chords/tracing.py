@@ -1,0 +1,43 @@
+"""What is sent for a chord continues the trace of its last part: OpenTelemetry's and Sentry's, where used."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from typing import TYPE_CHECKING, Any
+
+from fastres.logs import logger
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+__all__ = ("continued",)
+
+
+@contextlib.contextmanager
+def continued(headers: Mapping[str, Any]) -> Iterator[None]:
+    """What is sent in here continues the trace that a task's headers name.
+
+    The worker of the task is another process: its span has ended, and is known by its headers alone.
+    """
+    with contextlib.ExitStack() as stack:
+        for module, enter in (("opentelemetry.propagate", _opentelemetry), ("sentry_sdk", _sentry)):
+            # Who has not imported it does not trace.
+            if module in sys.modules:
+                try:
+                    enter(sys.modules[module], stack, headers)
+                except Exception as exc:
+                    logger.debug("The trace of a chord's part is not continued: %r", exc)
+        yield
+
+
+def _opentelemetry(propagate: Any, stack: contextlib.ExitStack, headers: Mapping[str, Any]) -> None:
+    context: Any = sys.modules["opentelemetry.context"]
+    token = context.attach(propagate.extract(headers))
+    stack.callback(context.detach, token)
+
+
+def _sentry(sentry_sdk: Any, stack: contextlib.ExitStack, headers: Mapping[str, Any]) -> None:
+    if "sentry-trace" in headers:
+        scope = stack.enter_context(sentry_sdk.isolation_scope())
+        scope.generate_propagation_context(headers)
