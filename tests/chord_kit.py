@@ -52,15 +52,14 @@ class Unrun:
     What becomes of them is done by hand; how often a body was sent, and with what, is counted exactly.
     """
 
-    def __init__(self, app: Celery, broker: Broker, arguments: dict[str, Any] | None = None) -> None:
-        """``arguments``: what the two queues are declared with."""
+    def __init__(self, app: Celery, broker: Broker) -> None:
         self._app = app
         self._broker = broker
         self.task = nobodys_task(app)
         name = uuid()
         self.header, self.bodies = f"header-{name}", f"bodies-{name}"
         for queue in (self.header, self.bodies):
-            broker.channel().queue_declare(queue, durable=True, auto_delete=False, arguments=arguments)
+            broker.channel().queue_declare(queue, durable=True, auto_delete=False)
 
     def send(self, count: int, name: Any = "body", **options: Any) -> Any:
         """Send a chord of so many tasks; its body is known by ``name``. Returns the body's result."""

@@ -108,15 +108,16 @@ def test_a_killed_node_of_three_loses_nothing(three: list[Node], make_app: MakeA
     app = make_app(urls, result_backend_transport_options=options)
     reader = make_app(urls, result_backend_transport_options=options)
     with JoinerProcess(urls, result_backend_transport_options=options):
+        broker = Broker(three[0].url)
+        # Its queues are on the first node, which lives.
+        unrun = Unrun(app, broker)
         for _ in range(KILLS):
-            broker = Broker(three[0].url)
-            unrun = Unrun(app, broker, {"x-queue-type": "quorum"})
             sizes = [10] * CHORDS + [LARGE]
             requests = begun(unrun, sizes)
             held = group_of(app, 1000)
             victim = moments.choice(three[1:])
 
-            def work(unrun: Unrun = unrun, requests: Any = requests, held: GroupResult = held) -> None:
+            def work(requests: Any = requests, held: GroupResult = held) -> None:
                 store_group(app, held)
                 finish(unrun, requests)
 
@@ -132,4 +133,4 @@ def test_a_killed_node_of_three_loses_nothing(three: list[Node], make_app: MakeA
             assert held_by(reader, held).get(timeout=60) == list(range(1000))
             time.sleep(1)
             assert unrun.called() == []
-            broker.close()
+        broker.close()
