@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 #: Seconds to wait for what was stored.
 PATIENCE = 5.0
+#: How many results are stored to see whether they stay, and for how many seconds they are watched.
+PROBES, PROBED = 20, 2.0
 
 
 @click.group(name="fastres")
@@ -206,6 +208,8 @@ def examine(app: Any, check: Checkup) -> None:
         if isinstance(session, RabbitMQ) and backend.joiner is not None:
             _tell_of_permissions(backend, connection, check)
         _examine_results(backend, check)
+        if isinstance(session, RabbitMQ) and backend.joiner is not None:
+            _examine_policies(backend, session, check)
         _tell_of_chords(backend, session, check)
 
 
@@ -225,6 +229,26 @@ def _examine_results(backend: Any, check: Checkup) -> None:
     with check.step("join", may) as say:
         _store(backend, second)
         say(f"2 results, {_milliseconds(lambda: list(backend.get_many([first, second], timeout=PATIENCE)))}")
+
+
+def _examine_policies(backend: Any, session: Session, check: Checkup) -> None:
+    """Whether results stay where they are. AMQP does not tell of policies: those that act later are not seen."""
+    kin = ids.new_kin()
+    members = [ids.new_id(kin, ids.Kind.MEMBER) for _ in range(PROBES)]
+    address = backend.addresses.result(members[0])
+    with check.step("policies", "a policy limits the queues of results: see docs/brokers.md") as say:
+        for task_id in members:
+            _store(backend, task_id)
+        time.sleep(PROBED)
+        session.hand_back()
+        state = session.inspect(address.name)
+        left = 0 if state is None else state.messages
+        session.drop(address.name)
+        if left < PROBES:
+            raise package.ResultsGone(
+                f"of {PROBES} results {left} are left after {PROBED:.0f} s: max-length, message-ttl or expires"
+            )
+        say(f"{PROBES} results are there after {PROBED:.0f} s")
 
 
 def _store(backend: Any, task_id: str) -> None:

@@ -367,11 +367,13 @@ def _filled(tree: list[Any], of: Callable[[str], Any]) -> list[Any]:
 @contextlib.contextmanager
 def _as_part(chord: Chord) -> Iterator[None]:
     """What is published in here comes from the part that came last, which Celery makes the parent of the body."""
+    context = dict(chord.context)
+    custom = context.pop("custom", None)
     request = Context(
         {
-            "correlation_id": chord.last, "delivery_info": {}, **(chord.context.get("headers") or {}),
-            **chord.context, "id": chord.last, "root_id": chord.root or chord.last, "group": chord.id,
-            "chord": None, "called_directly": False, "is_eager": False,
+            **(custom or {}), "correlation_id": chord.last, "delivery_info": {}, "headers": custom, **context,
+            "id": chord.last, "root_id": chord.root or chord.last, "group": chord.id, "chord": None,
+            "called_directly": False, "is_eager": False,
         }
     )  # fmt: skip
     _task_stack.push(SimpleNamespace(name="celery.chord", request=request, add_trail=lambda result: result))

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 from zlib import crc32
 
 import msgspec
 from celery import states
 from celery._state import get_current_task
+from celery.app.task import Context
 from celery.canvas import _regen
 from celery.exceptions import ImproperlyConfigured
 from celery.result import GroupResult
@@ -47,6 +47,8 @@ __all__ = ("Log", "shard_of")
 #: The header of a body's signature that says which shard its chord is joined in: sender and workers may differ in
 #: how many there are.
 SHARD = "fastres-shard"
+#: What a request of Celery has.
+CELERYS = frozenset((*vars(Context), "argsrepr", "compression", "kwargsrepr", "lang", "on_failure", "task"))
 #: Chords that were begun, and of which the size is not known yet.
 BEGUN = 10_000
 
@@ -202,14 +204,15 @@ def context_of(request: Any) -> dict[str, Any]:
     priority = (request.delivery_info or {}).get("priority")
     if priority is not None:
         context["delivery_info"] = {"priority": priority}
-    for name in ("headers", "stamps", "stamped_headers", "origin"):
-        value = getattr(request, name, None)
-        if not value:
-            continue
-        if isinstance(value, Mapping):
-            value = {str(key): each for key, each in value.items() if _is_json(each)}
-        if value and _is_json(value):
-            context[name] = value
+    # A client's own headers are beside Celery's; SDKs put theirs into one that is named "headers" too.
+    custom = {key: value for key, value in vars(request).items() if key not in CELERYS}
+    for name, value in (("custom", custom), ("headers", request.headers), ("stamps", request.stamps)):
+        if value and (name != "headers" or value != custom):
+            shown = {str(key): each for key, each in value.items() if _is_json(each)}
+            if shown:
+                context[name] = shown
+    if request.stamped_headers and _is_json(request.stamped_headers):
+        context["stamped_headers"] = request.stamped_headers
     return context
 
 

@@ -39,5 +39,7 @@ def _opentelemetry(propagate: Any, stack: contextlib.ExitStack, headers: Mapping
 
 def _sentry(sentry_sdk: Any, stack: contextlib.ExitStack, headers: Mapping[str, Any]) -> None:
     if "sentry-trace" in headers:
-        scope = stack.enter_context(sentry_sdk.isolation_scope())
-        scope.generate_propagation_context(headers)
+        stack.enter_context(sentry_sdk.isolation_scope())
+        # Sentry gives headers to what is sent in a transaction, and to nothing else.
+        transaction = sentry_sdk.continue_trace(headers, op="queue.task.celery", name="celery.chord")
+        stack.enter_context(sentry_sdk.start_transaction(transaction))

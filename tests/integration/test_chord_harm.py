@@ -12,7 +12,20 @@ from backend_kit import Broker, MakeApp, until
 from celery import Celery, chord, group, uuid
 from celery.exceptions import ChordError
 from chord_kit import Unrun, finish
-from proj import BROKEN, add, big, broken, chord_errback, echo, numbered, tenanted, tsum, unprintable, unsent
+from proj import (
+    BROKEN,
+    add,
+    big,
+    broken,
+    chord_errback,
+    echo,
+    numbered,
+    tenanted,
+    traced,
+    tsum,
+    unprintable,
+    unsent,
+)
 from rabbitmq_node import Node, Redis
 from workers import JoinerProcess, Worker, adds
 
@@ -213,3 +226,16 @@ def test_the_body_is_sent_from_the_request_of_the_last_part(node: Node, redis: R
             assert body["cid"] in parts
             got.append({"tenant": body["tenant"], "sent_by": body["sent_by"] == body["hostname"]})
     assert got == [{"tenant": "shop", "sent_by": True}] * 2
+
+
+@pytest.mark.parametrize(("sdk", "place"), [("opentelemetry", 0), ("sentry", 1)])
+def test_the_body_is_in_the_trace_of_its_header(node: Node, redis: Redis, sdk: str, place: int) -> None:
+    trace = uuid().replace("-", "")
+    of_sentry = {"sentry-trace": f"{trace}-{trace[:16]}-1"}
+    of_all = {"traceparent": f"00-{trace}-{trace[:16]}-01"}
+    headers = {"opentelemetry": of_all, "sentry": {**of_sentry, "headers": of_sentry}}[sdk]
+    for backend in ("fastres://", redis.url):
+        with Worker(node.url, backend, pool="solo", traced_by=sdk) as worker, worker.client():
+            header = [traced.s().set(headers=headers) for _ in range(2)]
+            result = chord(header)(traced.s())
+            assert result.get(timeout=SECONDS, follow_parents=False)[place] == trace, backend

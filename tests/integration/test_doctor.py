@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import subprocess
@@ -57,6 +58,7 @@ def test_a_backend_that_works(vhost: str, tmp_path: Path) -> None:
         "ok store",
         "ok look",
         "ok join             2 results",
+        "ok policies         20 results are there after 2 s",
         "ok chords           0 workers or joiners at fastres.chords.0",
         "The result backend works.",
     ):
@@ -137,6 +139,23 @@ def test_results_that_never_expire_are_warned_of(node: Node, tmp_path: Path) -> 
     code, said = doctor(tmp_path, node.url, conf="{'result_expires': None}")
     assert code == 0
     assert "warn result_expires" in said
+
+
+@pytest.mark.parametrize(
+    ("policy", "text"),
+    [
+        ({"max-length": 5}, "of 20 results 5 are left"),
+        ({"message-ttl": 500}, "of 20 results 0 are left"),
+        ({"max-length": 5, "overflow": "reject-publish"}, "has refused a message"),
+    ],
+)
+def test_policies_that_eat_results(node: Node, vhost: str, tmp_path: Path, policy: Any, text: str) -> None:
+    node.ctl("set_policy", "-p", vhost.rpartition("/")[2], "all", ".*", json.dumps(policy))
+    code, said = doctor(tmp_path, vhost)
+    assert code == 1
+    assert "FAIL policies" in said
+    assert text in said
+    assert "docs/brokers.md" in said
 
 
 @pytest.mark.parametrize("command", ["status", "joiner"])
