@@ -15,6 +15,7 @@ __all__ = (
     "MalformedEvent",
     "MalformedResult",
     "MessageRefused",
+    "NewerEvent",
     "OversizedResult",
     "QueueGone",
     "ResultTooLarge",
@@ -70,6 +71,10 @@ class MalformedResult(Error, DecodeError):  # type: ignore[misc]
 
 class MalformedEvent(Error, DecodeError):  # type: ignore[misc]
     """A message in the log of the chords that is no event of a chord."""
+
+
+class NewerEvent(Error):
+    """A message in the log of the chords that a newer fastres has written."""
 
 
 class OversizedResult(Error, DecodeError):  # type: ignore[misc]

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import msgspec
 from celery import states
 
-from fastres.errors import MalformedEvent
+from fastres.errors import MalformedEvent, NewerEvent
 
 __all__ = (
     "REFERENCE",
@@ -40,6 +40,9 @@ __all__ = (
 CONTENT_TYPE = "application/x-fastres-chord"
 #: The delivery mode of events: on disk too.
 PERSISTENT = 2
+
+#: The highest version of events that this one reads.
+VERSION = 1
 
 JSON = "application/json"
 UTF8 = "utf-8"
@@ -74,6 +77,8 @@ class Event(msgspec.Struct, omit_defaults=True, gc=False):
     mark: str = ""
     #: A queue to which the joiner is to tell its open chords.
     ask: str = ""
+    #: Which joiners understand it: those that know this number, or a higher one.
+    version: int = 1
 
 
 class Part(NamedTuple):
@@ -167,12 +172,18 @@ def read_event(body: Any) -> tuple[Event, bytes]:
 
     Raises:
         MalformedEvent: these bytes are no event, or their lengths do not add up.
+        NewerEvent: a newer fastres has written it.
     """
     head, _, rest = bytes(body).partition(b"\n")
     try:
         event = _event.decode(head)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
         raise MalformedEvent(f"not an event of a chord: {exc}") from exc
+    if event.version > VERSION:
+        raise NewerEvent(
+            f"an event of chord {event.chord} has version {event.version}, and this fastres knows {VERSION}: it "
+            "is left to the joiners of newer workers; upgrade this one"
+        )
     if event.part and not event.parts and not event.plan:
         return event, rest
     length, shortest = event.plan, event.plan

@@ -21,7 +21,7 @@ from fastres.chords.bodies import USERS, Bodies, BodyProducer, Failed
 from fastres.chords.forks import busy
 from fastres.chords.reducer import LARGE
 from fastres.chords.shard import Shard, Where, refusal_of
-from fastres.errors import Error
+from fastres.errors import Error, NewerEvent
 from fastres.logs import logger
 from fastres.write.publisher import SIZE_LIMIT
 
@@ -129,6 +129,10 @@ class Joiner:
                     logger.warning("The joiner of chords reads again at %s", self._connection.as_uri())
                 retry = FIRST_RETRY
                 self._serve(shards)
+            except NewerEvent as exc:
+                # Nothing is acknowledged: the next joiner in the line gets it.
+                logger.error("The joiner of chords leaves them to others: %s", exc)
+                retry = LONGEST_RETRY
             except Exception as exc:
                 self._complain(exc)
             finally:

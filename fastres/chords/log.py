@@ -202,7 +202,7 @@ def context_of(request: Any) -> dict[str, Any]:
     if request.correlation_id and request.correlation_id != request.id:
         context["correlation_id"] = request.correlation_id
     priority = (request.delivery_info or {}).get("priority")
-    if priority is not None:
+    if priority:
         context["delivery_info"] = {"priority": priority}
     # A client's own headers are beside Celery's; SDKs put theirs into one that is named "headers" too.
     custom = {key: value for key, value in vars(request).items() if key not in CELERYS}

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from kombu.utils.uuid import uuid
 
 from fastres.chords.events import REFERENCE, Event, place_of, read_event, write_event
+from fastres.errors import NewerEvent
 from fastres.ids import compact, expand
 
 if TYPE_CHECKING:
@@ -169,11 +170,16 @@ class Reducer:
         self._marks = map("{}.{}".format, repeat(uuid()), count())
 
     def feed(self, deliveries: Iterable[Delivery], now: float) -> None:
-        """Learn what messages say; ``now`` is the monotonic clock."""
+        """Learn what messages say; ``now`` is the monotonic clock.
+
+        Raises: fastres.errors.NewerEvent: all of it is for another joiner.
+        """
         chords = self.chords
         for delivery in deliveries:
             try:
                 event, rest = read_event(delivery.body)
+            except NewerEvent:
+                raise
             except Exception as exc:
                 self.refused.append((delivery, exc))
                 continue

@@ -162,10 +162,10 @@ class Shard:
     def work(self) -> bool:
         """Do what follows from what was received; whether anything was."""
         received, self.received = self.received, []
+        self.reducer.feed(received, time.monotonic())
         if received and not self._mark:
             self._mark = uuid()
             self._commit([self._publishing(write_event(Event(mark=self._mark)))], [])
-        self.reducer.feed(received, time.monotonic())
         self._answer()
         # Not before: a task that was added to a chord may be told of behind its last part.
         if self._caught_up and self.reducer.complete:

@@ -180,6 +180,30 @@ def test_a_body_that_no_queue_wants(joined: Unrun, make_app: MakeApp, options: A
     assert joined.wait(1) == [("body", [0, 1])]
 
 
+# -- joiners of other versions
+
+
+def test_an_event_of_a_newer_version_is_left_to_newer_joiners(
+    node: Node, broker: Broker, make_app: MakeApp, options: dict[str, Any], reports: Any
+) -> None:
+    app = make_app(result_backend_transport_options=options)
+    unrun = Unrun(app, broker)
+    finish(unrun, unrun.begin(2))
+    newer = b'{"version":99,"chord":"c","unheard":"of"}\n'
+    log = f"{options['namespace']}.chords.0"
+    broker.channel().basic_publish(amqp.Message(newer), "", log)
+    until(lambda: broker.messages(log) == 4)
+    with JoinerProcess(node.url, result_backend_transport_options=options) as joiner:
+        until(lambda: "leaves them to others" in joiner.log(), SECONDS)
+        until(lambda: broker.messages(log) == 4, SECONDS)
+        # The newer one has joined it meanwhile.
+        kept = [broker.channel().basic_get(log, no_ack=True).body for _ in range(4)]
+        for body in kept:
+            if body != newer:
+                broker.channel().basic_publish(amqp.Message(body), "", log)
+        assert unrun.wait(1) == [("body", [0, 1])]
+
+
 # -- compression, and sizes
 
 
