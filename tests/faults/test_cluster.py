@@ -32,7 +32,7 @@ import fastres
 pytestmark = CUT_GREETINGS
 
 #: What RabbitMQ 3.10 says of a queue whose node is down; RabbitMQ 4 thinks for a minute before it says anything.
-DOWN = "down or inaccessible|has not answered|due to timeout"
+DOWN = "down or inaccessible|has not answered|due to timeout|timed out"
 
 
 @pytest.fixture(scope="module")
@@ -50,14 +50,18 @@ def group_on(node: Node, make_app: MakeApp) -> GroupResult:
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.usefixtures("both")
-def test_the_node_of_a_queue_is_down(nodes: tuple[Node, Node], make_app: MakeApp) -> None:
+def test_the_node_of_a_queue_is_down(
+    nodes: tuple[Node, Node], make_app: MakeApp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fastres.amqp.browse.PATIENCE", 5.0)
     first, second = nodes[0].start(), nodes[1].start()
     here, there = group_on(first, make_app), group_on(second, make_app)
     lone = new_ids(1)[0]
     store(make_app(second.url), lone, "there")
     app = make_app(first.url)
-    impatient = make_app(first.url, result_backend_transport_options={"retry_policy": {"timeout": 1}})
+    impatient = make_app(
+        first.url, result_backend_transport_options={"retry_policy": {"timeout": 1}, "confirm_timeout": 5}
+    )
     got: dict[str, Any] = {}
 
     def wait(name: str, held: GroupResult) -> None:
