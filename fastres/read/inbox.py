@@ -138,8 +138,21 @@ class Inbox:
         )
         if answer is None:
             return False
+        for address in self.addresses:
+            self._check_consumers(consumer, address)
         self._found(answer)
         return True
+
+    def _check_consumers(self, consumer: Consumer, address: Address) -> None:
+        """What RabbitMQ does not say of a quorum queue when it is consumed from.
+
+        Raises: Busy: there are two consumers that want to be the only one, or none: while another connection has
+            the queue made, it forgets whoever consumes.
+        """
+        if address.is_quorum:
+            state = consumer.session.inspect(address.name)
+            if state is None or not state.consumers or (self._exclusive and state.consumers > 1):
+                raise Busy(address.name)
 
     def _found(self, states: list[QueueState]) -> None:
         """Called with what was in the queues when they were opened."""
@@ -197,11 +210,7 @@ class Inbox:
         consumer.session.consume(
             consumer.channel, address.name, tag, consumer.receive, consumer.on_cancel, self._exclusive
         )
-        if self._exclusive and address.is_quorum:
-            # There are no exclusive consumers: of two who came at once neither is the only one.
-            now = consumer.session.inspect(address.name)
-            if now is not None and now.consumers > 1:
-                raise Busy(address.name)
+        self._check_consumers(consumer, address)
         return state
 
     def _reopen(self, session: Session) -> None:

@@ -37,6 +37,8 @@ SNAPSHOTS = 16
 FIRST, MORE = 2, 2
 #: Seconds before each look at a queue that somebody may hold: more than a wait holds it for, see feed.HOLD.
 PAUSES = (0.0, 0.002, 0.005, 0.01, 0.02, 0.03)
+#: How often the messages of a quorum queue are counted.
+COUNTED = 4
 #: Seconds after all of them in which a queue is read without another attempt: a wait keeps holding its messages.
 NO_RETRY = 0.25
 #: How often a queue is looked at that is empty, and that nobody consumes from: another look may be at it.
@@ -159,7 +161,9 @@ class Looks:
         if state is None or (snapshot.count or 0) > LARGE:
             return True
         if not snapshot.metas:
-            return not state.consumers and attempt + 1 >= EMPTY
+            # What others put back into a quorum queue is there a little later.
+            last = len(PAUSES) if snapshot.address.is_quorum else EMPTY
+            return not state.consumers and attempt + 1 >= last
         # Whoever holds messages holds the first ones.
         return bool(before) and before.issubset(snapshot.metas)
 
@@ -255,7 +259,7 @@ class Looks:
             arrivals, _ = self._decoder.decode_all([found for found in self.read(address) if found.keep])
             count = len({task_id for _, task_id, meta in arrivals if meta.get("group_id") == group_id})
         else:
-            count = count_all(address, partial(self._messages, address.name))
+            count = count_all(address, partial(self._messages, address))
         # While somebody reads the queue its messages are out of it, but what has come does not go.
         most: int = max(count, self._progress.get(group_id, 0))
         self._progress[group_id] = most
@@ -289,9 +293,14 @@ class Looks:
     def _browse(self, asked: Sequence[tuple[str, int]]) -> list[Browsed | None]:
         return self._publisher.run(lambda writer: writer.connect().browse(asked))
 
-    def _messages(self, name: str) -> int:
-        (browsed,) = self._browse([(name, 0)])
-        return 0 if browsed is None else browsed.state.messages
+    def _messages(self, address: Address) -> int:
+        most = 0
+        # What is put back into a quorum queue is counted a little later.
+        for pause in PAUSES[:COUNTED] if address.is_quorum else PAUSES[:1]:
+            time.sleep(pause)
+            (browsed,) = self._browse([(address.name, 0)])
+            most = max(most, 0 if browsed is None else browsed.state.messages)
+        return most
 
     def _browse_all(self, name: str, count: int) -> Browsed | None:
         """All messages of a queue, which stay there, when ``count`` were expected.

@@ -43,6 +43,9 @@ LARGE = 1 << 20
 #: Seconds that the broker may take for it in all once it has said that an alarm of its memory, or of its disk,
 #: holds everything back.
 BLOCKED = 300.0
+#: Seconds after each time that a quorum queue has refused a message, which may be because it is not yet made.
+MADE = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
+
 #: Why it may take longer.
 ALARM = "an alarm (memory, disk) makes it wait"
 SILENCE = "it stands still, or lacks something that it does not tell of: file handles, disk, most of its nodes"
@@ -444,13 +447,16 @@ class Writer:
             fastres.QueueGone: there is no queue for a message, although it was declared twice.
         """
         window, left = self.window, publishings
+        returned = 0
+        # A quorum queue refuses what comes while another connection has it made.
+        pauses = iter(MADE if any(each.address and each.address.is_quorum for each in left) else ())
         # A queue may have been deleted or have expired since this connection declared it: the broker then returns
         # the message, and it is sent again to a new one.
-        for _ in range(2):
+        while returned < 2:
             try:
                 self._send(session, left)
                 self._wait(session, lambda: not window.unconfirmed)
-                refused = list(window.doubtful)
+                refused = set(map(id, window.doubtful))
             except PreconditionFailed as exc:
                 limit = SIZE_LIMIT.search(exc.reply_text or "")
                 if limit is None or len(publishings) > 1:
@@ -460,12 +466,17 @@ class Writer:
                 came_back = window.withdraw(left)
             if not came_back:
                 return
-            if any(publishing in came_back for publishing in refused):
-                raise MessageRefused(
-                    f"the broker {session.uri} has refused a message to {came_back[0].routing_key!r}: the queue "
-                    "is full (a policy with max-length and reject-publish), or not there on enough nodes"
-                )
             left = came_back
+            if not refused.isdisjoint(map(id, came_back)):
+                pause = next(pauses, None)
+                if pause is None:
+                    raise MessageRefused(
+                        f"the broker {session.uri} has refused a message to {left[0].routing_key!r}: the queue is "
+                        "full (a policy with max-length and reject-publish), or not there on enough nodes"
+                    )
+                time.sleep(pause)
+                continue
+            returned += 1
             for publishing in left:
                 self._declared.pop(publishing.routing_key, None)
             window.taken_again(left)
