@@ -382,6 +382,9 @@ class RabbitMQ(Session):
             with contextlib.suppress(OSError):
                 sock.settimeout(before)
 
+    def within(self, seconds: float) -> contextlib.AbstractContextManager[None]:
+        return self.patiently(min(seconds, self.socket.gettimeout() or seconds))
+
     def limit(self, seconds: float) -> None:
         self.socket.settimeout(seconds)
 

@@ -206,6 +206,10 @@ class Session:
         """Wait no longer than so many seconds for what the broker says next: else ``socket.timeout``."""
         return contextlib.nullcontext()
 
+    def within(self, seconds: float) -> contextlib.AbstractContextManager[None]:
+        """The same, where it is not to be less anyway."""
+        return contextlib.nullcontext()
+
     def limit(self, seconds: float) -> None:
         """The same from now on, and for what is written."""
 

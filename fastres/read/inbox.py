@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from operator import itemgetter
 from random import random
@@ -31,6 +32,8 @@ __all__ = ("Context", "Inbox")
 TURN = 0.1
 #: Seconds between two attempts to read what the broker has refused.
 REFUSED = 1.0
+#: Seconds that the broker may take to let a queue be read, and until it is asked again if that was too long.
+OPENING, SUSPENDED = 10.0, 20.0
 #: Queues of which it is remembered how many results were taken.
 REMEMBERED = 1000
 #: What a result came with.
@@ -83,6 +86,8 @@ class Inbox:
         self.due: float | None = None
         #: Why it is not open, None: it is, or there is no connection.
         self.refused: Exception | None = None
+        #: Until when it is not opened, on the monotonic clock.
+        self._suspended_until = 0.0
         self._exclusive = exclusive
         self._prefetch = prefetch
 
@@ -90,10 +95,23 @@ class Inbox:
         """Subscribe. What the broker refuses is no error of who uses the session just now: see :attr:`refused`."""
         if self.consumer is not None and self.consumer.session is session:
             return
+        now = time.monotonic()
+        if now < self._suspended_until:
+            self.due = self._suspended_until
+            return
         before, self.refused = self.refused, None
         self.due = None
         try:
-            self._open(session)
+            with session.within(OPENING):
+                self._open(session)
+        except socket.timeout as exc:
+            # RabbitMQ 4 says nothing for a minute of a queue whose node is down. The connection is left, and the
+            # others who read over it are to be served by the next one.
+            if time.monotonic() - now > OPENING / 2:
+                self.consumer = None
+                self._suspended_until = self.due = time.monotonic() + SUSPENDED
+                self.refused = exc
+            raise
         except session.channel_errors as exc:
             self._leave()
             self.refused = refusal(exc, session.uri)
