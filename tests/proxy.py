@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 HOST = "127.0.0.1"
 #: On close the kernel sends a reset instead of what is still to be sent: the network is gone.
 RESET = struct.pack("ii", 1, 0)
+#: AMQP's frame of it.
+HEARTBEAT = b"\x08\0\0\0\0\0\0\xce"
 
 
 class Proxy:
@@ -35,6 +37,7 @@ class Proxy:
         self._flowing = threading.Event()
         self._flowing.set()
         self._open: set[socket.socket] = set()
+        self._clients: set[socket.socket] = set()
         self._threads: list[threading.Thread] = []
         self._refusing = False
 
@@ -66,9 +69,17 @@ class Proxy:
         if refusing:
             self.cut()
 
-    def stall(self) -> None:
-        """Forward nothing any more, and say nothing: connections hang."""
+    def stall(self, heartbeats: bool = False) -> None:
+        """Forward nothing any more, and say nothing, or that the broker lives: connections hang."""
         self._flowing.clear()
+        if heartbeats:
+            self._run(self._beat)
+
+    def _beat(self) -> None:
+        while not self._flowing.wait(0.1):
+            for client in list(self._clients & self._open):
+                with contextlib.suppress(OSError):
+                    client.sendall(HEARTBEAT)
 
     def resume(self) -> None:
         self._flowing.set()
@@ -93,6 +104,7 @@ class Proxy:
                     continue
                 limit = self._cuts.pop(0) if self._cuts else None
                 self._open |= {client, server}
+                self._clients.add(client)
                 self._run(self._forward, client, server, self.asked, None)
                 self._run(self._forward, server, client, self.answered, limit)
 

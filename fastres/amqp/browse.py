@@ -158,7 +158,7 @@ class Browser:
 
     def _read(self, slots: list[Slot]) -> None:
         by_channel = {slot.channel.channel_id: slot for slot in slots}
-        patience = Patience(PATIENCE)
+        patience: Patience | None = None
         while any(not slot.is_answered() for slot in slots):
             others: list[Frame] = []
             answered, got = False, sum(len(slot.deliveries) for slot in slots)
@@ -168,7 +168,12 @@ class Browser:
                     others.append((kind, channel_id, payload))
                 else:
                     answered = True
-            patience.check(answered or sum(len(slot.deliveries) for slot in slots) > got)
+            if answered or sum(len(slot.deliveries) for slot in slots) > got:
+                patience = None
+            elif patience is None:
+                patience = Patience(PATIENCE)
+            else:
+                patience.check()
             if others:
                 self._native.pass_on(others)
             # What a refused channel answers with.

@@ -44,7 +44,8 @@ PLENTY, EACH = 1 << 18, 200
 LONGEST_GATHER, GATHER_FOR_EACH = 0.05, 5e-5
 FEW = 50
 #: Seconds after which a broker that does not answer is taken to be gone, and how far over a deadline that may go.
-PATIENCE = 30.0
+#: Less than there are between two heartbeats with Celery's ``broker_heartbeat``: each begins py-amqp's waits anew.
+PATIENCE = 25.0
 LENIENCE = 0.2
 #: Seconds for a broker to agree to the end of a connection.
 GOODBYE = 1.0

@@ -419,7 +419,7 @@ class RabbitMQ(Session):
         """
         connection = self._connection.connection
         publishes_on = 0 if self._publishing_channel is None else self._publishing_channel.channel_id
-        patience = Patience(self.socket.gettimeout())
+        patience: Patience | None = None
         while (any(awaited.values()) or not enough()) and not over():
             before = self._frames.consumed
             if channel is self._publishing_channel and not channel.is_open:
@@ -439,7 +439,12 @@ class RabbitMQ(Session):
                     self._window.confirm(*struct.unpack_from(">QB", payload, 4))
                 else:
                     left.append(frames[number])
-            patience.check(len(left) < len(frames) or self._frames.consumed > before)
+            if len(left) < len(frames) or self._frames.consumed > before:
+                patience = None
+            elif patience is None:
+                patience = Patience(self.socket.gettimeout())
+            else:
+                patience.check()
             if left:
                 self.pass_on(left)
 

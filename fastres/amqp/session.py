@@ -339,7 +339,7 @@ def says_no_queue(exc: Any) -> bool:
 
 
 class Patience:
-    """Waits for an answer no longer than for so many seconds, None: for ever, since something of it has come.
+    """Waits for an answer no longer than for so many seconds from now, None: for ever.
 
     A socket's own timeout is begun anew by everything that comes, the broker's heartbeats too.
     """
@@ -348,12 +348,9 @@ class Patience:
         self._seconds = math.inf if seconds is None else seconds
         self._end = time.monotonic() + self._seconds
 
-    def check(self, progress: bool) -> None:
-        """Called when something has come. Raises: socket.timeout: no answer has, for too long."""
-        now = time.monotonic()
-        if progress:
-            self._end = now + self._seconds
-        elif now > self._end:
+    def check(self) -> None:
+        """Called when something else has come. Raises: socket.timeout: no answer has, for too long."""
+        if time.monotonic() > self._end:
             raise socket.timeout(f"no answer for {self._seconds:.1f} seconds")
 
 

@@ -294,10 +294,12 @@ class Publisher:
             writer.drop()
             return next(intervals)
 
+        # To kombu a timeout of 0 is none.
+        retries = 0 if policy.get("timeout") == 0 else policy["max_retries"]
         try:
             return retry_over_time(  # type: ignore[no-any-return]
                 attempt, writer.errors, errback=on_error,
-                max_retries=policy["max_retries"], interval_start=policy["interval_start"],
+                max_retries=retries, interval_start=policy["interval_start"],
                 interval_step=policy["interval_step"], interval_max=policy["interval_max"],
                 timeout=policy.get("timeout"),
             )  # fmt: skip

@@ -31,6 +31,8 @@ from proxy import Proxy
 from rabbitmq_node import Node
 from workers import client, start_python
 
+import fastres
+
 SECONDS = 60
 
 Start = Callable[..., "Future[Any]"]
@@ -284,6 +286,31 @@ def test_a_wait_that_subscribed_ends_at_its_timeout_when_the_network_stalls(
         proxy.stall()
         threading.Timer(6, proxy.resume).start()  # a wait that hangs ends then, late
         wait.result(SECONDS)
+
+
+def test_heartbeats_are_no_answer(alive: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of them would begin the timeout of a socket anew."""
+    monkeypatch.setattr("fastres.amqp.browse.PATIENCE", 1.0)
+    options = {"confirm_timeout": 1, "retry_policy": {"max_retries": 0}}
+    with Proxy(alive.port) as proxy, client(proxy.url, result_backend_transport_options=options) as app:
+        lone = app.AsyncResult(*page_ids(1))
+        store(app, lone.id, 1)
+        assert lone.state == "SUCCESS"
+        for call in (
+            lambda: store(app, *page_ids(1), 2),
+            lambda: app.AsyncResult(*page_ids(1)).state,
+        ):
+            # Over a connection that is there.
+            app.AsyncResult(*page_ids(1)).ready()
+            proxy.stall(heartbeats=True)
+            start = time.monotonic()
+            try:
+                with pytest.raises(fastres.BrokerUnreachable):
+                    call()
+                assert time.monotonic() - start < 5
+            finally:
+                proxy.resume()
+        store(app, lone.id, 1)
 
 
 # -- queues
