@@ -84,6 +84,8 @@ class Joiner:
         self._refused: dict[str, str] = {}
         #: Chords that have failed, each time that they were sent, and whether their errbacks have been told.
         self._notified: dict[tuple[str, str], bool] = {}
+        #: Shards, and events to be written into them again.
+        self._unwritten: deque[tuple[str, list[bytes]]] = deque()
         #: Those whose body has come back: there was no queue for it.
         self._unrouted: set[tuple[str, str]] = set()
         #: What is to be told, and how many threads tell.
@@ -176,6 +178,7 @@ class Joiner:
                 worked = [shard.work() for shard in shards]
                 if time.monotonic() >= next_round:
                     next_round = time.monotonic() + ROUND
+                    self._write_back()
                     for shard in shards:
                         shard.look_after(options.chord_renewal, expires)
                     if self._connection.heartbeat:
@@ -291,7 +294,19 @@ class Joiner:
             notify()
 
     def put_back(self, name: str, bodies: list[bytes]) -> None:
-        self.backend.chords.put_back(name, bodies)
+        # First: whatever goes wrong now, they are in no queue any more.
+        self._unwritten.append((name, bodies))
+        self._write_back()
+
+    def _write_back(self) -> None:
+        """Publish the events that are held in memory only; those that the broker does not take are kept."""
+        while self._unwritten:
+            try:
+                self.backend.chords.put_back(*self._unwritten[0])
+            except Exception as exc:
+                logger.error("Events of chords could not be written into the log again, and are kept: %r", exc)
+                return
+            self._unwritten.popleft()
 
     def may_be_routed(self, chord: Chord) -> bool:
         key = chord.id, chord.run

@@ -91,7 +91,7 @@ class Caller(Protocol):
         """A chord has fired."""
 
     def put_back(self, name: str, bodies: list[bytes]) -> None:
-        """Write events into a shard whose broker has acknowledged them, and not done what they were for."""
+        """Publish events to a shard again that the broker has acknowledged although it refused the body."""
 
     def may_be_routed(self, chord: Chord) -> bool:
         """There was no queue for a body: whether to try once more, with its queues declared anew."""
@@ -261,8 +261,9 @@ class Shard:
                 else:
                     # Which of them it refused shows when each is sent by itself.
                     self._joiner.refusing.add(where)
-                for chord in chords:
-                    self._joiner.put_back(self.name, self.reducer.snapshot(chord))
+                self._joiner.put_back(
+                    self.name, [body for chord in chords for body in self.reducer.snapshot(chord)]
+                )
             raise
         self._joiner.firing = []
         returned, self._returned = self._returned, set()

@@ -29,6 +29,7 @@ from proj import (
 from rabbitmq_node import Node, Redis
 from workers import JoinerProcess, Worker, adds
 
+import fastres
 from fastres.chords.status import ask
 
 SECONDS = 20
@@ -158,6 +159,34 @@ def test_a_body_whose_queue_is_full(joined: Unrun, broker: Broker, make_app: Mak
             app.AsyncResult(requests[0].chord.id).get(timeout=SECONDS)
     assert joined.wait(3) == [(number, [0, 1]) for number in range(3)]
     until(lambda: all(shard.open and not shard.open.count for shard in ask(app.backend, 5)), SECONDS)
+
+
+def test_the_broker_is_away_when_parts_are_to_be_written_again(
+    node: Node, broker: Broker, make_app: MakeApp, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are in no queue then: the joiner keeps them until it can."""
+    app, full = make_app(result_backend_transport_options=options), full_queue(broker)
+    broker.channel().queue_bind(full, "amq.direct", full)
+    put_back, refusals = app.backend.chords.put_back, [fastres.BrokerUnreachable("away")] * 2
+
+    def fail_at_first(*args: Any) -> None:
+        if refusals:
+            raise refusals.pop()
+        put_back(*args)
+
+    monkeypatch.setattr(app.backend.chords, "put_back", fail_at_first)
+    unrun = Unrun(app, broker)
+    # The joiner of this process knows the signature of its function.
+    unrun.task.typing = False
+    requests = unrun.begin(3, queue=None, exchange="amq.direct", routing_key=full)
+    app.backend.joiner.start()
+    try:
+        finish(unrun, requests)
+        with pytest.raises(ChordError, match="The broker refused the message"):
+            app.AsyncResult(requests[0].chord.id).get(timeout=SECONDS)
+        assert not refusals
+    finally:
+        app.backend.joiner.stop()
 
 
 def test_a_body_whose_queue_is_gone_gets_it_back(joined: Unrun, broker: Broker) -> None:
