@@ -5,7 +5,6 @@ One class for each alias: ``SharedQueues`` of ``fastres://``, ``Mailbox`` of ``f
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING, Any, Union
 
 from celery import states
@@ -194,15 +193,11 @@ class Mailbox:
 
     def _read(self) -> None:
         """Read what has come until now."""
-        self._replies.add(self.address)
+        address, link = self.address, self.reader.link
+        self._replies.add(address)
         # One question to the broker: when it has answered, what came before has been read too.
-        link = self.reader.link
-        link.call(partial(_inspect, self.address.name))
+        link.call(lambda session: session.inspect(address.name))
         link.read(0, lambda: False, None)
 
 
 Layout = Union[SharedQueues, Mailbox]
-
-
-def _inspect(name: str, session: Any) -> Any:
-    return session.inspect(name)

@@ -142,6 +142,7 @@ class Joiner:
                     self._leave()
             self._stopping.wait(retry)
             retry = min(retry * 2, LONGEST_RETRY)
+        self._write_back()
 
     def _connect(self) -> list[Shard]:
         connector = self.backend.connector

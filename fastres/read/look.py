@@ -148,7 +148,10 @@ class Looks:
             for unreadable in (results.unreadable, on_the_way.unreadable):
                 if task_id in unreadable:
                     raise unreadable[task_id]
-        return None if meta is None else {key: value for key, value in meta.items() if key != SENT_AT}
+        if meta is not None and SENT_AT in meta:
+            # Ours: it orders the states of a quorum queue.
+            return {key: value for key, value in meta.items() if key != SENT_AT}
+        return meta
 
     @staticmethod
     def _stays(meta: Meta) -> bool:

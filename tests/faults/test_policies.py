@@ -18,6 +18,7 @@ from rabbitmq_node import Node
 from workers import Worker
 
 import fastres
+from fastres.chords.status import ask
 
 SetPolicy = Callable[..., None]
 
@@ -129,7 +130,9 @@ def test_dropped_events_of_the_log_leave_chords_open(own_node: Node, make_app: M
     unrun = Unrun(app, broker)
     finish(unrun, unrun.begin(6))
     app.backend.joiner.start()
-    time.sleep(1)
-    assert unrun.called() == []
-    app.backend.joiner.stop()
+    try:
+        until(lambda: (shard := ask(app.backend, ENOUGH)[0]).open and shard.open.count == 1)
+        assert unrun.called() == []
+    finally:
+        app.backend.joiner.stop()
     broker.close()
