@@ -96,19 +96,20 @@ class AMQPBackend(Waiting, Celery31, Backend):  # type: ignore[misc]
         if (kwargs.get("max_cached_results") or conf.result_cache_max) == -1:
             self._cache = LRUCache(limit=CACHED)
         self._connection = connection
+        self.connector = Connector(app, self.url, connection, self.options)
+        is_quorum = self.options.queue_type == "quorum" and self.connector.is_amqp
         self.addresses = Addresses(
             self.options.namespace,
             getattr(exchange, "name", exchange) or conf.result_exchange,
             exchange_type or getattr(exchange, "type", None) or conf.result_exchange_type,
             self.expires,
-            self.options.queue_type,
+            "quorum" if is_quorum else "classic",
             self.Queue,
             self.Exchange,
         )
         self.exchange = self.addresses.exchange
         # An attribute of the class in Celery 3.1, which subclasses may set.
         self.retry_policy = {**self.retry_policy, **(self.options.retry_policy or {})}  # type: ignore[misc]
-        self.connector = Connector(app, self.url, connection, self.options)
         self._publisher = Publisher(
             self.connector.open, self.addresses, self.retry_policy, self.options, conf.broker_pool_limit or 10
         )

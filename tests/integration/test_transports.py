@@ -58,6 +58,15 @@ def test_a_lone_task(app: Celery) -> None:
     assert result.state == "SUCCESS"
 
 
+def test_quorum_queues_are_rabbitmqs_alone() -> None:
+    with (
+        client("memory://", result_backend_transport_options={"queue_type": "quorum"}) as app,
+        start_worker(app, pool="threads", concurrency=2, perform_ping_check=False, shutdown_timeout=20),
+    ):
+        assert add.delay(2, 3).get(timeout=SECONDS) == 5
+        assert group(add.s(number, 1) for number in range(10))().get(timeout=SECONDS) == list(range(1, 11))
+
+
 def test_a_lone_task_is_polled(app: Celery) -> None:
     result = add.delay(2, 3)
     until(result.ready, SECONDS)
