@@ -49,11 +49,11 @@ METHOD, FRAME_OVERHEAD = 1, 8
 #: The octet that ends it, and the frame of an acknowledgement.
 FRAME_END, ACKNOWLEDGEMENT = 0xCE, struct.Struct(">BHIHHQBB")
 #: How the methods begin that answers are awaited with.
-OPEN_OK, CLOSE_OK, DECLARE_OK, CONSUME_OK, ACK, COMMIT_OK = (
+OPEN_OK, CLOSE_OK, DECLARE_OK, CONSUME_OK, ACK, COMMIT_OK, QOS_OK = (
     struct.pack(">HH", *method)
     for method in (
         spec.Channel.OpenOk, spec.Channel.CloseOk, spec.Queue.DeclareOk, spec.Basic.ConsumeOk, spec.Basic.Ack,
-        spec.Tx.CommitOk,
+        spec.Tx.CommitOk, spec.Basic.QosOk,
     )
 )  # fmt: skip
 #: How RabbitMQ words that a queue has a reader who wants to be the only one; permissions have the same code.
@@ -200,6 +200,11 @@ class RabbitMQ(Session):
             if left:
                 transport._read_buffer = b"".join(_frame(*frame) for frame in left) + transport._read_buffer
 
+    def _declaring_channel(self) -> Any:
+        # py-amqp reads the answers, perhaps in the middle of what is being delivered.
+        self.hand_back()
+        return super()._declaring_channel()
+
     def hand_back(self) -> None:
         """Let py-amqp read on from here."""
         unused = self._frames.unused()
@@ -260,7 +265,6 @@ class RabbitMQ(Session):
     ) -> int:
         taken = self.browser.take(address.name, count, choose, delete and not address.is_quorum)
         if delete and taken and address.is_quorum:
-            self.hand_back()
             self._delete_unconditionally(address.name)
         return taken
 
@@ -478,11 +482,12 @@ class RabbitMQ(Session):
         consumers: Sequence[tuple[Any, str]],
         receiver: Receiver,
         on_cancel: Callable[[str], None],
+        prefetch: int = 0,
     ) -> list[QueueState] | None:
         """As in ``Session``, in as many round trips as there are ``PIPELINED`` queues in it."""
         if any(queue.exchange.name or queue.name in self._foreign for queue, _ in consumers):
             channel.open()
-            return super().subscribe(channel, consumers, receiver, on_cancel)
+            return super().subscribe(channel, consumers, receiver, on_cancel, prefetch)
         connection = self._connection.connection
         self._own(channel.channel_id)
         states: list[QueueState] = []
@@ -494,6 +499,9 @@ class RabbitMQ(Session):
                 frames.append(_method(channel, spec.Channel.Open, "s", ("",)))
                 awaited[OPEN_OK] = 1
                 channel.is_open = True
+            if prefetch and not start:
+                frames.append(_method(channel, spec.Basic.Qos, "lBb", (0, prefetch, False)))
+                awaited[QOS_OK] = 1
             for queue, tag in part:
                 self._register(channel, tag, receiver, on_cancel)
                 arguments = (0, queue.name, tag, False, False, False, False, None)
@@ -556,7 +564,6 @@ class RabbitMQ(Session):
 
     def answer(self, reply_to: str, body: bytes) -> None:
         """Send JSON to the queue of somebody who has asked for it, if that is still there."""
-        self.hand_back()
         self._declaring_channel().basic_publish(
             amqp.Message(body, content_type="application/json"), routing_key=reply_to
         )

@@ -183,12 +183,18 @@ class Session:
         consumers: Sequence[tuple[Any, str]],
         receiver: Receiver,
         on_cancel: Callable[[str], None],
+        prefetch: int = 0,
     ) -> list[QueueState] | None:
         """Declare queues, and consume from each with its consumer tag.
+
+        Args:
+            prefetch: messages that the broker sends ahead of their acknowledgement, to each; 0: what it likes.
 
         Returns: their states; None if that was too much at once: the channel is closed, and they are to be taken
         one by one.
         """
+        if prefetch:
+            self.prefetch(channel, prefetch)
         states = []
         for queue, tag in consumers:
             states.append(self.declare(queue))
@@ -219,10 +225,10 @@ class Session:
     def beat(self) -> None:
         """Let the broker know that we live."""
 
-    def unlimit(self, channel: Any, tags: Sequence[str]) -> None:
+    def unlimit(self, channel: Any, tags: Sequence[str], prefetch: int = 0) -> None:
         for tag in tags:
             channel.basic_cancel(tag)
-        channel.basic_qos(0, 0, False)
+        channel.basic_qos(0, prefetch, False)
 
     def leave(self, channel: Any, tags: Sequence[str], unacknowledged: Collection[Any]) -> None:
         if getattr(channel, "closed", False):

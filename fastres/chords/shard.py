@@ -129,6 +129,9 @@ class Shard:
         self._returned: set[tuple[str, str]] = set()
         self._channel.events["basic_return"].add(self._on_return)
         self._prefetch = prefetch or PREFETCH
+        if address.is_quorum:
+            # Without a limit RabbitMQ makes it 2,000 there.
+            self._prefetch = min(self._prefetch, LARGEST_PREFETCH)
         session.prefetch(self._channel, self._prefetch if self._prefetch <= LARGEST_PREFETCH else 0)
         session.declare(joiner.addresses.queue(address))
         if session.has_other_arguments(self.name):
@@ -336,7 +339,7 @@ class Shard:
             return
         self._replace(self.reducer.tighten())
         # So that this is not to be done again soon.
-        if self.reducer.count * 4 >= self._prefetch:
+        if self.reducer.count * 4 >= self._prefetch and self._prefetch != LARGEST_PREFETCH:
             self.wanted_prefetch = self._prefetch * 2
 
     def _publishing(self, body: bytes) -> Publishing:

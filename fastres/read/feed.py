@@ -307,6 +307,6 @@ class Feed(Inbox):
         """Messages that stay unacknowledged must not keep others from coming."""
         self._prefetch = 0
         if self.consumer is not None:
-            session.unlimit(self.consumer.channel, list(self.consumer.addresses))
+            session.unlimit(self.consumer.channel, list(self.consumer.addresses), self._sent_ahead)
             for address in self.addresses:
                 self._consume(self.consumer, address)

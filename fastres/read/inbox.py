@@ -34,6 +34,8 @@ TURN = 0.1
 REFUSED = 1.0
 #: Seconds that the broker may take to let a queue be read, and until it is asked again if that was too long.
 OPENING, SUSPENDED = 10.0, 20.0
+#: Messages that a quorum queue sends ahead of their acknowledgement, at most; RabbitMQ makes "all" 2,000 there.
+QUORUM_PREFETCH = 65_535
 #: Queues of which it is remembered how many results were taken.
 REMEMBERED = 1000
 #: What a result came with.
@@ -123,7 +125,7 @@ class Inbox:
         try:
             if self._exclusive or not self._subscribe(self._begin(session, session.unopened_channel())):
                 consumer = self._begin(session, session.channel())
-                session.prefetch(consumer.channel, self._prefetch)
+                session.prefetch(consumer.channel, self._sent_ahead)
                 self._found([self._consume(consumer, address) for address in self.addresses])
         except Busy as exc:
             # One reader at a time: results shared out between two would complete neither's join.
@@ -152,14 +154,24 @@ class Inbox:
         tags = [self.context.next_tag() for _ in queues]
         consumer.addresses.update(zip(tags, self.addresses))
         answer = consumer.session.subscribe(
-            consumer.channel, list(zip(queues, tags)), consumer.receive, consumer.on_cancel
+            consumer.channel, list(zip(queues, tags)), consumer.receive, consumer.on_cancel, self._sent_ahead
         )
         if answer is None:
             return False
-        for address in self.addresses:
+        for address, state in zip(self.addresses, answer):
             self._check_consumers(consumer, address)
+            # Nothing is acknowledged before all of it was read.
+            for _ in range(state.messages // QUORUM_PREFETCH if address.is_quorum else 0):
+                self._consume(consumer, address)
         self._found(answer)
         return True
+
+    @property
+    def _sent_ahead(self) -> int:
+        """Messages that the broker sends ahead of their acknowledgement, 0: all it has."""
+        if self._prefetch or not any(address.is_quorum for address in self.addresses):
+            return self._prefetch
+        return QUORUM_PREFETCH
 
     def _check_consumers(self, consumer: Consumer, address: Address) -> None:
         """What RabbitMQ does not say of a quorum queue when it is consumed from.

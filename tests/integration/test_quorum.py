@@ -199,3 +199,24 @@ def test_interrupted_members(app: Celery, other: Celery) -> None:
         store(other, task_id, number, group=group_id)
         assert app.AsyncResult(ids[number // 2]).state == "SUCCESS"
     assert [app.AsyncResult(task_id).get(timeout=ENOUGH) for task_id in ids[::7]] == list(range(30))[::7]
+
+
+@pytest.mark.usefixtures("both")
+def test_more_than_the_broker_sends_ahead_is_read_without_taking(app: Celery, other: Celery) -> None:
+    """A consumer without a limit is sent 2,000 messages of a quorum queue, and no more before it acknowledges."""
+    held = group_of(app, 5000)
+    store_group(other, held, range(5000))
+    for _ in range(2):
+        metas = dict(app.backend.get_many(ids_of(held), timeout=ENOUGH, no_ack=False))
+        assert [metas[task_id]["result"] for task_id in ids_of(held)] == list(range(5000))
+
+
+@pytest.mark.usefixtures("both")
+@pytest.mark.parametrize("size", [131_072, 1_000_000])
+def test_large_results(app: Celery, other: Celery, size: int) -> None:
+    """They come in the middle of the question how many consumers there are."""
+    task_ids = [*page_ids(2), *new_ids(2)]
+    for task_id in task_ids:
+        store(other, task_id, "x" * size)
+    for task_id in task_ids:
+        assert app.AsyncResult(task_id).get(timeout=ENOUGH) == "x" * size
