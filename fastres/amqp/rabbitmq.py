@@ -296,6 +296,14 @@ class RabbitMQ(Session):
         """Whether a queue that was declared is there with other arguments."""
         return name in self._foreign
 
+    def is_there_as(self, queue: Any) -> bool:
+        """Whether a queue is there with just these arguments."""
+        try:
+            super().declare(queue)
+        except PreconditionFailed:
+            return False
+        return True
+
     def publish(self, publishings: Sequence[Publishing], queues: Sequence[Any], window: Window) -> None:
         """As in ``Session``: messages and declarations are one write, the answers to the latter are waited for.
 

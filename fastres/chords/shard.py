@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -128,17 +129,20 @@ class Shard:
         #: Exchanges and routing keys of what came back since the last commit: there is no queue.
         self._returned: set[tuple[str, str]] = set()
         self._channel.events["basic_return"].add(self._on_return)
+        session.declare(joiner.addresses.queue(address))
+        if session.has_other_arguments(self.name):
+            # One that was made with another queue_type is as good.
+            address = replace(address, is_quorum=not address.is_quorum)
+            if not session.is_there_as(joiner.addresses.queue(address)):
+                raise RuntimeError(
+                    f"queue {self.name!r} is there without x-single-active-consumer, and cannot be read by one "
+                    "joiner at a time: stop the workers, delete it, and start them again"
+                )
         self._prefetch = prefetch or PREFETCH
         if address.is_quorum:
             # Without a limit RabbitMQ makes it 2,000 there.
             self._prefetch = min(self._prefetch, LARGEST_PREFETCH)
         session.prefetch(self._channel, self._prefetch if self._prefetch <= LARGEST_PREFETCH else 0)
-        session.declare(joiner.addresses.queue(address))
-        if session.has_other_arguments(self.name):
-            raise RuntimeError(
-                f"queue {self.name!r} is there without x-single-active-consumer, and cannot be read by one joiner "
-                "at a time: stop the workers, delete it, and start them again"
-            )
         self._tag = f"fastres-joiner-{number}"
         session.consume(self._channel, self.name, self._tag, self._receive, self._on_cancel)
 

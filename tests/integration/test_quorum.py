@@ -191,6 +191,25 @@ def test_chords_in_the_log_outlive_their_joiners(node: Node, tmp_path: Any) -> N
         broker.close()
 
 
+@pytest.mark.parametrize("types", [("classic", "quorum"), ("quorum", "classic")], ids="-to-".join)
+def test_the_type_is_changed_while_chords_are_open(node: Node, types: tuple[str, str]) -> None:
+    from chord_kit import Unrun, finish
+    from workers import JoinerProcess, client
+
+    before, after = ({"queue_type": kind, "namespace": "changed" + types[0]} for kind in types)
+    with (
+        contextlib.closing(Broker(node.url)) as broker,
+        client(node.url, result_backend_transport_options=before) as app,
+        client(node.url, result_backend_transport_options=after) as changed,
+    ):
+        unrun = Unrun(app, broker)
+        requests = unrun.begin(3)
+        finish(unrun, requests[:2])
+        with JoinerProcess(node.url, result_backend_transport_options=after):
+            finish(Unrun(changed, broker), requests[2:])
+            assert unrun.wait(1) == [("body", [0, 1, 2])]
+
+
 def test_interrupted_members(app: Celery, other: Celery) -> None:
     """Each member by itself, as a dashboard does, while others come."""
     group_id = uuid()
