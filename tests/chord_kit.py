@@ -16,6 +16,7 @@ from celery import Celery, chord, uuid
 from celery.app.task import Context
 
 from fastres._impl import Delivery
+from fastres.addresses import Address
 from fastres.chords.bodies import Publishing
 from fastres.chords.events import Event, Part, Plan, pack_part, pack_plan, write_event
 from fastres.chords.reducer import LARGE, Chord
@@ -201,8 +202,8 @@ class Lab:
         self.commits: list[bool | None] = []
         self.ends = 0
         self.addresses = SimpleNamespace(
-            chords=lambda number: SimpleNamespace(name=f"log.{number}"),
-            refused=lambda: SimpleNamespace(name="refused"),
+            chords=lambda number: Address(f"log.{number}", is_log=True),
+            refused=lambda: Address("refused"),
             queue=lambda address: address,
         )
         self.reported: list[tuple[Any, ...]] = []
