@@ -240,7 +240,6 @@ def _examine_policies(backend: Any, session: Session, check: Checkup) -> None:
         for task_id in members:
             _store(backend, task_id)
         time.sleep(PROBED)
-        session.hand_back()
         state = session.inspect(address.name)
         left = 0 if state is None else state.messages
         session.drop(address.name)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from fastres.amqp.window import Window
 
 __all__ = (
+    "LARGEST_PREFETCH",
     "Browsed",
     "Busy",
     "Patience",
@@ -34,6 +35,8 @@ __all__ = (
     "says_no_queue",
 )
 
+#: The largest number of messages that a consumer can ask to be sent ahead of their acknowledgement.
+LARGEST_PREFETCH = 65_535
 #: Called with deliveries to its consumers, in order.
 Receiver = Callable[[list["DeliveryProtocol"]], object]
 

@@ -206,7 +206,6 @@ class Joiner:
         active = [number for number, shard in enumerate(shards) if shard.active]
         if not active:
             return
-        self._session.hand_back()
         states = [self._session.inspect(shard.name) for shard in shards]
         joiners = max((state.consumers for state in states if state is not None), default=1)
         for number in active[math.ceil(len(shards) / max(joiners, 1)) :]:

@@ -12,7 +12,7 @@ import msgspec
 from kombu.utils.uuid import uuid
 
 from fastres.amqp.publishing import Publishing
-from fastres.amqp.session import all_up_to
+from fastres.amqp.session import LARGEST_PREFETCH, all_up_to
 from fastres.chords.bodies import Failed
 from fastres.chords.events import CONTENT_TYPE, PERSISTENT, Event, write_event
 from fastres.chords.reducer import Reducer
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 __all__ = ("Shard", "refusal_of")
 
 #: Messages that the broker sends ahead of their acknowledgement; more when that many are needed to hold the open
-#: chords. A larger number than the largest does not fit into the protocol's field: no limit.
-PREFETCH, LARGEST_PREFETCH = 20_000, 65_535
+#: chords, without a limit in the end.
+PREFETCH = 20_000
 #: Bytes, and messages, that one commit publishes: RabbitMQ 4.3 takes 10,000 (``channel_tx_message_max``).
 COMMIT, COMMITTED = 1 << 24, 5_000
 #: How RabbitMQ words that it has done a part of a commit.
@@ -214,7 +214,6 @@ class Shard:
 
     def _refused_queue(self) -> Address:
         address = self._joiner.addresses.refused()
-        self._session.hand_back()
         self._session.declare(self._joiner.addresses.queue(address))
         return address
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from kombu.utils.functional import LRUCache
 
 from fastres.amqp.consumer import Consumer
-from fastres.amqp.session import Busy
+from fastres.amqp.session import LARGEST_PREFETCH, Busy
 from fastres.errors import AccessRefused, refusal
 from fastres.logs import logger
 
@@ -34,8 +34,6 @@ TURN = 0.1
 REFUSED = 1.0
 #: Seconds that the broker may take to let a queue be read, and until it is asked again if that was too long.
 OPENING, SUSPENDED = 10.0, 20.0
-#: Messages that a quorum queue sends ahead of their acknowledgement, at most; RabbitMQ makes "all" 2,000 there.
-QUORUM_PREFETCH = 65_535
 #: Queues of which it is remembered how many results were taken.
 REMEMBERED = 1000
 #: What a result came with.
@@ -161,7 +159,7 @@ class Inbox:
         for address, state in zip(self.addresses, answer):
             self._check_consumers(consumer, address)
             # Nothing is acknowledged before all of it was read.
-            for _ in range(state.messages // QUORUM_PREFETCH if address.is_quorum else 0):
+            for _ in range(state.messages // LARGEST_PREFETCH if address.is_quorum else 0):
                 self._consume(consumer, address)
         self._found(answer)
         return True
@@ -171,7 +169,8 @@ class Inbox:
         """Messages that the broker sends ahead of their acknowledgement, 0: all it has."""
         if self._prefetch or not any(address.is_quorum for address in self.addresses):
             return self._prefetch
-        return QUORUM_PREFETCH
+        # Without a limit RabbitMQ sends 2,000 messages of a quorum queue.
+        return LARGEST_PREFETCH
 
     def _check_consumers(self, consumer: Consumer, address: Address) -> None:
         """What RabbitMQ does not say of a quorum queue when it is consumed from.

@@ -230,6 +230,15 @@ def test_more_than_the_broker_sends_ahead_is_read_without_taking(app: Celery, ot
         assert [metas[task_id]["result"] for task_id in ids_of(held)] == list(range(5000))
 
 
+def test_more_than_a_consumer_may_be_sent_is_read_without_taking(make_app: MakeApp, broker: Broker) -> None:
+    """More consumers come: 65,535 is the largest number that AMQP has for one."""
+    app = make_app(result_backend_transport_options=QUORUM)
+    held = group_of(app, 70_000)
+    store_group(make_app(result_backend_transport_options={**QUORUM, "confirm": False}), held, range(70_000))
+    until(lambda: broker.messages(queue_of(held.id)) == 70_000, 60)
+    assert len(dict(app.backend.get_many(ids_of(held), timeout=60, no_ack=False))) == 70_000
+
+
 @pytest.mark.usefixtures("both")
 @pytest.mark.parametrize("size", [131_072, 1_000_000])
 def test_large_results(app: Celery, other: Celery, size: int) -> None:
