@@ -193,7 +193,9 @@ class Lab:
     channel_errors = (ChannelError,)
     since = 0.0
 
-    def __init__(self) -> None:
+    def __init__(self, acknowledges_first: bool = False) -> None:
+        #: As LavinMQ: a commit that is False has acknowledged, and published nothing.
+        self.acknowledges_first = acknowledges_first
         self.log = Log()
         #: Chords that were fired, each time, with their parts.
         self.fired: list[tuple[str, dict[str, bytes]]] = []
@@ -314,8 +316,9 @@ class Lab:
     def commit(self, channel: Any) -> None:
         how = self.commits.pop(0) if self.commits else None
         posted, self._posted, tags, self._tags = self._posted, [], self._tags, []
-        if how is not False:
+        if how is not False or self.acknowledges_first:
             self.log.acknowledge(tags)
+        if how is not False:
             for publishing in posted:
                 if publishing.routing_key == "bodies":
                     self.fired.append(publishing.message.of)

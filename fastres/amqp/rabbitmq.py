@@ -94,7 +94,13 @@ class RabbitMQ(Session):
 
     @property
     def single_active_consumer(self) -> bool:  # type: ignore[override]
-        return self._is_from(*SINGLE_ACTIVE)
+        return self._is_from(*SINGLE_ACTIVE) or self.acknowledges_first
+
+    @property
+    def acknowledges_first(self) -> bool:
+        """Whether a commit acknowledges before it publishes: what is between the two is lost with the broker."""
+        # LavinMQ 2: its documentation on transactions says so.
+        return bool(self._connection.connection.server_properties.get("product") == "LavinMQ")
 
     def _is_from(self, *version: int) -> bool:
         """Whether this is RabbitMQ of a version, or of a later one."""

@@ -355,6 +355,8 @@ class Shard:
             publishings = publishings[COMMITTED:]
         for publishing in publishings:
             self._session.post(self._channel, publishing.message, publishing.exchange, publishing.routing_key)
+        if publishings and tags and self._session.acknowledges_first:
+            self._session.commit(self._channel)
         if tags:
             for tag in tags:
                 del self._open[tag]

@@ -111,6 +111,22 @@ def test_chords_fire_once_wherever_the_joiner_ends(
     assert not lab.reported
 
 
+@pytest.mark.parametrize("fine", range(8))
+def test_no_chord_is_lost_where_a_commit_acknowledges_first(fine: int) -> None:
+    """A broker that ends between the two has acknowledged, and published nothing; a body may come twice, then."""
+    lab = Lab(acknowledges_first=True)
+    its = tasks_of("c", 9)
+    for event in [size_event("c", 9), *(part_event("c", task) for task in its)]:
+        lab.log.publish(event)
+    lab.commits = [None] * fine + [False]
+    while lab.commits:
+        lab.step(4)
+    lab.finish()
+    assert {chord_id for chord_id, _ in lab.fired} == {"c"}
+    for _, parts in lab.fired:
+        assert parts == results(*its)
+
+
 def test_a_merged_event_under_way_when_its_chord_fires_does_not_outlive_it() -> None:
     """It comes back to another joiner, which does not know that the chord has fired."""
     lab = Lab()
