@@ -85,19 +85,30 @@ PLACES = {
 @click.command(help=__doc__)
 @click.argument("json", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--command", default="ci/bench --report", help="what was run, for the table")
+@click.option(
+    "--beside",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="a run with another broker, for a column of its own in the table of ratios",
+)
 @click.option("--output", type=click.Path(file_okay=False, path_type=Path), default=HERE)
-def main(json: Path, command: str, output: Path) -> None:
+def main(json: Path, command: str, beside: Path | None, output: Path) -> None:
     records = Records(json)
-    (output / "RESULTS.md").write_text("\n\n".join(sections(records, command)) + "\n", "utf-8")
+    other = None if beside is None else Records(beside)
+    (output / "RESULTS.md").write_text("\n\n".join(sections(records, command, other)) + "\n", "utf-8")
     draw(records, output / "results.svg")
 
 
-def sections(records: Records, command: str) -> Iterable[str]:
+def sections(records: Records, command: str, beside: Records | None) -> Iterable[str]:
     yield "# Benchmark results"
     yield INTRODUCTION.strip()
     yield machine(records, command)
+    if beside is not None:
+        yield (
+            f"On the same machine, {beside.date[:10]}: {beside.machine['fastres']['system']},\n{versions(beside)}.\n"
+            "Its ratios are in a column of their own; everything else below is of the first run."
+        )
     yield "## Ratios"
-    yield markdown(HEAD, table(judge(records, read_floors())))
+    yield ratios(records, beside)
     for count in joined(records):
         yield f"## Joins of {count:,} results"
         yield joins(records, count)
@@ -116,12 +127,35 @@ def sections(records: Records, command: str) -> Iterable[str]:
 
 def machine(records: Records, command: str) -> str:
     info: dict[str, Any] = records.machine["fastres"]
-    versions = ", ".join(f"{name} {version}" for name, version in info["versions"].items())
     return (
         f"`{command}`, {records.date[:10]}: {info['cores']} cores of {info['cpu']}, {info['memory']} GB,\n"
         f"{info['system']}, everything on this one machine, whose load average was {info['load']} before.\n"
-        f"{versions}.\n"
+        f"{versions(records)}.\n"
         "fastres is compiled unless it says Python."
+    )
+
+
+def versions(records: Records) -> str:
+    return ", ".join(f"{name} {version}" for name, version in records.machine["fastres"]["versions"].items())
+
+
+def ratios(records: Records, beside: Records | None) -> str:
+    """The ratios that the gate judges, those of two brokers side by side."""
+    floors = read_floors()
+    rows = table(judge(records, floors))
+    if beside is None:
+        return markdown(HEAD, rows)
+    *first, measured, word = HEAD
+    brokers = (
+        f"{measured}, RabbitMQ {each.machine['fastres']['versions']['RabbitMQ']}" for each in (records, beside)
+    )
+    others = table(judge(beside, floors))
+    return markdown(
+        (*first, *brokers, word),
+        [
+            (*row[:-1], other[-2], row[-1] if row[-1] == other[-1] else f"{row[-1]}, {other[-1]}")
+            for row, other in zip(rows, others)
+        ],
     )
 
 

@@ -154,16 +154,21 @@ class Node(Leashed, TCPExecutor):
         # A port mapper (epmd) of its own: the usual one would be left behind, and knows the machine's other nodes.
         self._epmd_port = ports.pop()
         self._distribution_port = ports.pop()
-        self._cookie = secrets.token_hex(16)
+        #: What nodes of a cluster know each other by.
+        self.cookie = secrets.token_hex(16)
         self._peer = peer
         if peer is not None:
-            self._epmd_port, self._cookie = peer._epmd_port, peer._cookie
+            self._epmd_port, self.cookie = peer._epmd_port, peer.cookie
         super().__init__(host=HOST, port=ports.pop())
 
     @property
     def url(self) -> str:
         """Broker URL of the default virtual host, without TLS."""
         return f"amqp://guest:guest@{HOST}:{self.port}//"
+
+    @property
+    def name_in_cluster(self) -> str:
+        return f"node-{self.port}@localhost"
 
     @property
     def ca_file(self) -> str:
@@ -201,7 +206,7 @@ class Node(Leashed, TCPExecutor):
             conf.update(_certificates(folder), **{"listeners.ssl.1": f"{HOST}:{self.tls_port}"})
         if self._peer is not None:
             conf["cluster_formation.peer_discovery_backend"] = "classic_config"
-            conf["cluster_formation.classic_config.nodes.1"] = f"node-{self._peer.port}@localhost"
+            conf["cluster_formation.classic_config.nodes.1"] = self._peer.name_in_cluster
         if os.environ.get("FASTRES_TEST_DEFAULT_QUEUES"):
             # Of RabbitMQ 4: what a queue is whose declaration does not say it.
             conf["default_queue_type"] = os.environ["FASTRES_TEST_DEFAULT_QUEUES"]
@@ -213,7 +218,7 @@ class Node(Leashed, TCPExecutor):
         cookie = folder / ".erlang.cookie"
         if not cookie.exists():
             cookie.touch(mode=0o600)
-            cookie.write_text(self._cookie)
+            cookie.write_text(self.cookie)
         server = _lean_home(_server(), folder / "home")
         mapper = "" if self._peer is not None else f"epmd -address {HOST} -port {self._epmd_port} & "
         return f"{mapper}exec {shlex.quote(str(server))}"
@@ -241,7 +246,7 @@ class Node(Leashed, TCPExecutor):
             "LANG": "C.UTF-8",
             "ERL_EPMD_PORT": str(self._epmd_port),
             "ERL_EPMD_ADDRESS": HOST,
-            "RABBITMQ_NODENAME": f"node-{self.port}@localhost",
+            "RABBITMQ_NODENAME": self.name_in_cluster,
             "RABBITMQ_DIST_PORT": str(self._distribution_port),
             "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": only_loopback,
             "RABBITMQ_CTL_ERL_ARGS": only_loopback,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 import socket
 import time
 from functools import partial
@@ -37,6 +38,8 @@ __all__ = (
 
 #: The largest number of messages that a consumer can ask to be sent ahead of their acknowledgement.
 LARGEST_PREFETCH = 65_535
+#: How RabbitMQ and LavinMQ word that there is no queue, or no exchange.
+MISSING = re.compile("no (?:queue|exchange)|doesn't exist|not declared", re.IGNORECASE)
 #: Called with deliveries to its consumers, in order.
 Receiver = Callable[[list["DeliveryProtocol"]], object]
 
@@ -344,7 +347,7 @@ def all_up_to(tags: Sequence[Any], waiting: Iterable[Any]) -> Any:
 
 def says_no_queue(exc: Any) -> bool:
     """Whether a 404 means that there is no queue; otherwise the node that it is on is down."""
-    return "no queue" in str(exc.reply_text) or "no exchange" in str(exc.reply_text)
+    return MISSING.search(str(exc.reply_text)) is not None
 
 
 class Patience:
