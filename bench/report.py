@@ -103,8 +103,9 @@ def sections(records: Records, command: str, beside: Records | None) -> Iterable
     yield INTRODUCTION.strip()
     yield machine(records, command)
     if beside is not None:
+        system = beside.machine["fastres"]["system"]
         yield (
-            f"On the same machine, {beside.date[:10]}: {beside.machine['fastres']['system']},\n{versions(beside)}.\n"
+            f"On the same machine, {beside.date[:10]}: {system},\n{versions(beside)}.\n"
             "Its ratios are in a column of their own; everything else below is of the first run."
         )
     yield "## Ratios"

@@ -8,8 +8,9 @@ import re
 import shlex
 import signal
 import time
+from collections.abc import Callable
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Callable
+from typing import TYPE_CHECKING, Any
 
 import amqp
 import celery

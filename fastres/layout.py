@@ -5,7 +5,7 @@ One class for each alias: ``SharedQueues`` of ``fastres://``, ``Mailbox`` of ``f
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Union
+from typing import TYPE_CHECKING, Any
 
 from celery import states
 from celery._state import get_current_task, task_join_will_block
@@ -200,4 +200,4 @@ class Mailbox:
         link.read(0, lambda: False, None)
 
 
-Layout = Union[SharedQueues, Mailbox]
+Layout = SharedQueues | Mailbox

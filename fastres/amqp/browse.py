@@ -10,7 +10,8 @@ from __future__ import annotations
 import contextlib
 import socket
 import struct
-from typing import TYPE_CHECKING, Any, Callable, Protocol
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol
 
 from amqp import spec
 from amqp.exceptions import ChannelError, error_for_code

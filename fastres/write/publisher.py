@@ -7,7 +7,8 @@ import re
 import socket
 import threading
 import time
-from typing import TYPE_CHECKING, Any, Callable, TypeVar
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakSet
 
 from amqp.exceptions import NotFound, PreconditionFailed

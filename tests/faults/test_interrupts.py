@@ -9,10 +9,10 @@ import random
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from types import FrameType
-from typing import Any, Callable
+from typing import Any
 
 import pytest
 from backend_kit import (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Union
+from typing import Any
 
 from fastres import _impl
 
@@ -22,7 +22,7 @@ JSON, PICKLE, MSGPACK, YAML = (
 )
 
 #: Bytes to feed, or the name of another method of ``Frames`` with its arguments.
-Step = Union[bytes, tuple[Any, ...]]
+Step = bytes | tuple[Any, ...]
 
 
 def outcome(function: Any, *args: Any) -> tuple[Any, ...]:
