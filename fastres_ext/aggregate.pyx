@@ -1,4 +1,3 @@
-# cython: freethreading_compatible=True
 """The task ids that a join waits for, and which of them have come; the result objects that are told; and what the
 tasks of a chord's header have returned, in order."""
 

@@ -1,4 +1,3 @@
-# cython: freethreading_compatible=True
 """Message to result: kombu's registry decides what is accepted and how values come back.
 
 JSON goes by another way where that makes no difference: see ``Decoder._fast``.

@@ -1,4 +1,3 @@
-# cython: freethreading_compatible=True
 """AMQP 0-9-1 frames out of a stream of bytes: deliveries of our own channels, everything else as it came.
 
 The wire layout is in fastres/_py/frames.py.
