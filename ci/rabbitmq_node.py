@@ -147,7 +147,8 @@ class Node(Leashed, TCPExecutor):
         peer: Node | None = None,
     ) -> None:
         self._config = config or {}
-        self._advanced = advanced or {}
+        # How often a quorum queue is counted for `rabbitmqctl list_queues`: every five seconds by default.
+        self._advanced = {"quorum_tick_interval": "100", **(advanced or {})}
         self._tls = tls
         ports = free_ports(4)
         self.tls_port = ports.pop()

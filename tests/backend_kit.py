@@ -32,6 +32,9 @@ Reports = Callable[[], list[str]]
 #: Which Celery this is: the older ones have less.
 CELERY = tuple(map(int, celery.__version__.split(".")[:2]))
 
+#: Whether the applications of the tests have quorum queues.
+QUORUM = os.environ.get("FASTRES_TEST_QUEUES") == "quorum"
+
 #: Seconds that anything may take that ends by itself, and what is only a matter of the broker's having time.
 ENOUGH = 20.0
 SOON = 5.0
@@ -196,6 +199,23 @@ def until(condition: Callable[[], Any], timeout: float = ENOUGH, pause: float = 
     return value
 
 
+def settled(count: Callable[[], Any], for_: float = 0.3) -> Any:
+    """What the broker has counted, when it does not change any more: quorum queues count what comes back late."""
+    value = count()
+    end = time.monotonic() + (for_ if QUORUM else 0)
+    while time.monotonic() < end:
+        time.sleep(0.02)
+        before, value = value, count()
+        if value != before:
+            end = time.monotonic() + for_
+    return value
+
+
+def on_classic_queues(why: str) -> Any:
+    """A test of what only classic queues do."""
+    return pytest.mark.skipif(QUORUM, reason=f"quorum queues: {why}")
+
+
 class Broker:
     """The broker, without fastres."""
 
@@ -217,7 +237,7 @@ class Broker:
                 return None
 
     def messages(self, name: str) -> int | None:
-        state = self.state(name)
+        state = settled(lambda: self.state(name))
         return None if state is None else int(state.message_count)
 
     def wait_for_consumer(self, *names: str) -> None:
@@ -236,7 +256,7 @@ class Broker:
             return message
 
     def declare(self, name: str, arguments: dict[str, Any] | None = None) -> None:
-        arguments = arguments or {"x-expires": 60_000}
+        arguments = {"x-queue-type": "classic", **(arguments or {"x-expires": 60_000})}
         self.channel().queue_declare(name, durable=True, auto_delete=False, arguments=arguments)
 
     def put(self, name: str, body: Any, arguments: dict[str, Any] | None = None, **properties: Any) -> None:

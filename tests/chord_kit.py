@@ -14,6 +14,7 @@ from amqp.exceptions import ChannelError
 from backend_kit import Broker, nobodys_task, request_of, until
 from celery import Celery, chord, uuid
 from celery.app.task import Context
+from rabbitmq_node import Node
 
 from fastres._impl import Delivery
 from fastres.addresses import Address
@@ -115,6 +116,16 @@ class Unrun:
         found = self.called()
         assert len(found) == count, found
         return found
+
+
+def wait_for_joiners(app: Celery, node: Node, count: int) -> None:
+    """So many read the first shard or stand by: a quorum queue tells clients of the one that reads only."""
+    name = app.backend.addresses.chords(0).name
+
+    def consumers() -> int:
+        return node.ctl("list_consumers", "--no-table-headers", "queue_name").splitlines().count(name)
+
+    until(lambda: consumers() == count, so=f"{count} joiners of {name}")
 
 
 def finish(unrun: Unrun, requests: Iterable[Context], results: Iterable[Any] | None = None) -> None:
@@ -307,6 +318,10 @@ class Lab:
 
     def post(self, channel: Any, message: Any, exchange: str, routing_key: str) -> None:
         self._posted.append(Publishing(message, exchange, routing_key))
+
+    def post_confirmed(self, publishings: list[Publishing]) -> tuple[list[Publishing], list[Publishing]]:
+        self.fired += [publishing.message.of for publishing in publishings]
+        return [], []
 
     def acknowledge(self, channel: Any, tags: Any, all_up_to: int | None) -> None:
         self._tags += tags

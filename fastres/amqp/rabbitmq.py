@@ -24,6 +24,7 @@ from fastres._impl import Frames, publication
 from fastres._protocols import COMPRESSION
 from fastres.amqp.browse import Browser
 from fastres.amqp.session import Busy, Patience, QueueState, Session, is_open, make_delivery
+from fastres.amqp.window import Window
 from fastres.logs import logger
 
 if TYPE_CHECKING:
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     from fastres.addresses import Address
     from fastres.amqp.publishing import Publishing
     from fastres.amqp.session import Browsed, Receiver
-    from fastres.amqp.window import Window
 
 __all__ = ("RabbitMQ", "session_of")
 
@@ -90,6 +90,10 @@ class RabbitMQ(Session):
         self._receivers: dict[tuple[int, str], Receiver] = {}
         #: The numbers of the channels over which deliveries come.
         self._owned: set[int] = set()
+        #: The channel of post_confirmed(), how many messages went over it, and which are not confirmed.
+        self._posting_channel: Any = None
+        self._posted = 0
+        self._posts = Window(0, 0)
         self._poller: Any = None
         self._browser: Browser | None = None
 
@@ -326,7 +330,7 @@ class RabbitMQ(Session):
             else:
                 frames.append(self._declaration(channel, queue))
         declared = len(frames)
-        for message, exchange, routing_key, address in publishings:
+        for message, exchange, routing_key, address, _ in publishings:
             headers = dumps("F", (message.headers,)) if message.headers else b""
             frames.append(
                 publication(
@@ -589,6 +593,51 @@ class RabbitMQ(Session):
         It comes back with the commit (``basic_return``) if there is no queue for it.
         """
         channel.send_method(spec.Basic.Publish, "Bssbb", (0, exchange, routing_key, True, False), message)
+
+    def post_confirmed(self, publishings: Sequence[Publishing]) -> tuple[list[Publishing], list[Publishing]]:
+        """Publish messages of py-amqp, and wait for the broker's confirms.
+
+        Returns: those for which there is no queue, and those that their queue has refused.
+
+        Raises:
+            amqp.exceptions.ChannelError: the broker has closed the channel over one of them.
+        """
+        posts = self._posts
+        if self._posting_channel is None or not is_open(self._posting_channel):
+            posts.lose()
+            self._posting_channel, self._posted = self.channel(), 0
+            self._posting_channel.confirm_select()
+            for event, handle in (
+                ("basic_return", lambda exc, exchange, routing_key, message: posts.give_back(routing_key)),
+                ("basic_ack", posts.confirm),
+                ("basic_nack", posts.refuse),
+            ):
+                self._posting_channel.events[event].add(handle)
+        for publishing in publishings:
+            self.post(self._posting_channel, publishing.message, publishing.exchange, publishing.routing_key)
+        posts.add(self._posted + 1, publishings)
+        self._posted += len(publishings)
+        self._await(self._posting_channel, {}, enough=lambda: not posts.unconfirmed)
+        unrouted, refused = list(posts.again), list(posts.doubtful)
+        posts.withdraw(publishings)
+        posts.taken_again(publishings)
+        return unrouted, refused
+
+    def is_classic(self, queue: Any) -> bool:
+        """Whether a queue that is there is a classic one, for sure."""
+        arguments = queue.queue_arguments or {}
+        if "x-queue-type" in arguments or queue.no_declare:
+            return bool(arguments.get("x-queue-type") == "classic")
+        # Only the broker knows the default type of the virtual host.
+        explicit = queue(self._declaring_channel())
+        explicit.queue_arguments = {**arguments, "x-queue-type": "classic"}
+        try:
+            if self.inspect(queue.name) is not None:
+                explicit.queue_declare()
+                return True
+        except ChannelError:
+            pass
+        return False
 
     def commit(self, channel: Any) -> None:
         """Have all that was published and acknowledged on a transactional channel happen, or nothing of it."""

@@ -145,7 +145,7 @@ class Session:
             self.declare(queue)
         if self._publishing is None or not is_open(self._publishing):
             self._publishing = self.channel()
-        for message, exchange, routing_key, _ in publishings:
+        for message, exchange, routing_key, *_ in publishings:
             properties = message._asdict()
             Producer(self._publishing, auto_declare=False).publish(
                 properties.pop("body"), exchange=exchange, routing_key=routing_key, **properties

@@ -15,7 +15,7 @@ from celery._state import _task_stack
 from celery.app.task import Context
 from celery.canvas import _chain, chord, group, maybe_signature
 from celery.exceptions import ChordError
-from kombu import Producer
+from kombu import Producer, Queue
 from kombu.exceptions import DecodeError, OperationalError
 from kombu.serialization import loads, prepare_accept_content, registry
 from kombu.utils.encoding import safe_repr
@@ -118,13 +118,22 @@ class BodyProducer(Producer):  # type: ignore[misc]
     Args:
         channel: a channel.
         publishings: where messages are put instead of being published; what they need is declared all the same.
+        is_classic: whether a queue that is there is known to be a classic one.
     """
 
     values: Values | None = None
 
-    def __init__(self, channel: Any, publishings: list[Publishing] | None = None) -> None:
+    def __init__(
+        self,
+        channel: Any,
+        publishings: list[Publishing] | None = None,
+        is_classic: Callable[[Any], bool] = lambda queue: False,
+    ) -> None:
         super().__init__(channel, auto_declare=False)
         self.publishings = publishings
+        self._is_classic = is_classic
+        #: Queues of which it is known, by their name.
+        self._classic: dict[str, bool] = {}
         #: What the connection broke with, while something was to be published: no error of the user's.
         self.broken: Exception | None = None
         self._breaks = (*channel.connection.client.recoverable_connection_errors, OperationalError)
@@ -176,8 +185,17 @@ class BodyProducer(Producer):  # type: ignore[misc]
         for entity in declare or ():
             self.maybe_declare(entity)
         message = self.channel.prepare_message(body, priority, content_type, content_encoding, headers, properties)
-        self.publishings.append(Publishing(message, exchange, routing_key))
+        # A transaction on a quorum queue ends well when the queue is full and has dropped the message.
+        queue = next((entity for entity in declare or () if _leads_to(entity, exchange, routing_key)), None)
+        confirm = queue is None or not self._knows_as_classic(queue)
+        self.publishings.append(Publishing(message, exchange, routing_key, confirm=confirm))
         return None
+
+    def _knows_as_classic(self, queue: Queue) -> bool:
+        known = self._classic.get(queue.name)
+        if known is None:
+            known = self._classic[queue.name] = self._is_classic(queue)
+        return known
 
 
 class Bodies:
@@ -312,6 +330,16 @@ class Bodies:
             return self._backend.exception_to_python(value) if part.state in states.EXCEPTION_STATES else value
         except Exception as exc:
             raise DecodeError(f"the result of task {id_of(task_id)} cannot be decoded: {safe_repr(exc)}") from exc
+
+
+def _leads_to(entity: Any, exchange: str, routing_key: str) -> bool:
+    """Whether this is the queue that gets what is published like that, as far as the application knows."""
+    if not isinstance(entity, Queue):
+        return False
+    if not exchange:
+        return bool(entity.name == routing_key)
+    where = entity.exchange.name, entity.exchange.type, entity.routing_key
+    return where == (exchange, "direct", routing_key)
 
 
 def _tasks_of(body: Any) -> Iterator[Any]:

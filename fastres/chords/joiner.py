@@ -248,7 +248,7 @@ class Joiner:
             self._publishings.clear()
         if self._producer is None or not is_open(self._producer.channel):
             channel = (self._tasks or self._connection).channel()
-            self._producer = BodyProducer(channel, self._publishings)
+            self._producer = BodyProducer(channel, self._publishings, self._session.is_classic)
         self._producer.broken = None
         try:
             self._bodies.call(chord, self._producer)

@@ -34,6 +34,8 @@ __all__ = ("Shard", "refusal_of")
 PREFETCH = 20_000
 #: Bytes, and messages, that one commit publishes: RabbitMQ 4.3 takes 10,000 (``channel_tx_message_max``).
 COMMIT, COMMITTED = 1 << 24, 5_000
+#: Seconds before each other attempt to have a queue take a body that it has refused: it may just be made.
+REFUSED = (0.05, 0.2)
 #: How RabbitMQ words that it has done a part of a commit.
 PARTIAL = "partial tx completion"
 
@@ -251,8 +253,11 @@ class Shard:
 
     def _finish(self, batch: Batch, where: Where = frozenset()) -> None:
         """Publish bodies and acknowledge what they were joined from, in one transaction."""
-        chords = [chord for chord, _ in batch.chords]
-        self._joiner.firing = chords
+        self._joiner.firing = [chord for chord, _ in batch.chords]
+        self._send_before(batch)
+        self._joiner.firing = chords = [chord for chord, _ in batch.chords]
+        if not chords:
+            return
         try:
             self._commit(
                 [publishing for _, found in batch.chords for publishing in found],
@@ -284,6 +289,34 @@ class Shard:
                 self._joiner.put_back(self.name, self.reducer.snapshot(chord))
             else:
                 self._joiner.forget(chord)
+
+    def _send_before(self, batch: Batch) -> None:
+        """Publish what the broker is to confirm before the transaction, in which the rest is left.
+
+        So is what came back, for which there is no queue. Chords of which something was refused are left out, and
+        fail when they are fired again.
+        """
+        everything = self._session.acknowledges_first
+        first = [each for _, found in batch.chords for each in found if each.confirm or everything]
+        if not first:
+            return
+        unrouted, refused = self._session.post_confirmed(first)
+        for pause in REFUSED:
+            if not refused:
+                break
+            time.sleep(pause)
+            more, refused = self._session.post_confirmed(refused)
+            unrouted += more
+        left = {id(each) for each in unrouted}
+        left.update(id(each) for _, found in batch.chords for each in found if not (each.confirm or everything))
+        refusing = {id(each): each.routing_key for each in refused}
+        chords, batch.chords = batch.chords, []
+        for chord, found in chords:
+            queues = sorted({refusing[id(each)] for each in found if id(each) in refusing})
+            if queues:
+                chord.failed = refusal_of(f"queue {', '.join(queues)} does not take it")
+            else:
+                batch.chords.append((chord, [each for each in found if id(each) in left]))
 
     def _give_up(self, chord: Chord, exc: Exception) -> None:
         """There is no body to be called, and nobody to be notified: an operator may want to look at it."""

@@ -14,7 +14,7 @@ from backend_kit import Broker, until
 from celery import Celery, uuid
 from celery.app.task import Context
 from celery.exceptions import ChordError
-from chord_kit import Unrun, begun, finish, results_of
+from chord_kit import Unrun, begun, finish, results_of, wait_for_joiners
 from proj import OutOfStockError, noted_errback
 from proxy import Proxy
 from rabbitmq_node import Node
@@ -43,11 +43,12 @@ def unrun(app: Celery, broker: Broker) -> Unrun:
 
 
 @contextlib.contextmanager
-def joining(app: Celery, url: str, options: dict[str, Any]) -> Iterator[JoinerProcess]:
-    """A joiner that reads, or stands by if there is one."""
-    before = ask(app.backend, 0)[0].joiners
-    with JoinerProcess(url, result_backend_transport_options=options) as joiner:
-        until(lambda: ask(app.backend, 0)[0].joiners == before + 1)
+def joining(
+    app: Celery, node: Node, options: dict[str, Any], url: str | None = None, beside: int = 0
+) -> Iterator[JoinerProcess]:
+    """A joiner that reads, or stands by beside another one."""
+    with JoinerProcess(url or node.url, result_backend_transport_options=options) as joiner:
+        wait_for_joiners(app, node, beside + 1)
         yield joiner
 
 
@@ -98,7 +99,7 @@ def test_a_joiner_is_killed_after_it_has_told_an_errback(
         process.kill()
     assert process.returncode == -signal.SIGKILL, err
     assert told(tmp_path) == [body]
-    with joining(app, node.url, options):
+    with joining(app, node, options):
         until(lambda: told(tmp_path) == [body] * 2, so="another joiner has told it")
         has_failed(app, unrun, body)
 
@@ -106,7 +107,7 @@ def test_a_joiner_is_killed_after_it_has_told_an_errback(
 def test_a_joiner_is_killed_while_it_tells_an_errback(
     app: Celery, unrun: Unrun, node: Node, options: dict[str, Any], tmp_path: Path
 ) -> None:
-    with joining(app, node.url, options) as killed, joining(app, node.url, options):
+    with joining(app, node, options) as killed, joining(app, node, options, beside=1):
         body = fail(app, failing(unrun, tmp_path))
         until(lambda: told(tmp_path) == [body])
         assert not app.AsyncResult(body).ready()
@@ -119,14 +120,18 @@ def test_a_joiner_is_killed_while_it_tells_an_errback(
 def test_a_joiner_has_lost_its_shard_while_it_tells_an_errback(
     app: Celery, unrun: Unrun, node: Node, options: dict[str, Any], tmp_path: Path
 ) -> None:
-    with Proxy(node.port) as proxy, joining(app, proxy.url, options) as cut, joining(app, node.url, options):
+    with (
+        Proxy(node.port) as proxy,
+        joining(app, node, options, proxy.url) as cut,
+        joining(app, node, options, beside=1),
+    ):
         body = fail(app, failing(unrun, tmp_path))
         until(lambda: told(tmp_path) == [body])
         proxy.cut()
         until(lambda: told(tmp_path) == [body] * 2, so="the other joiner tells it")
         (tmp_path / "gate").touch()
         has_failed(app, unrun, body)
-        until(lambda: ask(app.backend, LONG)[0].joiners == 2)
+        wait_for_joiners(app, node, 2)
         assert "starts again" not in cut.log()
 
 
@@ -134,7 +139,7 @@ def test_a_joiner_is_connected_again_while_it_tells_an_errback(
     app: Celery, unrun: Unrun, node: Node, options: dict[str, Any], tmp_path: Path
 ) -> None:
     """It remembers what it is about to tell."""
-    with Proxy(node.port) as proxy, joining(app, proxy.url, options) as cut:
+    with Proxy(node.port) as proxy, joining(app, node, options, proxy.url) as cut:
         body = fail(app, failing(unrun, tmp_path))
         until(lambda: told(tmp_path) == [body])
         proxy.cut()
@@ -150,8 +155,8 @@ def test_a_chord_is_sent_again_that_another_joiner_has_told_of(
     app: Celery, unrun: Unrun, node: Node, options: dict[str, Any], tmp_path: Path
 ) -> None:
     """As by a task that runs again, and this time all is well: what was told is of the time before."""
-    with Proxy(node.port) as proxy, joining(app, proxy.url, options):
-        with joining(app, node.url, options) as other:
+    with Proxy(node.port) as proxy, joining(app, node, options, proxy.url):
+        with joining(app, node, options, beside=1) as other:
             request = failing(unrun, tmp_path)
             body = fail(app, request)
             until(lambda: told(tmp_path) == [body])
@@ -159,7 +164,7 @@ def test_a_chord_is_sent_again_that_another_joiner_has_told_of(
             until(lambda: told(tmp_path) == [body] * 2)
             (tmp_path / "gate").touch()
             has_failed(app, unrun, body)
-            until(lambda: ask(app.backend, LONG)[0].joiners == 2)
+            wait_for_joiners(app, node, 2)
             other.kill()
         app.backend.apply_chord((request.group, [app.AsyncResult(request.id)]), request.chord)
         app.backend.set_chord_size(request.group, 1)
@@ -170,7 +175,7 @@ def test_a_chord_is_sent_again_that_another_joiner_has_told_of(
 def test_errbacks_that_take_their_time_hold_up_no_chords(
     app: Celery, unrun: Unrun, node: Node, options: dict[str, Any], tmp_path: Path
 ) -> None:
-    with joining(app, node.url, options):
+    with joining(app, node, options):
         bodies = [fail(app, failing(unrun, tmp_path)) for _ in range(NOTIFIERS + 5)]
         until(lambda: len(told(tmp_path)) == NOTIFIERS)
         sizes = [3] * 10

@@ -15,7 +15,7 @@ from backend_kit import Broker, until
 from celery import Celery, chord, uuid
 from celery.app.task import Context
 from celery.exceptions import ChordError
-from chord_kit import Unrun, begun, finish, results_of
+from chord_kit import Unrun, begun, finish, results_of, wait_for_joiners
 from proj import dies_once, fail, late, patient_errback, tsum
 from proxy import Proxy
 from rabbitmq_node import Node
@@ -165,7 +165,7 @@ def test_a_standby_takes_over(alive: Node, app: Celery, unrun: Unrun, options: d
     with joiners[0] as active, contextlib.ExitStack() as stack:
         until(lambda: ask(app.backend, 20)[0].joiners == 1)
         stack.enter_context(joiners[1])
-        until(lambda: ask(app.backend, 20)[0].joiners == 2)
+        wait_for_joiners(app, alive, 2)
         requests = begun(unrun, [3] * 20)
         finish(unrun, requests[: 3 * 10 + 1])
         assert sorted(unrun.wait(10)) == results_of([3] * 10)
@@ -180,7 +180,7 @@ def test_a_joiner_that_is_told_to_end_leaves_to_the_other(
 ) -> None:
     joiners = [JoinerProcess(alive.url, result_backend_transport_options=options) for _ in range(2)]
     with joiners[0] as active, joiners[1]:
-        until(lambda: ask(app.backend, 20)[0].joiners == 2)
+        wait_for_joiners(app, alive, 2)
         requests = begun(unrun, [3] * 20)
         for at, request in enumerate(requests):
             finish(unrun, [request])

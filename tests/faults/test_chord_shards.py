@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from backend_kit import Broker, until
+from backend_kit import Broker, on_classic_queues, until
 from celery import Celery, uuid
 from celery.app.task import Context
 from chord_kit import Unrun, begun, finish, results_of
@@ -86,6 +86,7 @@ def nth(requests: list[Context], index: int) -> list[Context]:
     return [request for request in requests if request.group_index == index]
 
 
+@on_classic_queues("tell a client of the consumer that reads only")
 def test_shards_are_shared_out(app: Celery, unrun: Unrun, node: Node) -> None:
     requests = begun(unrun, SIZES)
     with joining(app), contextlib.ExitStack() as stack:

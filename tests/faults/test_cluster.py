@@ -19,6 +19,7 @@ from backend_kit import (
     held_by,
     in_thread,
     new_ids,
+    on_classic_queues,
     store,
     store_group,
 )
@@ -57,6 +58,7 @@ def group_on(node: Node, make_app: MakeApp) -> GroupResult:
     return held
 
 
+@on_classic_queues("live on, see below")
 @pytest.mark.timeout(300)
 def test_the_node_of_a_queue_is_down(
     nodes: list[Node], make_app: MakeApp, monkeypatch: pytest.MonkeyPatch

@@ -244,7 +244,7 @@ def test_exchange_and_producer(app: Celery, broker: Broker) -> None:
     queue.declare()
     producer = app.backend.Producer(broker.channel(), exchange, routing_key="k", serializer="json")
     producer.publish({"hello": "world"}, compression="gzip")
-    message = queue.get(accept=["json"])
+    message = until(lambda: queue.get(accept=["json"]))
     assert message.payload == {"hello": "world"}
     message.ack()
     queue.delete()

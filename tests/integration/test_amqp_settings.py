@@ -16,6 +16,7 @@ from backend_kit import (
     MakeApp,
     in_another_process,
     member_ids,
+    on_classic_queues,
     queue_of,
     request_of,
     store,
@@ -158,8 +159,10 @@ def test_max_unpacked_size(make_app: MakeApp, broker: Broker) -> None:
     ],
     ids=str,
 )
+@on_classic_queues("have more arguments")
 def test_result_expires(make_app: MakeApp, broker: Broker, expires: Any, arguments: dict[str, Any]) -> None:
     app, task_id = make_app(result_expires=expires), uuid()
+    arguments = {"x-queue-type": "classic", **arguments}
     store(app, task_id, 1)
     name = app.backend.rkey(task_id)
     with broker.connection.channel() as channel:

@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import amqp
+import kombu
 import pytest
-from backend_kit import Broker, MakeApp, until
+from amqp.exceptions import MessageNacked
+from backend_kit import Broker, MakeApp, on_classic_queues, until
 from celery import Celery, chord, group, uuid
 from celery.exceptions import ChordError
 from chord_kit import Unrun, finish
@@ -136,27 +138,41 @@ def joined(node: Node, broker: Broker, make_app: MakeApp, options: dict[str, Any
         yield Unrun(app, broker)
 
 
-def full_queue(broker: Broker) -> str:
+def full_queue(broker: Broker, kind: str = "classic") -> kombu.Queue:
+    """A queue that takes no more; on an exchange, as that of an application that does not declare it."""
     name = f"full-{uuid()}"
-    arguments = {"x-max-length": 1, "x-overflow": "reject-publish"}
-    channel = broker.channel()
-    channel.queue_declare(name, durable=True, auto_delete=False, arguments=arguments)
+    arguments = {"x-queue-type": kind, "x-max-length": 1, "x-overflow": "reject-publish"}
+    queue = kombu.Queue(name, kombu.Exchange("amq.direct"), name, queue_arguments=arguments)
+    channel = broker.connection.channel()
+    queue(channel).declare()
     channel.confirm_select()
-    channel.basic_publish_confirm(amqp.Message(b"x"), "", name)
-    return name
+    with contextlib.suppress(MessageNacked):
+        # A quorum queue takes some more.
+        while True:
+            channel.basic_publish_confirm(amqp.Message(b"x"), "", name)
+    channel.close()
+    return queue
 
 
-def test_a_body_whose_queue_is_full(joined: Unrun, broker: Broker, make_app: MakeApp, options: Any) -> None:
-    """The parts are acknowledged before it is refused: they are not lost, and the chord ends."""
-    app, full = make_app(result_backend_transport_options=options), full_queue(broker)
-    broker.channel().queue_bind(full, "amq.direct", full)
-    refused = [joined.begin(3, queue=None, exchange="amq.direct", routing_key=full) for _ in range(3)]
+@pytest.mark.parametrize("kind", ["classic", "quorum"])
+def test_a_body_whose_queue_is_full(
+    joined: Unrun, broker: Broker, make_app: MakeApp, options: Any, kind: str
+) -> None:
+    """A transaction on a full quorum queue ends well, without the message: bodies are not sent like that."""
+    app, full = make_app(result_backend_transport_options=options), full_queue(broker, kind).name
+    before = broker.messages(full) or 0
+    refused = [joined.begin(3, queue=None, exchange="amq.direct", routing_key=full) for _ in range(8)]
     others = [joined.begin(2, number) for number in range(3)]
     for requests in [*refused, *others]:
         finish(joined, requests)
-    for requests in refused:
+    results = [app.AsyncResult(requests[0].chord.id) for requests in refused]
+    # Of each sender a quorum queue takes one at least.
+    until(lambda: sum(result.ready() for result in results) + (broker.messages(full) or 0) - before == 8, SECONDS)
+    failed = [result for result in results if result.ready()]
+    assert len(failed) == 8 if kind == "classic" else failed
+    for result in failed:
         with pytest.raises(ChordError, match=r"The broker refused the message.*make room there"):
-            app.AsyncResult(requests[0].chord.id).get(timeout=SECONDS)
+            result.get(timeout=SECONDS)
     assert joined.wait(3) == [(number, [0, 1]) for number in range(3)]
     until(lambda: all(shard.open and not shard.open.count for shard in ask(app.backend, 5)), SECONDS)
 
@@ -164,9 +180,9 @@ def test_a_body_whose_queue_is_full(joined: Unrun, broker: Broker, make_app: Mak
 def test_the_broker_is_away_when_parts_are_to_be_written_again(
     node: Node, broker: Broker, make_app: MakeApp, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They are in no queue then: the joiner keeps them until it can."""
+    """A classic queue refuses bodies when the parts are acknowledged: the joiner keeps them until it can."""
     app, full = make_app(result_backend_transport_options=options), full_queue(broker)
-    broker.channel().queue_bind(full, "amq.direct", full)
+    app.amqp.queues.add(full)
     put_back, refusals = app.backend.chords.put_back, [fastres.BrokerUnreachable("away")] * 2
 
     def fail_at_first(*args: Any) -> None:
@@ -178,13 +194,17 @@ def test_the_broker_is_away_when_parts_are_to_be_written_again(
     unrun = Unrun(app, broker)
     # The joiner of this process knows the signature of its function.
     unrun.task.typing = False
-    requests = unrun.begin(3, queue=None, exchange="amq.direct", routing_key=full)
-    app.backend.joiner.start()
+    refused = [unrun.begin(3, queue=full.name) for _ in range(3)]
     try:
-        finish(unrun, requests)
-        with pytest.raises(ChordError, match="The broker refused the message"):
-            app.AsyncResult(requests[0].chord.id).get(timeout=SECONDS)
+        for requests in [*refused, *(unrun.begin(2, number) for number in range(3))]:
+            finish(unrun, requests)
+        # So that they are complete at the same time.
+        app.backend.joiner.start()
+        for requests in refused:
+            with pytest.raises(ChordError, match="The broker refused the message"):
+                app.AsyncResult(requests[0].chord.id).get(timeout=SECONDS)
         assert not refusals
+        assert unrun.wait(3) == [(number, [0, 1]) for number in range(3)]
     finally:
         app.backend.joiner.stop()
 
@@ -212,6 +232,7 @@ def test_a_body_that_no_queue_wants(joined: Unrun, make_app: MakeApp, options: A
 # -- joiners of other versions
 
 
+@on_classic_queues("nothing can be got of one with a single active consumer")
 def test_an_event_of_a_newer_version_is_left_to_newer_joiners(
     node: Node, broker: Broker, make_app: MakeApp, options: dict[str, Any], reports: Any
 ) -> None:

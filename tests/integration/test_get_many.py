@@ -14,6 +14,7 @@ from backend_kit import (
     group_of,
     ids_of,
     new_ids,
+    on_classic_queues,
     store,
     store_group,
     store_member,
@@ -37,6 +38,7 @@ def store_some(app: Celery, other: Celery, ids: list[str], kind: str, only: int 
         store(other, task_id, **fields)
 
 
+@on_classic_queues("are asked whether they are empty before they are deleted")
 @pytest.mark.timeout(120)
 def test_the_queues_of_lone_tasks_are_asked_for_in_bulk(
     written: list[bytes], make_app: MakeApp, broker: Broker
@@ -85,6 +87,7 @@ def test_get_many_of_queues_of_which_one_is_not_as_ours(
     assert sum("is there with other arguments" in report for report in reports()) >= 1
 
 
+@on_classic_queues("let several read")
 def test_get_many_of_queues_of_which_one_is_taken(app: Celery, other: Celery, broker: Broker) -> None:
     """Another program consumes from a lone task's queue, and lets nobody else: it is waited for."""
     ids = new_ids(3)

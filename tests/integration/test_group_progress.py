@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import wire
 from amqp import spec
-from backend_kit import ENOUGH, Broker, group_of, ids_of, queue_of, store_group, store_member
+from backend_kit import ENOUGH, Broker, group_of, ids_of, on_classic_queues, queue_of, store_group, store_member
 from celery import Celery, uuid
 from proxy import Proxy
 from rabbitmq_node import Node
@@ -24,6 +24,7 @@ def test_group_progress(app: Celery, other: Celery) -> None:
         assert other.backend.group_progress(held.id) == index + 1
 
 
+@on_classic_queues("are counted several times, as what comes back is counted late")
 def test_group_progress_is_one_passive_declare(node: Node, other: Celery) -> None:
     held = group_of(other, 2)
     store_group(other, held)

@@ -17,6 +17,7 @@ from backend_kit import (
     queue_of,
     send,
     send_group,
+    settled,
     store,
     store_group,
     store_member,
@@ -44,7 +45,7 @@ def test_ten_thousand_members_are_one_queue(app: Celery, other: Celery, broker: 
     before = set(node.queues())
     held = group_of(app, 10_000)
     fill_group(other, broker, held)
-    new = {name: count for name, count in node.queues().items() if name not in before}
+    new = settled(lambda: {name: count for name, count in node.queues().items() if name not in before})
     assert new == {queue_of(held.id): 10_000}
     assert held.join_native(timeout=60) == list(range(10_000))
     broker.wait_until_gone(queue_of(held.id))

@@ -21,7 +21,7 @@ def test_it_starts_empty_and_knows_its_queues(own_node: Node) -> None:
     assert own_node.queues() == {}
     _publish(own_node, "a queue", 3)
     _publish(own_node, "another", 1)
-    assert own_node.queues() == {"a queue": 3, "another": 1}
+    until(lambda: own_node.queues() == {"a queue": 3, "another": 1})
 
 
 @pytest.mark.parametrize("end", ["restart", "kill"])

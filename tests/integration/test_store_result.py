@@ -15,6 +15,7 @@ from backend_kit import (
     group_of,
     in_thread,
     member_ids,
+    on_classic_queues,
     queue_of,
     request_of,
     store,
@@ -48,6 +49,7 @@ def test_store_result(app: Celery, broker: Broker) -> None:
     }  # fmt: skip
 
 
+@on_classic_queues("keep several states, as looks change their order")
 def test_store_result_keeps_the_latest_state_of_a_task(app: Celery, broker: Broker) -> None:
     task_id = uuid()
     for percent in range(20):
