@@ -10,7 +10,7 @@ from typing import Any
 import kombu
 import pytest
 from amqp.exceptions import PreconditionFailed
-from backend_kit import ENOUGH, Broker, MakeApp, store, success
+from backend_kit import ENOUGH, Broker, MakeApp, store, success, until
 from celery import Celery, states, uuid
 from celery.exceptions import ImproperlyConfigured
 from kombu.common import maybe_declare
