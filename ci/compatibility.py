@@ -25,8 +25,8 @@ HEAD = """\
 # Compatibility
 
 What the test suite (units, parity, integration, faults) says on other brokers, Pythons and Celerys: written by
-`ci/matrix --report`, which runs it there. The brokers of `trixie` and `sid` have `default_queue_type = quorum`; `-quorum`
-is with `queue_type="quorum"` in every application too.
+`ci/matrix --report`, which runs it there. The brokers of `trixie` and `sid` make quorum queues by default,
+`-quorum` is with `queue_type="quorum"` in every application too.
 
 | run | RabbitMQ | Python | Celery | kombu | py-amqp | passed | failed | skipped |
 | --- | --- | --- | --- | --- | --- | --- | --- | --- |

@@ -210,10 +210,12 @@ class Lab:
         self.log = Log()
         #: Chords that were fired, each time, with their parts.
         self.fired: list[tuple[str, dict[str, bytes]]] = []
-        #: The next commits: None is one that succeeds, False one that does not happen, True one that happens and
-        #: is not known to have.
+        #: The next commits, and waits for confirms: None is one that succeeds, False one that does not happen,
+        #: True one that happens and is not known to have.
         self.commits: list[bool | None] = []
         self.ends = 0
+        #: Whether the log refuses what is published to it.
+        self.is_full = False
         self.addresses = SimpleNamespace(
             chords=lambda number: Address(f"log.{number}", is_log=True),
             refused=lambda: Address("refused"),
@@ -320,8 +322,21 @@ class Lab:
         self._posted.append(Publishing(message, exchange, routing_key))
 
     def post_confirmed(self, publishings: list[Publishing]) -> tuple[list[Publishing], list[Publishing]]:
-        self.fired += [publishing.message.of for publishing in publishings]
+        how = self.commits.pop(0) if self.commits else None
+        if self.is_full:
+            return [], publishings
+        if how is not False:
+            self._take(publishings)
+        if how is not None:
+            raise Lost
         return [], []
+
+    def _take(self, publishings: list[Publishing]) -> None:
+        for publishing in publishings:
+            if publishing.routing_key == "bodies":
+                self.fired.append(publishing.message.of)
+            elif publishing.routing_key.startswith("log."):
+                self.log.publish(publishing.message.body)
 
     def acknowledge(self, channel: Any, tags: Any, all_up_to: int | None) -> None:
         self._tags += tags
@@ -334,10 +349,6 @@ class Lab:
         if how is not False or self.acknowledges_first:
             self.log.acknowledge(tags)
         if how is not False:
-            for publishing in posted:
-                if publishing.routing_key == "bodies":
-                    self.fired.append(publishing.message.of)
-                elif publishing.routing_key.startswith("log."):
-                    self.log.publish(publishing.message.body)
+            self._take(posted)
         if how is not None:
             raise Lost

@@ -17,6 +17,7 @@ from fastres.chords.bodies import Failed
 from fastres.chords.events import CONTENT_TYPE, PERSISTENT, Event, write_event
 from fastres.chords.reducer import Reducer
 from fastres.chords.status import describe
+from fastres.errors import MessageRefused
 from fastres.logs import logger
 
 if TYPE_CHECKING:
@@ -174,7 +175,7 @@ class Shard:
         self.reducer.feed(received, time.monotonic())
         if received and not self._mark:
             self._mark = uuid()
-            self._commit([self._publishing(write_event(Event(mark=self._mark)))], [])
+            self._commit_ours([self._publishing(write_event(Event(mark=self._mark)))], [])
         self._answer()
         # Not before: a task that was added to a chord may be told of behind its last part.
         if self._caught_up and self.reducer.complete:
@@ -209,7 +210,7 @@ class Shard:
                 hash(delivery.body),
             )
         if tags:
-            self._commit(publishings, tags)
+            self._commit_ours(publishings, tags)
 
     def _set_aside(self, delivery: Delivery) -> Publishing:
         return Publishing(_message(delivery.body, delivery.content_type), "", self._refused_queue().name)
@@ -326,7 +327,7 @@ class Shard:
             chord.id, address.name, exc, exc_info=exc,
         )  # fmt: skip
         bodies = self.reducer.snapshot(chord)
-        self._commit(
+        self._commit_ours(
             [Publishing(_message(body, CONTENT_TYPE), "", address.name) for body in bodies],
             [held.tag for held in chord.messages()],
         )
@@ -365,7 +366,8 @@ class Shard:
 
     def _commit_merges(self, merges: list[Merge]) -> None:
         bodies = chain.from_iterable(merge.bodies for merge in merges)
-        self._commit([self._publishing(body) for body in bodies], [tag for merge in merges for tag in merge.tags])
+        tags = [tag for merge in merges for tag in merge.tags]
+        self._commit_ours([self._publishing(body) for body in bodies], tags)
         for merge in merges:
             self.reducer.release(merge.chord, merge.tags)
 
@@ -381,6 +383,24 @@ class Shard:
     def _publishing(self, body: bytes) -> Publishing:
         return Publishing(_message(body, CONTENT_TYPE), "", self.name)
 
+    def _commit_ours(self, publishings: list[Publishing], tags: list[int]) -> None:
+        """Publish to fastres's own queues, and then acknowledge what is replaced by it.
+
+        In one transaction RabbitMQ would acknowledge although a queue is full.
+
+        Raises:
+            fastres.MessageRefused: one is.
+        """
+        if publishings:
+            _, refused = self._session.post_confirmed(publishings)
+            if refused:
+                raise MessageRefused(
+                    f"the queue {refused[0].routing_key!r} is full, with what is to be written into it again: "
+                    "a policy with max-length and reject-publish must not be for the queues of fastres"
+                )
+        if tags:
+            self._commit([], tags)
+
     def _commit(self, publishings: list[Publishing], tags: list[int]) -> None:
         # A body may be a group of more tasks than one commit takes: the last has the acknowledgements.
         while len(publishings) > COMMITTED:
@@ -388,8 +408,6 @@ class Shard:
             publishings = publishings[COMMITTED:]
         for publishing in publishings:
             self._session.post(self._channel, publishing.message, publishing.exchange, publishing.routing_key)
-        if publishings and tags and self._session.acknowledges_first:
-            self._session.commit(self._channel)
         if tags:
             for tag in tags:
                 del self._open[tag]

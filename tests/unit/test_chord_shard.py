@@ -10,6 +10,7 @@ from chord_kit import Lab, added_event, part_event, results, size_event
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import fastres
 from fastres.chords import reducer, shard
 from fastres.chords.events import read_event
 
@@ -125,6 +126,21 @@ def test_no_chord_is_lost_where_a_commit_acknowledges_first(fine: int) -> None:
     assert {chord_id for chord_id, _ in lab.fired} == {"c"}
     for _, parts in lab.fired:
         assert parts == results(*its)
+
+
+def test_nothing_is_acknowledged_whose_replacement_a_full_log_refuses() -> None:
+    lab = Lab()
+    for event in [size_event("c", 9), *(part_event("c", task) for task in tasks_of("c", 8))]:
+        lab.log.publish(event)
+    lab.step(2)
+    lab.is_full = True
+    with pytest.raises(fastres.MessageRefused, match="is full"):
+        lab.step(6)
+    lab.is_full = False
+    lab.end()
+    lab.log.publish(part_event("c", "c-8"))
+    lab.finish()
+    assert lab.fired == [("c", results(*tasks_of("c", 9)))]
 
 
 def test_a_merged_event_under_way_when_its_chord_fires_does_not_outlive_it() -> None:
