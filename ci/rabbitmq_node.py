@@ -125,12 +125,12 @@ class Leashed(Executor):
 
 
 class Node(Leashed, TCPExecutor):
-    """A RabbitMQ node without plugins that listens on 127.0.0.1 only; a context manager.
+    """A RabbitMQ node that listens on 127.0.0.1 only; a context manager.
 
     `config` is lines of rabbitmq.conf, such as {"consumer_timeout": "5000"}, and `advanced` parameters of RabbitMQ
     that it has no line for, such as {"channel_tick_interval": "1000"}. `tls` adds a listener at `tls_port` whose
     certificate for localhost and 127.0.0.1 is signed by `ca_file` (needs trustme). With a running `peer` it
-    forms a cluster.
+    forms a cluster. There are no plugins but RabbitMQ's management API with `management`, at `management_port`.
 
     After kill() a durable queue may be missing that was declared less than two seconds before, with its messages:
     Mnesia, RabbitMQ 3's database, puts the last transaction on disk at once, but that it was committed only later.
@@ -145,12 +145,15 @@ class Node(Leashed, TCPExecutor):
         tls: bool = False,
         advanced: dict[str, str] | None = None,
         peer: Node | None = None,
+        management: bool = False,
     ) -> None:
+        self._management = management
         self._config = config or {}
         # How often a quorum queue is counted for `rabbitmqctl list_queues`: every five seconds by default.
         self._advanced = {"quorum_tick_interval": "100", **(advanced or {})}
         self._tls = tls
-        ports = free_ports(4)
+        ports = free_ports(5)
+        self.management_port = ports.pop()
         self.tls_port = ports.pop()
         # A port mapper (epmd) of its own: the usual one would be left behind, and knows the machine's other nodes.
         self._epmd_port = ports.pop()
@@ -205,6 +208,8 @@ class Node(Leashed, TCPExecutor):
         conf = {"listeners.tcp.1": f"{HOST}:{self.port}", "log.file.level": "info"}
         if self._tls:
             conf.update(_certificates(folder), **{"listeners.ssl.1": f"{HOST}:{self.tls_port}"})
+        if self._management:
+            conf.update({"management.tcp.ip": HOST, "management.tcp.port": str(self.management_port)})
         if self._peer is not None:
             conf["cluster_formation.peer_discovery_backend"] = "classic_config"
             conf["cluster_formation.classic_config.nodes.1"] = self._peer.name_in_cluster
@@ -215,12 +220,13 @@ class Node(Leashed, TCPExecutor):
         (folder / "rabbitmq.conf").write_text("".join(f"{key} = {value}\n" for key, value in conf.items()))
         parameters = ", ".join(f"{{{key}, {value}}}" for key, value in self._advanced.items())
         (folder / "advanced.config").write_text(f"[{{rabbit, [{parameters}]}}].\n")
-        (folder / "enabled_plugins").write_text("[].\n")
+        plugins = ["rabbitmq_management"] if self._management else []
+        (folder / "enabled_plugins").write_text(f"[{', '.join(plugins)}].\n")
         cookie = folder / ".erlang.cookie"
         if not cookie.exists():
             cookie.touch(mode=0o600)
             cookie.write_text(self.cookie)
-        server = _lean_home(_server(), folder / "home")
+        server = _lean_home(_server(), folder / "home", plugins)
         mapper = "" if self._peer is not None else f"epmd -address {HOST} -port {self._epmd_port} & "
         return f"{mapper}exec {shlex.quote(str(server))}"
 
@@ -311,14 +317,14 @@ def _server() -> Path:
     return Path(path).resolve()
 
 
-def _lean_home(server: Path, home: Path) -> Path:
+def _lean_home(server: Path, home: Path, plugins: list[str]) -> Path:
     """Another home for the same RabbitMQ that lacks the plugins; its rabbitmq-server, or `server` if that fails.
 
     At its start the node loads hundreds of modules, and looks for each in the folders of all plugins.
     With only the 20 of 70 folders that `rabbit` depends on, it starts in two thirds of the time.
     """
     apps = {path.stem: path for path in (server.parent.parent / "plugins").glob("*/ebin/*.app")}
-    wanted, todo = set(), ["rabbit"]
+    wanted, todo = set(), ["rabbit", *plugins]
     while todo:
         app = todo.pop()
         if app in apps and app not in wanted:

@@ -27,6 +27,7 @@ from fastres import ids
 from fastres.amqp.connector import establish
 from fastres.amqp.rabbitmq import RabbitMQ, session_of
 from fastres.chords.status import ask
+from fastres.management import limits
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -46,13 +47,18 @@ def fastres() -> None:
 
 
 @fastres.command(cls=CeleryCommand)
+@click.option(
+    "--management",
+    metavar="URL",
+    help="RabbitMQ's management API, which knows of policies that drop results: http://guest:guest@localhost:15672",
+)
 @click.pass_context
 @handle_preload_options
-def doctor(ctx: Any) -> None:
+def doctor(ctx: Any, management: str | None) -> None:
     """Check the result backend: what is installed, and do storing, looking, joining and chords work."""
     check = Checkup(ctx.obj)
     with contextlib.suppress(Failed):
-        examine(ctx.obj.app, check)
+        examine(ctx.obj.app, check, management)
     ctx.exit(check.conclude())
 
 
@@ -181,7 +187,7 @@ class Checkup:
         return 1 if self._failed else 0
 
 
-def examine(app: Any, check: Checkup) -> None:
+def examine(app: Any, check: Checkup, management: str | None = None) -> None:
     slow = package.__impl__ == "python"
     tell = check.warn if slow else check.tell
     tell("implementation", f"{package.__impl__}{' (slower: this installation has no compiled modules)' * slow}")
@@ -211,6 +217,8 @@ def examine(app: Any, check: Checkup) -> None:
         _examine_results(backend, check)
         if isinstance(session, RabbitMQ) and backend.joiner is not None:
             _examine_policies(backend, session, check)
+            if management is not None:
+                _ask_for_policies(management, backend, connection, check)
         _tell_of_chords(backend, session, check)
 
 
@@ -249,6 +257,18 @@ def _examine_policies(backend: Any, session: Session, check: Checkup) -> None:
                 f"of {PROBES} results {left} are left after {PROBED:.0f} s: max-length, message-ttl or expires"
             )
         say(f"{PROBES} results are there after {PROBED:.0f} s")
+
+
+def _ask_for_policies(url: str, backend: Any, connection: Any, check: Checkup) -> None:
+    kin = ids.new_kin()
+    results = [backend.addresses.result(ids.new_id(kin, kind)).name for kind in (ids.Kind.MEMBER, ids.Kind.PAGE)]
+    queue_type = "quorum" if backend.addresses.is_quorum else "classic"
+    advice = "is the plugin rabbitmq_management on, and may the user read policies (the tag policymaker)?"
+    with check.step("management API", advice) as say:
+        found = limits(url, connection.virtual_host, [*results, *_shards(backend)], queue_type)
+        say("no policy drops or refuses results" if not found else f"{len(found)} policies limit results")
+    for line in found:
+        check.warn("policy", f"{line}: see docs/brokers.md")
 
 
 def _store(backend: Any, task_id: str) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shlex
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,10 +16,10 @@ from uuid import uuid4
 
 import port_for
 import pytest
-from backend_kit import ENOUGH, MakeApp, held_by
+from backend_kit import ENOUGH, MakeApp, held_by, until
 from celery import chord, group
 from proj import add, tsum
-from rabbitmq_node import Node
+from rabbitmq_node import HOST, Node
 from workers import Worker, client
 
 import fastres
@@ -32,7 +34,7 @@ def doctor(
         f"app.conf.update({conf})\n"
     )
     done = subprocess.run(
-        [sys.executable, "-m", "celery", "-A", "patient", "--no-color", "fastres", command],
+        [sys.executable, "-m", "celery", "-A", "patient", "--no-color", "fastres", *command.split()],
         cwd=folder, env={**os.environ, "PYTHONPATH": str(folder)}, capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     return done.returncode, done.stdout + done.stderr
@@ -156,6 +158,56 @@ def test_policies_that_eat_results(node: Node, vhost: str, tmp_path: Path, polic
     assert "FAIL policies" in said
     assert text in said
     assert "docs/brokers.md" in said
+
+
+@pytest.fixture(scope="module")
+def managed() -> Iterator[Node]:
+    with Node(management=True) as node:
+        until(lambda: _answers(node), 30)
+        yield node
+
+
+def _answers(node: Node) -> bool:
+    with contextlib.suppress(OSError), socket.create_connection((HOST, node.management_port), timeout=1):
+        return True
+    return False
+
+
+@pytest.mark.parametrize("kind", ["policy", "operator_policy"])
+def test_policies_that_only_the_management_api_tells_of(managed: Node, tmp_path: Path, kind: str) -> None:
+    """What acts later than after some seconds is not seen otherwise."""
+    command = f"doctor --management http://guest:guest@{HOST}:{managed.management_port}"
+    managed.ctl(f"set_{kind}", "theirs", "^tasks", json.dumps({"max-length": 5}))
+    code, said = doctor(tmp_path, managed.url, command=command)
+    assert code == 0, said
+    assert "ok management API   no policy drops or refuses results" in said
+    managed.ctl(f"set_{kind}", "--apply-to", "queues", "lower", ".*", json.dumps({"max-length": 1}))
+    managed.ctl(f"set_{kind}", "--priority", "2", "all", "^fastres", json.dumps({"message-ttl": 600_000}))
+    code, said = doctor(tmp_path, managed.url, command=command)
+    assert code == 0, said
+    assert (
+        f"warn policy           the {kind.replace('_', ' ')} 'all' (message-ttl: 600000) acts on fastres." in said
+    )
+    assert "'lower'" not in said
+    for name in ("theirs", "lower", "all"):
+        managed.ctl(f"clear_{kind}", name)
+
+
+@pytest.mark.parametrize(
+    ("url", "text"),
+    [
+        (f"http://guest:wrong@{HOST}:PORT", "401"),
+        (f"http://{HOST}:1", "refused"),
+        ("somewhere", "'somewhere' is not the URL of a management API"),
+    ],
+)
+def test_a_management_api_that_does_not_answer(managed: Node, tmp_path: Path, url: str, text: str) -> None:
+    url = url.replace("PORT", str(managed.management_port))
+    code, said = doctor(tmp_path, managed.url, command=f"doctor --management {url}")
+    assert code == 1
+    assert "FAIL management API" in said
+    assert text in said
+    assert "Traceback" not in said
 
 
 @pytest.mark.parametrize("command", ["status", "joiner"])
