@@ -5,6 +5,7 @@ from __future__ import annotations
 from fastres._impl import impl as __impl__
 from fastres.backend import AMQPBackend
 from fastres.chords.lazy import HeaderResults, lazy
+from fastres.chords.settle import settle
 from fastres.errors import (
     AccessRefused,
     BacklogLimitExceeded,
@@ -42,6 +43,7 @@ __all__ = (
     "__impl__",
     "__version__",
     "lazy",
+    "settle",
 )
 
 __version__ = "0.1.0"

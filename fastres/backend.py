@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from celery import current_app, states
 from celery.backends.base import Backend
+from celery.exceptions import ImproperlyConfigured
 from celery.result import GroupResult, result_from_tuple
 from kombu.utils.functional import LRUCache
 from kombu.utils.url import maybe_sanitize_url
@@ -21,6 +22,7 @@ from fastres.amqp.connector import Connector
 from fastres.chords.joiner import Joiner
 from fastres.chords.lazy import wants_reference
 from fastres.chords.log import Log
+from fastres.chords.settle import terms_of
 from fastres.compat import Celery31
 from fastres.groups import Groups
 from fastres.layout import Layout, SharedQueues
@@ -265,6 +267,11 @@ class AMQPBackend(Waiting, Celery31, Backend):  # type: ignore[misc]
         chord_id, results = header_result_args
         if self.chords.supported():
             self.chords.begin(chord_id, body, results)
+        elif terms_of(body) is not None:
+            raise ImproperlyConfigured(
+                "fastres.settle() needs a broker with single active consumers, where chords are joined without "
+                "celery.chord_unlock: RabbitMQ 3.8 or later, or LavinMQ"
+            )
         else:
             super().apply_chord(header_result_args, body, **kwargs)
 

@@ -68,9 +68,9 @@ class Unrun:
         body = self.task.s(name=name).set(**{"queue": self.bodies, **options})
         return chord([self.task.s().set(queue=self.header) for _ in range(count)], app=self._app)(body)
 
-    def begin(self, count: int, name: Any = "body", **options: Any) -> list[Context]:
+    def begin(self, count: int, name: Any = "body", body: Any = None, **options: Any) -> list[Context]:
         """As send(), without tasks for the header: their requests, which no broker has seen."""
-        body = self.task.s(name=name).set(**{"queue": self.bodies, **options})
+        body = body or self.task.s(name=name).set(**{"queue": self.bodies, **options})
         group_id, task_ids = uuid(), [uuid() for _ in range(count)]
         body.freeze(group_id=group_id)
         self._app.backend.apply_chord((group_id, [self._app.AsyncResult(each) for each in task_ids]), body)

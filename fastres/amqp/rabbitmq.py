@@ -280,6 +280,8 @@ class RabbitMQ(Session):
         return taken
 
     def channel(self) -> Any:
+        # The answer is read by py-amqp.
+        self.hand_back()
         channel = self._connection.channel()
         # A body that looks like text would come back as str, compressed ones included.
         channel.auto_decode = False

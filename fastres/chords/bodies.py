@@ -29,6 +29,7 @@ from fastres.amqp.publishing import Publishing
 from fastres.chords.events import JSON, REFERENCE, UTF8, Part, pack_part, unpack_part, unpack_plan
 from fastres.chords.lazy import HeaderResults, wants_reference
 from fastres.chords.reducer import id_of
+from fastres.chords.settle import Failure, failure_json, refusal_of_terms
 from fastres.chords.tracing import continued
 from fastres.compression import unpack
 
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
 
 __all__ = ("Bodies", "BodyProducer", "Failed")
 
+#: A part that is read from where results are.
+PLAIN_PART = unpack_part(REFERENCE)
 #: How many results the representation of a body's arguments shows.
 SHOWN = 3
 #: What is raised by what is the user's, and ends nothing but a chord: ``SystemExit`` is raised by tasks too.
@@ -243,7 +246,8 @@ class Bodies:
         if chord.failed:
             raise Failed(body, chord.failed)
         try:
-            parts = None if tree is not None or wants_reference(body) else in_order(list(chord.parts.values()))
+            simple = tree is None and chord.terms is None and not wants_reference(body)
+            parts = in_order(list(chord.parts.values())) if simple else None
             arguments = self._arguments(body, chord, tree) if parts is None else Values(parts)
         except Failed:
             raise
@@ -267,11 +271,33 @@ class Bodies:
         parts = {task_id: self._unpacked(packed) for task_id, packed in results.items()}
         if tree is None:
             tree = _in_order(parts)
-        for task_id in _leaves(tree):
-            self._check(body, chord, task_id, parts.get(task_id))
+        if chord.terms is None:
+            for task_id in _leaves(tree):
+                self._check(body, chord, task_id, parts.get(task_id))
+        else:
+            self._judge(body, chord, parts)
+            tree = _pruned(tree, parts)
         if all(part.content_type == JSON and part.content_encoding == UTF8 for part in parts.values()):
-            return Values(_filled(tree, lambda task_id: pack_part(parts[task_id])))
-        return _filled(tree, lambda task_id: self._decode(task_id, parts[task_id]))
+            return Values(_filled(tree, lambda task_id: pack_part(_as_value(parts[task_id]))))
+        return _filled(tree, lambda task_id: self._decode_value(task_id, parts[task_id]))
+
+    def _decode_value(self, task_id: str, part: Part) -> Any:
+        value = self._decode(task_id, part)
+        return Failure(value) if part.state in states.PROPAGATE_STATES else value
+
+    def _judge(self, body: Any, chord: Chord, parts: dict[str, Part]) -> None:
+        """Whether a chord with terms of its own goes on.
+
+        Raises: Failed: it does not.
+        """
+        assert chord.terms is not None
+        failed = [task_id for task_id, part in parts.items() if part.state in states.PROPAGATE_STATES]
+        succeeded = len(parts) - len(failed)
+        refusal = refusal_of_terms(chord.terms, succeeded, len(failed), chord.total or 0, chord.closed)
+        if refusal is not None:
+            cause = self._decode(failed[0], parts[failed[0]]) if failed else None
+            example = f"; {id_of(failed[0])} raised {safe_repr(cause)}" if failed else ""
+            raise Failed(body, f"Chord {chord.id}: {refusal}{example}", cause)
 
     def _unpacked(self, packed: bytes) -> Part:
         part = unpack_part(packed)
@@ -283,13 +309,18 @@ class Bodies:
     def _by_reference(self, body: Any, chord: Chord) -> HeaderResults:
         elsewhere: list[str] = []
         packed = list(chord.parts.values())
+        parts: dict[str, Part] = {}
         # There may be a million, and as a rule they are all the same.
         if packed.count(REFERENCE) < len(packed):
-            for key, each in chord.parts.items():
-                if each != REFERENCE:
-                    task_id = id_of(key)
-                    self._check(body, chord, task_id, self._unpacked(each))
+            parts = {id_of(key): self._unpacked(each) for key, each in chord.parts.items() if each != REFERENCE}
+            addresses = self._backend.addresses
+            for task_id, part in parts.items():
+                if chord.terms is None:
+                    self._check(body, chord, task_id, part)
+                if addresses.result(task_id).name != addresses.group(chord.id).name:
                     elsewhere.append(task_id)
+        if chord.terms is not None:
+            self._judge(body, chord, {**dict.fromkeys(map(id_of, chord.parts), PLAIN_PART), **parts})
         return HeaderResults(chord.id, len(packed), elsewhere)
 
     def fail(self, chord: Chord, failed: Failed) -> None:
@@ -330,6 +361,22 @@ class Bodies:
             return self._backend.exception_to_python(value) if part.state in states.EXCEPTION_STATES else value
         except Exception as exc:
             raise DecodeError(f"the result of task {id_of(task_id)} cannot be decoded: {safe_repr(exc)}") from exc
+
+
+def _as_value(part: Part) -> Part:
+    """A part of JSON as a value for the body: what was raised is one too, on the terms of its chord."""
+    if part.state not in states.PROPAGATE_STATES:
+        return part
+    return part._replace(state=states.SUCCESS, result=failure_json(part.result))
+
+
+def _pruned(tree: list[Any], parts: dict[str, Part]) -> list[Any]:
+    """Without the tasks that have not come."""
+    return [
+        _pruned(each, parts) if isinstance(each, list) else each
+        for each in tree
+        if isinstance(each, list) or each in parts
+    ]
 
 
 def _leads_to(entity: Any, exchange: str, routing_key: str) -> bool:

@@ -27,6 +27,8 @@ __all__ = (
     "Event",
     "Part",
     "Plan",
+    "Terms",
+    "is_success",
     "pack_part",
     "pack_plan",
     "place_of",
@@ -41,11 +43,20 @@ CONTENT_TYPE = "application/x-fastres-chord"
 #: The delivery mode of events: on disk too.
 PERSISTENT = 2
 
-#: The highest version of events that this one reads.
-VERSION = 1
+#: The highest version of events that this one reads, and the one that has terms.
+VERSION = WITH_TERMS = 2
 
 JSON = "application/json"
 UTF8 = "utf-8"
+
+
+class Terms(msgspec.Struct, omit_defaults=True, gc=False):
+    """On which other terms a chord ends: see ``fastres.settle``."""
+
+    tolerate: int | float | None = None
+    first: int | None = None
+    #: Seconds; in an event the time when they are over, in seconds since the epoch.
+    deadline: float | None = None
 
 
 class Event(msgspec.Struct, omit_defaults=True, gc=False):
@@ -71,6 +82,8 @@ class Event(msgspec.Struct, omit_defaults=True, gc=False):
     #: The root task of the last part, if that is another one, and what else its request had: ``log.context_of``.
     root: str = ""
     context: dict[str, Any] = {}
+    #: On which terms it ends, if not when all has succeeded.
+    terms: Terms | None = None
     #: Why the chord cannot go on although all its parts have come: it was tried, and refused.
     failed: str = ""
     #: Names an event that somebody waits to see come back.
@@ -135,6 +148,12 @@ def unpack_part(packed: bytes) -> Part:
     except ValueError:
         raise MalformedEvent(f"a part of a chord begins with {line[:80]!r}") from None
     return Part(place, state, content_type, content_encoding, result, compression)
+
+
+def is_success(packed: bytes) -> bool:
+    """Whether a packed part is of a task that has succeeded."""
+    line = packed.partition(b"\n")[0]
+    return b" " not in line or line.split(b" ", 2)[1] == b"SUCCESS"
 
 
 def place_of(packed: bytes) -> bytes:

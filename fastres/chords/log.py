@@ -26,14 +26,17 @@ from fastres.chords.events import (
     CONTENT_TYPE,
     PERSISTENT,
     REFERENCE,
+    WITH_TERMS,
     Event,
     Part,
     Plan,
+    Terms,
     pack_part,
     pack_plan,
     write_event,
 )
 from fastres.chords.lazy import wants_reference
+from fastres.chords.settle import terms_of
 from fastres.logs import logger
 
 if TYPE_CHECKING:
@@ -69,7 +72,7 @@ class Log:
         self._addresses = addresses
         self._shards = shards
         self._compression: str | None = backend.app.conf.get("result_compression")
-        #: Packed plans of chords by their id.
+        #: Of chords by their id: the shard, the packed plan, and the terms.
         self._plans = LRUCache(limit=BEGUN)
         self._supported: bool | None = None
         #: Shards that joiners with the settings of this process do not read, and that were told of.
@@ -92,12 +95,13 @@ class Log:
                 "the body of this chord is to get the results of its header by reference (fastres.lazy): "
                 "they are not kept where keep_chord_results is off"
             )
+        terms = terms_of(body)
         shard = self._shard(chord_id)
         # What the tasks of the header carry is this very signature.
         body.options["headers"] = {**(body.options.get("headers") or {}), SHARD: shard}
         content_type, content_encoding, content = self._serialize(body, _structure(results))
         content = content.encode(content_encoding) if isinstance(content, str) else content
-        self._plans[chord_id] = shard, pack_plan(Plan(content_type, content_encoding, content))
+        self._plans[chord_id] = shard, pack_plan(Plan(content_type, content_encoding, content)), terms
 
     def _serialize(self, body: Any, structure: list[Any] | None) -> Any:
         """As the tasks of the header are, which carry the body; its own serializer may not take a signature."""
@@ -112,14 +116,16 @@ class Log:
     def size(self, chord_id: str, size: int) -> None:
         """How many parts a chord has that was begun before."""
         try:
-            shard, plan = self._plans.pop(chord_id)
+            shard, plan, terms = self._plans.pop(chord_id)
         except KeyError:
             # A group inside of a header, whose parts are the chord's.
             return
-        now = time.time()
-        self._send(
-            shard, chord_id, write_event(Event(chord_id, at=now, size=size, run=uuid(), plan=len(plan)), plan)
-        )
+        event = Event(chord_id, at=time.time(), size=size, run=uuid(), plan=len(plan))
+        if terms is not None:
+            event.version, event.terms = WITH_TERMS, terms
+            if terms.deadline is not None:
+                event.terms = Terms(terms.tolerate, terms.first, event.at + terms.deadline)
+        self._send(shard, chord_id, write_event(event, plan))
 
     def part(self, request: Any, state: str, result: Any, notified: list[str] | None = None) -> None:
         """A task of a chord's header has returned or raised, or was revoked.

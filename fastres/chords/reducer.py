@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kombu.utils.uuid import uuid
 
-from fastres.chords.events import REFERENCE, Event, place_of, read_event, write_event
+from fastres.chords.events import REFERENCE, WITH_TERMS, Event, is_success, place_of, read_event, write_event
 from fastres.errors import NewerEvent
 from fastres.ids import compact, expand
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from fastres._protocols import Delivery
+    from fastres.chords.events import Terms
 
 __all__ = ("Chord", "Held", "Merge", "Reducer", "id_of")
 
@@ -63,8 +64,8 @@ class Chord:
     """What is known of a chord."""
 
     __slots__ = (
-        "added", "at", "born", "context", "failed", "held", "id", "last", "needed", "notified", "parts", "plan",
-        "root", "run", "since", "size", "under_way",
+        "added", "at", "born", "closed", "context", "failed", "first", "held", "id", "last", "needed", "notified",
+        "parts", "plan", "root", "run", "since", "size", "succeeded", "terms", "under_way",
     )  # fmt: skip
 
     def __init__(self, id: str, born: float) -> None:
@@ -88,6 +89,10 @@ class Chord:
         #: The part that came last, its root task, and what else is known of its request.
         self.last = self.root = ""
         self.context: dict[str, Any] = {}
+        #: On which terms it ends, how many tasks are to succeed and have, and whether its deadline has passed.
+        self.terms: Terms | None = None
+        self.first, self.succeeded = 0, 0
+        self.closed = False
         #: Why it cannot go on; empty: it can, as far as is known.
         self.failed = ""
         #: By level: single events, batches, batches of batches.
@@ -104,6 +109,18 @@ class Chord:
     def whole(self) -> bool:
         """Whether all that it takes is known."""
         return len(self.parts) >= self.needed
+
+    def count(self) -> None:
+        """Find out how many parts it takes."""
+        if self.size is None or not self.plan:
+            return
+        over = self.closed or (self.first and self.succeeded >= self.first)
+        self.needed = 0 if over else self.size + len(self.added)
+
+    def agree(self, terms: Terms) -> None:
+        """Learn on which terms it ends."""
+        self.terms, self.first = terms, terms.first or 0
+        self.succeeded = sum(map(is_success, self.parts.values())) if self.first else 0
 
     def results(self) -> dict[str, bytes]:
         """Packed parts by task id; of several with one id, all but the first have ``ANOTHER`` and a place."""
@@ -124,6 +141,9 @@ class Chord:
                 return key
         # There may be a million that say the same.
         parts[key] = REFERENCE if packed == REFERENCE else packed
+        if self.first and is_success(packed):
+            self.succeeded += 1
+            self.count()
         self.last, self.root, self.context = task_id, event.root, event.context
         return key
 
@@ -200,7 +220,9 @@ class Reducer:
                     self.spent.append(delivery.delivery_tag)
                     continue
                 chord = chords[event.chord] = Chord(event.chord, now)
-            more = event.size is not None or bool(event.added or event.plan or event.notified or event.failed)
+            more = event.size is not None or bool(
+                event.added or event.plan or event.notified or event.failed or event.terms
+            )
             if more:
                 self._learn(chord, event, rest)
             at = event.at
@@ -240,8 +262,9 @@ class Reducer:
         chord.failed = chord.failed or event.failed
         if event.plan:
             chord.plan = rest[: event.plan]
-        if chord.size is not None and chord.plan:
-            chord.needed = chord.size + len(chord.added)
+        if event.terms is not None and chord.terms is None:
+            chord.agree(event.terms)
+        chord.count()
 
     def _hold(self, chord: Chord, held: Held) -> None:
         self.count += 1
@@ -344,7 +367,8 @@ class Reducer:
         if more:
             event.size, event.run, event.plan = chord.size, chord.run, len(chord.plan)
             event.added, event.notified = sorted(chord.added), sorted(chord.notified)
-            event.failed = chord.failed
+            event.failed, event.terms = chord.failed, chord.terms
+            event.version = 1 if chord.terms is None else WITH_TERMS
         return write_event(event, chord.plan if more else b"", packed)
 
     # -- after a commit
@@ -390,6 +414,16 @@ class Reducer:
         return sorted(chords, key=lambda chord: chord.since)
 
     # -- chords that wait in vain
+
+    def close_overdue(self, wall: float) -> None:
+        """Chords whose deadline has passed take what has come; ``wall`` is the time, in seconds."""
+        for chord in self.chords.values():
+            terms = chord.terms
+            if terms is not None and terms.deadline is not None and terms.deadline <= wall and not chord.closed:
+                chord.closed = True
+                chord.count()
+                if chord.whole and not chord.under_way:
+                    self.complete[chord.id] = chord
 
     def expired(self, seconds: float | None, now: float, wall: float) -> list[Chord]:
         """Chords of which nothing was heard for so long, None: never; and late parts of those that have fired.

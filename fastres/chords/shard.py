@@ -348,6 +348,8 @@ class Shard:
             self._commit([], [held.tag for chord in expired for held in chord.messages()])
             for chord in expired:
                 self.reducer.forget(chord, now)
+        if self._caught_up:
+            self.reducer.close_overdue(wall)
         self._replace(self.reducer.renew(now - renewal))
 
     def _replace(self, merges: Iterable[Merge]) -> None:

@@ -1,0 +1,127 @@
+"""Chords that end on other terms than "all tasks of the header have succeeded"."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from celery import current_app
+from celery.canvas import maybe_signature
+from celery.exceptions import ImproperlyConfigured
+from kombu.utils.json import register_type
+
+from fastres.chords.events import Terms
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = ("Failure", "failure_json", "refusal_of_terms", "settle", "terms_of")
+
+#: The header of a body's signature that has the terms of its chord.
+SETTLE = "fastres-settle"
+#: The type of an exception in JSON.
+FAILURE = "fastres.failure"
+
+
+class Failure:
+    """An exception among the results of a header: the body gets the exception itself.
+
+    Args:
+        error: what the task has raised.
+    """
+
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+
+    def __reduce__(self) -> Any:
+        return _itself, (self.error,)
+
+
+def _itself(error: BaseException) -> BaseException:
+    return error
+
+
+register_type(
+    Failure,
+    FAILURE,
+    lambda failure: current_app.backend.prepare_exception(failure.error, "json"),
+    lambda known: current_app.backend.exception_to_python(known),
+)
+
+
+def failure_json(result: bytes) -> bytes:
+    """JSON of a failure, from that of its result."""
+    return b'{"__type__":"%b","__value__":%b}' % (FAILURE.encode(), result)
+
+
+def settle(
+    body: Any,
+    *,
+    tolerate: float | None = None,
+    first: int | None = None,
+    deadline: float | None = None,
+) -> Any:
+    """A chord's body that is called whatever becomes of the header.
+
+    ``chord(header)(fastres.settle(body))`` calls it with a list that has, in the order of the header, the value of
+    each task that has succeeded and the exception of each that has failed or was revoked. It composes with
+    :func:`fastres.lazy`.
+
+    Args:
+        body: the signature of a task, or of a group.
+        tolerate: how many tasks may fail, or a share of them if it is a float below 1; more fail the chord. None:
+            all may.
+        first: call the body as soon as so many tasks have succeeded, with those that have come until then. The
+            chord fails if all have come, and fewer have succeeded.
+        deadline: seconds after the chord was sent, to about two, at which the body is called with what has come by
+            then, whatever else was asked for but ``tolerate``.
+
+    Raises: ValueError: one of these is out of its range.
+    """
+    terms: dict[str, float] = {}
+    if tolerate is not None:
+        if tolerate < 0 or (tolerate > 1 and tolerate != int(tolerate)):
+            raise ValueError(f"tolerate={tolerate!r}: a number of tasks, or a share of them below 1")
+        terms["tolerate"] = tolerate
+    if first is not None:
+        if first < 1 or first != int(first):
+            raise ValueError(f"first={first!r}: a number of tasks, 1 or more")
+        terms["first"] = first
+    if deadline is not None:
+        if not deadline > 0:
+            raise ValueError(f"deadline={deadline!r}: seconds, more than 0")
+        terms["deadline"] = deadline
+    body = maybe_signature(body).clone()
+    return body.set(headers={**(body.options.get("headers") or {}), SETTLE: terms})
+
+
+def terms_of(body: Mapping[str, Any]) -> Terms | None:
+    """The terms of the chord with this body, as :func:`settle` took them; None: it has none.
+
+    Raises: celery.exceptions.ImproperlyConfigured: they are not what it writes.
+    """
+    terms = ((body.get("options") or {}).get("headers") or {}).get(SETTLE)
+    if terms is None:
+        return None
+    try:
+        return Terms(**terms)
+    except TypeError as exc:
+        raise ImproperlyConfigured(f"the terms of a chord are those of fastres.settle(), not {terms!r}") from exc
+
+
+def refusal_of_terms(terms: Terms, succeeded: int, failed: int, total: int, closed: bool) -> str | None:
+    """Why a chord fails on these terms; None: it does not.
+
+    Args:
+        succeeded: how many tasks have.
+        failed: how many tasks have, or were revoked.
+        total: how many there are.
+        closed: whether its deadline has passed.
+    """
+    if terms.tolerate is not None:
+        is_share = isinstance(terms.tolerate, float) and terms.tolerate < 1
+        allowed = int(terms.tolerate * total) if is_share else int(terms.tolerate)
+        if failed > allowed:
+            return f"{failed} of {total} tasks have failed, {allowed} of them may"
+    if terms.first is not None and succeeded < terms.first and not closed:
+        return f"{succeeded} of {total} tasks have succeeded, {terms.first} of them are to"
+    return None

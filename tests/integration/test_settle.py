@@ -1,0 +1,167 @@
+"""Chords on other terms than that all of the header succeeds, through real workers that join them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from backend_kit import Broker, MakeApp, until
+from celery import Celery, chain, chord, group, uuid
+from celery.exceptions import ChordError, ImproperlyConfigured
+from chord_kit import Unrun, finish
+from proj import add, echo, fail, gated, noted_errback, shown, tsum
+from rabbitmq_node import Node
+from workers import JoinerProcess, Worker, adds
+
+import fastres
+from fastres.chords.status import ask
+
+SECONDS = 20
+APPLES, PEARS = "OutOfStockError('apples', 4)", "OutOfStockError('pears', 0)"
+
+
+@pytest.fixture(scope="module", params=["json", "pickle"])
+def worker(request: pytest.FixtureRequest, node: Node) -> Iterator[Worker]:
+    serializer = request.param
+    with Worker(
+        node.url, pool="threads", concurrency=4, task_serializer=serializer, result_serializer=serializer,
+        accept_content=["json", "pickle"], result_backend_transport_options={"namespace": serializer},
+    ) as worker:  # fmt: skip
+        yield worker
+        assert "celery.chord_unlock" not in worker.log()
+
+
+@pytest.fixture
+def app(worker: Worker) -> Iterator[Celery]:
+    with worker.client() as app:
+        yield app
+
+
+def value(result: Any) -> Any:
+    # Otherwise Celery raises what the header has.
+    return result.get(timeout=SECONDS, follow_parents=False)
+
+
+def test_values_and_exceptions_in_the_order_of_the_header(app: Celery) -> None:
+    header = [add.s(1, 1), fail.s("apples", 4), echo.s("x"), fail.s("pears")]
+    assert value(chord(header)(fastres.settle(shown.s()))) == ["2", APPLES, "'x'", PEARS]
+    assert value(chord(adds(30))(fastres.settle(tsum.s()))) == sum(2 * n for n in range(30))
+    assert value(chord([fail.s("apples", 4)] * 3)(fastres.settle(shown.s()))) == [APPLES] * 3
+
+
+def test_groups_in_headers_and_bodies(app: Celery) -> None:
+    nested = [add.s(1, 1), group(fail.s("apples", 4), echo.s(3)), chain(echo.s(1), add.s(2))]
+    # The results of a group come as they do without terms: not in a list of their own.
+    assert sorted(value(chord(nested)(fastres.settle(shown.s())))) == ["2", "3", "3", APPLES]
+    both = chord([echo.s(1), fail.s("apples", 4)])(fastres.settle(group(shown.s(), shown.s())))
+    assert [value(each) for each in both] == [["1", APPLES]] * 2
+    chained = chord([echo.s(1), fail.s("apples", 4)], fastres.settle(shown.s())) | echo.s()
+    assert value(chained.apply_async()) == ["1", APPLES]
+
+
+def test_a_task_that_was_revoked(app: Celery) -> None:
+    task_id = uuid()
+    app.control.revoke(task_id)
+    time.sleep(0.5)
+    result = chord([echo.s(1), echo.s(2).set(task_id=task_id)])(fastres.settle(shown.s()))
+    assert value(result) == ["1", "TaskRevokedError('revoked')"]
+
+
+@pytest.mark.parametrize(("tolerate", "failures"), [(1, 1), (0.5, 2), (0, 0)])
+def test_so_many_failures_are_tolerated(app: Celery, tolerate: float, failures: int, tmp_path: Any) -> None:
+    def send(failing: int) -> Any:
+        header = [fail.s("apples", 4)] * failing + [echo.s(1)] * (4 - failing)
+        body = fastres.settle(shown.s(), tolerate=tolerate)
+        return chord(header)(body.on_error(noted_errback.s(folder=str(tmp_path))))
+
+    assert value(send(failures)) == [APPLES] * failures + ["1"] * (4 - failures)
+    (tmp_path / "gate").touch()
+    with pytest.raises(
+        ChordError, match=rf"{failures + 1} of 4 tasks have failed, {failures} of them may; .*apples"
+    ):
+        value(send(failures + 1))
+    until(lambda: (tmp_path / "noted").exists(), so="the errback was called")
+
+
+def test_the_first_that_succeed_are_enough(app: Celery, tmp_path: Any) -> None:
+    gate = tmp_path / "gate"
+    header = [gated.s(str(gate), 0), echo.s(1), fail.s("apples", 4), echo.s(3)]
+    result = chord(header)(fastres.settle(shown.s(), first=2))
+    found = value(result)
+    assert [each for each in found if each != APPLES] == ["1", "3"]
+    gate.touch()
+    # What comes late leaves nothing open.
+    assert result.parent.get(timeout=SECONDS, propagate=False)[0] == 0
+    until(lambda: all(shard.open and not shard.open.count for shard in ask(app.backend, 5)), SECONDS)
+
+
+def test_too_few_succeed(app: Celery) -> None:
+    result = chord([echo.s(1), fail.s("apples", 4)])(fastres.settle(shown.s(), first=2))
+    with pytest.raises(ChordError, match=r"1 of 2 tasks have succeeded, 2 of them are to.*apples"):
+        value(result)
+
+
+def test_what_has_come_by_the_deadline(app: Celery, tmp_path: Any) -> None:
+    gate = tmp_path / "gate"
+    header = [echo.s(1), gated.s(str(gate), 2), fail.s("apples", 4)]
+    start = time.monotonic()
+    late = chord(header)(fastres.settle(shown.s(), deadline=1.5))
+    in_time = chord(adds(3))(fastres.settle(shown.s(), deadline=60))
+    first = chord(header)(fastres.settle(shown.s(), first=3, deadline=1.5))
+    assert value(in_time) == ["0", "2", "4"]
+    assert time.monotonic() < start + 1.5
+    assert value(late) == value(first) == ["1", APPLES]
+    assert 1.4 < time.monotonic() - start < 6
+    gate.touch()
+
+
+def test_by_reference(app: Celery) -> None:
+    header = [add.s(1, 1), fail.s("apples", 4), echo.s("x").set(task_id=uuid()), echo.s(7)]
+    result = chord(header)(fastres.lazy(fastres.settle(shown.s())))
+    assert sorted(value(result)) == sorted(["2", APPLES, "'x'", "7"])
+    with pytest.raises(ChordError, match="1 of 4 tasks have failed, 0 of them may"):
+        value(chord(header)(fastres.settle(fastres.lazy(shown.s()), tolerate=0)))
+
+
+def test_another_joiner_knows_the_terms(node: Node, broker: Broker, make_app: MakeApp) -> None:
+    """They are in the log, also when its messages were put together, with what has come."""
+    options = {"namespace": uuid(), "keep_chord_results": False}
+    app = make_app(result_backend_transport_options=options)
+    unrun = Unrun(app, broker)
+    body = fastres.settle(unrun.task.s(name="body").set(queue=unrun.bodies), first=1500, deadline=600)
+    requests = unrun.begin(2000, body=body)
+    finish(unrun, requests[:1200])
+    for count in (1499, 1500):
+        with JoinerProcess(node.url, result_backend_transport_options=options) as joiner:
+            finish(unrun, requests[1200:count] if count < 1500 else requests[1499:1500])
+            until(lambda: ask(app.backend, 5)[0].open is not None, SECONDS, so=joiner.log())
+            if count == 1499:
+                until(lambda: ask(app.backend, 5)[0].open.chords[0].parts == 1499, SECONDS)
+                assert unrun.called() == []
+            else:
+                assert unrun.wait(1) == [("body", list(range(1500)))]
+
+
+@pytest.mark.parametrize(
+    "terms",
+    [
+        {"tolerate": -1},
+        {"tolerate": 1.5},
+        {"first": 0},
+        {"first": 1.5},
+        {"deadline": 0},
+        {"deadline": float("nan")},
+    ],
+)
+def test_terms_that_are_none(terms: Any) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(terms))}="):
+        fastres.settle(echo.s(), **terms)
+
+
+def test_where_chords_are_joined_by_chord_unlock() -> None:
+    app = Celery(broker="memory://", backend="fastres://", set_as_current=False)
+    with pytest.raises(ImproperlyConfigured, match=r"settle.*needs a broker with single active consumers"):
+        chord([echo.s(1)], app=app)(fastres.settle(echo.s()))
+    app.backend.close()
