@@ -11,9 +11,9 @@ from kombu.utils.json import register_type
 from fastres.read.stream import in_order
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
-__all__ = ("HeaderResults", "lazy", "wants_reference")
+__all__ = ("HeaderResults", "lazy", "mark_of", "wants_reference")
 
 #: The header of a body's signature that asks for it.
 LAZY = "fastres-lazy"
@@ -83,4 +83,13 @@ def lazy(body: Any) -> Any:
 
 def wants_reference(body: Any) -> bool:
     """Whether this body was made by :func:`lazy`."""
-    return bool(((body.get("options") or {}).get("headers") or {}).get(LAZY))
+    return bool(mark_of(body, LAZY))
+
+
+def mark_of(body: Mapping[str, Any], name: str) -> Any:
+    """A header of the signature of a body, or of the first task of one that is a chain: None if it has none."""
+    headers = (body.get("options") or {}).get("headers") or {}
+    if name not in headers and body.get("task") == "celery.chain":
+        tasks = body["kwargs"]["tasks"]
+        return mark_of(tasks[0], name) if tasks else None
+    return headers.get(name)

@@ -10,6 +10,7 @@ from celery.exceptions import ImproperlyConfigured
 from kombu.utils.json import register_type
 
 from fastres.chords.events import Terms
+from fastres.chords.lazy import mark_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -99,7 +100,7 @@ def terms_of(body: Mapping[str, Any]) -> Terms | None:
 
     Raises: celery.exceptions.ImproperlyConfigured: they are not what it writes.
     """
-    terms = ((body.get("options") or {}).get("headers") or {}).get(SETTLE)
+    terms = mark_of(body, SETTLE)
     if terms is None:
         return None
     try:
