@@ -21,6 +21,7 @@ from fastres.errors import (
     ResultsMissing,
     ResultTooLarge,
 )
+from fastres.joining import join
 from fastres.rpc import RPCBackend
 
 __all__ = (
@@ -42,6 +43,7 @@ __all__ = (
     "ResultsMissing",
     "__impl__",
     "__version__",
+    "join",
     "lazy",
     "settle",
 )

@@ -19,7 +19,16 @@ from rabbitmq_node import Node
 from fastres._impl import Delivery
 from fastres.addresses import Address
 from fastres.chords.bodies import Publishing
-from fastres.chords.events import Event, Part, Plan, pack_part, pack_plan, write_event
+from fastres.chords.events import (
+    WITH_TERMS,
+    Event,
+    Part,
+    Plan,
+    Terms,
+    pack_part,
+    pack_plan,
+    write_event,
+)
 from fastres.chords.reducer import LARGE, Chord
 from fastres.chords.shard import Shard
 
@@ -35,8 +44,10 @@ def result(task_id: str) -> bytes:
     return pack_part(Part(None, "SUCCESS", "application/json", "utf-8", json.dumps(f"of {task_id}").encode()))
 
 
-def size_event(chord_id: str, size: int, at: float | None = None) -> bytes:
-    return write_event(Event(chord_id, at=at or time.time(), size=size, plan=len(PLAN)), PLAN)
+def size_event(chord_id: str, size: int, at: float | None = None, terms: Terms | None = None) -> bytes:
+    version = 1 if terms is None else WITH_TERMS
+    event = Event(chord_id, at=at or time.time(), size=size, plan=len(PLAN), terms=terms, version=version)
+    return write_event(event, PLAN)
 
 
 def part_event(chord_id: str, task_id: str, packed: bytes | None = None, at: float | None = None) -> bytes:

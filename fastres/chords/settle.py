@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 from celery import current_app
 from celery.canvas import maybe_signature
 from celery.exceptions import ImproperlyConfigured
@@ -15,7 +16,7 @@ from fastres.chords.lazy import mark_of
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ("Failure", "failure_json", "refusal_of_terms", "settle", "terms_of")
+__all__ = ("Failure", "allowed_of", "checked", "failure_json", "refusal_of_terms", "settle", "terms_of")
 
 #: The header of a body's signature that has the terms of its chord.
 SETTLE = "fastres-settle"
@@ -78,21 +79,32 @@ def settle(
 
     Raises: ValueError: one of these is out of its range.
     """
-    terms: dict[str, float] = {}
-    if tolerate is not None:
-        if tolerate < 0 or (tolerate > 1 and tolerate != int(tolerate)):
-            raise ValueError(f"tolerate={tolerate!r}: a number of tasks, or a share of them below 1")
-        terms["tolerate"] = tolerate
-    if first is not None:
-        if first < 1 or first != int(first):
-            raise ValueError(f"first={first!r}: a number of tasks, 1 or more")
-        terms["first"] = first
-    if deadline is not None:
-        if not deadline > 0:
-            raise ValueError(f"deadline={deadline!r}: seconds, more than 0")
-        terms["deadline"] = deadline
+    terms = checked(tolerate=tolerate, first=first, deadline=deadline)
+    given = {name: value for name, value in msgspec.structs.asdict(terms).items() if value is not None}
     body = maybe_signature(body).clone()
-    return body.set(headers={**(body.options.get("headers") or {}), SETTLE: terms})
+    return body.set(headers={**(body.options.get("headers") or {}), SETTLE: given})
+
+
+def checked(*, tolerate: float | None, first: int | None, deadline: float | None) -> Terms:
+    """Terms that a user gives.
+
+    Raises: ValueError: one of these is out of its range.
+    """
+    if tolerate is not None and (tolerate < 0 or (tolerate > 1 and tolerate != int(tolerate))):
+        raise ValueError(f"tolerate={tolerate!r}: a number of tasks, or a share of them below 1")
+    if first is not None and (first < 1 or first != int(first)):
+        raise ValueError(f"first={first!r}: a number of tasks, 1 or more")
+    if deadline is not None and not deadline > 0:
+        raise ValueError(f"deadline={deadline!r}: seconds, more than 0")
+    return Terms(tolerate, first, deadline)
+
+
+def allowed_of(terms: Terms, total: int) -> int | None:
+    """How many of so many tasks may fail; None: all of them."""
+    if terms.tolerate is None:
+        return None
+    is_share = isinstance(terms.tolerate, float) and terms.tolerate < 1
+    return int(terms.tolerate * total) if is_share else int(terms.tolerate)
 
 
 def terms_of(body: Mapping[str, Any]) -> Terms | None:
@@ -118,11 +130,9 @@ def refusal_of_terms(terms: Terms, succeeded: int, failed: int, total: int, clos
         total: how many there are.
         closed: whether its deadline has passed.
     """
-    if terms.tolerate is not None:
-        is_share = isinstance(terms.tolerate, float) and terms.tolerate < 1
-        allowed = int(terms.tolerate * total) if is_share else int(terms.tolerate)
-        if failed > allowed:
-            return f"{failed} of {total} tasks have failed, {allowed} of them may"
+    allowed = allowed_of(terms, total)
+    if allowed is not None and failed > allowed:
+        return f"{failed} of {total} tasks have failed, {allowed} of them may"
     if terms.first is not None and succeeded < terms.first and not closed:
         return f"{succeeded} of {total} tasks have succeeded, {terms.first} of them are to"
     return None

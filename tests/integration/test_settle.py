@@ -11,7 +11,7 @@ from backend_kit import Broker, MakeApp, until
 from celery import Celery, chain, chord, group, uuid
 from celery.exceptions import ChordError, ImproperlyConfigured
 from chord_kit import Unrun, finish
-from proj import add, echo, fail, gated, noted_errback, shown, tsum
+from proj import OutOfStockError, add, echo, fail, gated, noted_errback, shown, tsum
 from rabbitmq_node import Node
 from workers import JoinerProcess, Worker, adds
 
@@ -165,3 +165,59 @@ def test_where_chords_are_joined_by_chord_unlock() -> None:
     with pytest.raises(ImproperlyConfigured, match=r"settle.*needs a broker with single active consumers"):
         chord([echo.s(1)], app=app)(fastres.settle(echo.s()))
     app.backend.close()
+
+
+# -- groups
+
+
+def sent(app: Celery, *tasks: Any) -> Any:
+    return group(*tasks).apply_async()
+
+
+def test_a_group_is_settled(app: Celery) -> None:
+    held = sent(app, echo.s(1), fail.s("apples", 4), echo.s(3))
+    assert list(map(repr, fastres.join(held, settle=True, timeout=SECONDS))) == ["1", APPLES, "3"]
+    assert fastres.join(sent(app, *adds(100)), timeout=SECONDS) == [2 * n for n in range(100)]
+    with pytest.raises(OutOfStockError):
+        fastres.join(sent(app, echo.s(1), fail.s("apples", 4)), timeout=SECONDS)
+    assert fastres.join(sent(app), settle=True) == []
+
+
+def test_a_group_that_may_fail_so_often(app: Celery) -> None:
+    tasks = [echo.s(1), fail.s("apples", 4), fail.s("pears")]
+    for tolerate in (2, 0.7):
+        found = fastres.join(sent(app, *tasks), tolerate=tolerate, timeout=SECONDS)
+        assert list(map(repr, found)) == ["1", APPLES, PEARS]
+    for tolerate in (1, 0.5, 0):
+        with pytest.raises(OutOfStockError):
+            fastres.join(sent(app, *tasks), tolerate=tolerate, timeout=SECONDS)
+
+
+def test_the_first_of_a_group(app: Celery, tmp_path: Any) -> None:
+    gate = tmp_path / "gate"
+    held = sent(app, gated.s(str(gate), 0), echo.s(1), fail.s("apples", 4), echo.s(3))
+    assert fastres.join(held, first=2, timeout=SECONDS) == [1, 3]
+    gate.touch()
+    # What was not waited for is there.
+    assert held.results[0].get(timeout=SECONDS) == 0
+    with pytest.raises(OutOfStockError):
+        fastres.join(sent(app, echo.s(1), fail.s("apples", 4)), first=2, timeout=SECONDS)
+
+
+def test_a_group_until_its_deadline(app: Celery, tmp_path: Any) -> None:
+    gate = tmp_path / "gate"
+    held = sent(app, gated.s(str(gate), 0), echo.s(1))
+    assert fastres.join(held, deadline=1) == [1]
+    with pytest.raises(fastres.ResultsMissing):
+        fastres.join(held, deadline=5, timeout=0.5)
+    gate.touch()
+    assert fastres.join(held, deadline=SECONDS) == [0, 1]
+
+
+def test_groups_in_a_group(app: Celery) -> None:
+    assert sorted(fastres.join(sent(app, echo.s(1), group(echo.s(2), echo.s(3))), timeout=SECONDS)) == [1, 2, 3]
+
+
+def test_a_group_on_terms_that_are_none(app: Celery) -> None:
+    with pytest.raises(ValueError, match="first=0"):
+        fastres.join(sent(app, echo.s(1)), first=0)

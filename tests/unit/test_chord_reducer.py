@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastres.chords import reducer as module
-from fastres.chords.events import Event, Part, pack_part, read_event, write_event
+from fastres.chords.events import WITH_TERMS, Event, Part, Terms, pack_part, read_event, write_event
 from fastres.chords.reducer import Chord, Merge, Reducer
 
 NOW = 1000.0
@@ -46,6 +46,52 @@ def tags_of(chord: Chord) -> list[int]:
 
 
 # -- when a chord is complete
+
+
+FAILED = pack_part(Part(0, "FAILURE", "application/json", "utf-8", b'{"exc_type":"E"}'))
+
+
+def test_as_many_successes_as_its_terms_say_are_enough() -> None:
+    size = size_event("c", 4, terms=Terms(first=2))
+    events = [part_event("c", "a"), part_event("c", "failed", FAILED), part_event("c", "b")]
+    for at in range(4):
+        told = [*events[:at], size, *events[at:]]
+        for count in range(4):
+            assert not fed(*told[:count]).complete
+        (chord,) = fed(*told).complete.values()
+        assert len(chord.parts) == 3
+    assert not fed(size, *events[:2], events[0]).complete, "the same part twice"
+    # When all have come, its body is asked for, however few have succeeded.
+    failed = [part_event("c", f"failed {number}", FAILED) for number in range(3)]
+    assert fed(size, events[0], *failed).complete
+
+
+def test_a_deadline_closes_a_chord_over_what_has_come() -> None:
+    reducer = fed(size_event("c", 4, terms=Terms(deadline=50.0)), part_event("c", "a"), size_event("other", 2))
+    reducer.close_overdue(49.0)
+    assert not reducer.complete
+    reducer.close_overdue(51.0)
+    (chord,) = reducer.complete.values()
+    assert (chord.id, chord.closed, list(chord.results())) == ("c", True, ["a"])
+
+
+def test_terms_outlive_a_merge_and_a_snapshot() -> None:
+    terms = Terms(tolerate=0.5, first=3, deadline=50.0)
+    reducer = fed(size_event("c", 4, terms=terms), part_event("c", "a"), part_event("c", "failed", FAILED))
+    chord = reducer.chords["c"]
+    for bodies in (reducer.snapshot(chord), [body for merge in reducer.tighten() for body in merge.bodies]):
+        assert read_event(bodies[0])[0].version == WITH_TERMS
+        (again,) = fed(*bodies).chords.values()
+        assert (again.terms, again.first, again.succeeded, len(again.parts)) == (terms, 3, 1, 2)
+
+
+def test_a_chord_whose_deadline_passes_during_a_merge_waits_for_it() -> None:
+    reducer = fed(size_event("c", 4, terms=Terms(deadline=50.0)), part_event("c", "a"))
+    (merge,) = reducer.tighten()
+    reducer.close_overdue(51.0)
+    assert not reducer.complete
+    reducer.feed([delivery(10 + at, body) for at, body in enumerate(merge.bodies)], NOW)
+    assert list(reducer.complete) == ["c"]
 
 
 def test_a_chord_takes_its_size_its_body_and_all_parts() -> None:

@@ -1,0 +1,89 @@
+"""Joining a group on other terms than that all of it succeeds: what ``fastres.settle`` is for chords."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, Any
+
+from celery import states
+from celery.exceptions import TimeoutError
+from celery.result import ResultSet
+
+from fastres.chords.settle import allowed_of, checked
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ("join",)
+
+
+def join(
+    results: ResultSet,
+    *,
+    settle: bool = False,
+    tolerate: float | None = None,
+    first: int | None = None,
+    deadline: float | None = None,
+    timeout: float | None = None,
+) -> list[Any]:
+    """The results of a group's tasks, in its order.
+
+    What is read is taken from the broker, as by ``GroupResult.get``; what is not waited for stays there.
+
+    Args:
+        results: a ``GroupResult`` or ``ResultSet``; those of groups in it are in one list with the others.
+        settle: have the exception of each task that has failed, or was revoked, in its place. Otherwise the first
+            is raised, or is left out where ``first`` is given.
+        tolerate: ``settle`` so many of them, or a share below 1 of all, and raise the next one.
+        first: return as soon as so many have succeeded, with what has come until then. Where all have come and
+            fewer have succeeded, the last failure is raised.
+        deadline: seconds after which what has come is returned.
+        timeout: seconds after which an exception is raised.
+
+    Raises:
+        fastres.ResultsMissing: not all came before the timeout.
+        Exception: what a task has raised.
+        ValueError: ``tolerate``, ``first`` or ``deadline`` is out of its range.
+    """
+    terms = checked(tolerate=tolerate, first=first, deadline=deadline)
+    leaves = list(_leaves(results))
+    if not leaves:
+        return []
+    settle = settle or tolerate is not None
+    allowed = allowed_of(terms, len(leaves))
+    values: dict[str, Any] = {}
+    succeeded = failed = 0
+    error: BaseException | None = None
+    is_late = timeout is None or (deadline is not None and deadline < timeout)
+    arriving = leaves[0].backend.get_many(
+        list(dict.fromkeys(leaf.id for leaf in leaves)), timeout=deadline if is_late else timeout
+    )
+    try:
+        with contextlib.closing(arriving):
+            for task_id, meta in arriving:
+                if meta["status"] in states.PROPAGATE_STATES:
+                    failed, error = failed + 1, meta["result"]
+                    if (not settle and first is None) or (allowed is not None and failed > allowed):
+                        raise meta["result"]
+                    if settle:
+                        values[task_id] = error
+                else:
+                    succeeded += 1
+                    values[task_id] = meta["result"]
+                if succeeded == first:
+                    break
+            else:
+                if first is not None and succeeded < first and error is not None:
+                    raise error
+    except TimeoutError:
+        if deadline is None or not is_late:
+            raise
+    return [values[leaf.id] for leaf in leaves if leaf.id in values]
+
+
+def _leaves(results: ResultSet) -> Iterator[Any]:
+    for result in results.results:
+        if isinstance(result, ResultSet):
+            yield from _leaves(result)
+        else:
+            yield result
