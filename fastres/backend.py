@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from celery import current_app, states
 from celery.backends.base import Backend
@@ -36,6 +37,9 @@ from fastres.read.wait import CACHED, Waits
 from fastres.waiting import Waiting
 from fastres.write.messages import Encoder, plain_meta
 from fastres.write.publisher import Publisher
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator
 
 __all__ = ("AMQPBackend",)
 
@@ -117,6 +121,8 @@ class AMQPBackend(Waiting, Celery31, Backend):  # type: ignore[misc]
         )
         self._link = Link(self.connector.open, self.retry_policy, conf.broker_heartbeat or 0)
         decoder = Decoder(self.accept, self.options.max_unpacked_size)
+        #: What a thread knows of tasks for a while: see many_at_once.
+        self._known = threading.local()
         looks = Looks(self._publisher, self.addresses, decoder, self.reports, auto_delete)
         reader = Reader(
             self._link, self.addresses, decoder, looks, self.reports, self.options.prefetch, auto_delete
@@ -217,7 +223,8 @@ class AMQPBackend(Waiting, Celery31, Backend):  # type: ignore[misc]
         self._ensure_not_eager()
         meta = self._waits.cached(task_id, states.READY_STATES) if cache else None
         if meta is None:
-            meta = self.layout.look(task_id, backlog_limit)
+            known = getattr(self._known, "metas", {})
+            meta = known[task_id] if task_id in known else self.layout.look(task_id, backlog_limit)
             if meta is None:
                 return {"status": states.PENDING, "result": None}
             self._waits.to_python(meta)
@@ -225,6 +232,16 @@ class AMQPBackend(Waiting, Celery31, Backend):  # type: ignore[misc]
                 # As Celery's own backends: anything else may change.
                 self._cache[task_id] = meta
         return meta
+
+    @contextlib.contextmanager
+    def many_at_once(self, task_ids: Collection[str]) -> Iterator[None]:
+        """What this thread asks of these tasks is looked up now, and what it stores is sent at the end."""
+        self._known.metas = self.layout.look_at_all(task_ids)
+        try:
+            with self._publisher.together():
+                yield
+        finally:
+            del self._known.metas
 
     #: Celery 3.1's name for it.
     poll = get_task_meta

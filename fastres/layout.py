@@ -14,7 +14,7 @@ from fastres import ids
 from fastres.chords.log import shard_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection
 
     from fastres._protocols import Meta
     from fastres.addresses import Address, Addresses
@@ -98,6 +98,10 @@ class SharedQueues:
         held = None if feed is None else feed.peek(task_id)
         return held or self.looks.task(task_id, backlog_limit, waits_too=feed is not None)
 
+    def look_at_all(self, task_ids: Collection[str]) -> dict[str, Meta | None]:
+        """As :meth:`look` of many tasks, with few looks: of some it may tell nothing."""
+        return self.looks.tasks(task_ids)
+
     def progress(self, group_id: str) -> int:
         """How many results of a group have come."""
         return self.looks.progress(group_id, self.reader.progress)
@@ -173,6 +177,9 @@ class Mailbox:
     def look(self, task_id: str, backlog_limit: int) -> Meta | None:
         self._read()
         return self._replies.peek(task_id)
+
+    def look_at_all(self, task_ids: Collection[str]) -> dict[str, Meta | None]:
+        return {}
 
     def progress(self, group_id: str) -> int:
         """How many results of a group have come to this client."""

@@ -12,11 +12,15 @@ from backend_kit import (
     CELERY,
     ENOUGH,
     Broker,
+    MakeApp,
+    group_of,
+    ids_of,
     in_another_process,
     in_thread,
     new_ids,
     page_ids,
     store,
+    store_group,
     success,
     unlearn,
     until,
@@ -214,3 +218,33 @@ def test_forget_with_parents(app: Celery, other: Celery, broker: Broker) -> None
         store(other, result.id)
     child.forget()
     broker.wait_until_gone(app.backend.rkey(parent.id), app.backend.rkey(child.id))
+
+
+@pytest.mark.parametrize("options", [{}, {"confirm": False}])
+def test_many_tasks_are_looked_at_and_stored_at_once(
+    written: list[bytes], make_app: MakeApp, options: dict[str, Any]
+) -> None:
+    """As the remote control command ``revoke`` does with a group."""
+    app, other = make_app(result_backend_transport_options=options), make_app()
+    held = group_of(app, 300)
+    pages, lone = page_ids(100), new_ids(3)
+    ids = [*ids_of(held), *pages, *lone]
+    store_group(other, held, range(50))
+    for task_id in (pages[7], lone[1]):
+        store(other, task_id, 1)
+    store(other, pages[8], {}, "STARTED")
+    assert app.backend.get_state(new_ids(1)[0]) == "PENDING"
+    written.clear()
+    with app.backend.many_at_once(ids):
+        found = {task_id: app.backend.get_state(task_id) for task_id in ids}
+        for task_id, state in found.items():
+            if state == "PENDING":
+                app.backend.mark_as_revoked(task_id, reason="revoked", store_result=True)
+    assert len(written) < 30
+    done = {*ids_of(held)[:50], pages[7], lone[1]}
+    assert {task_id for task_id, state in found.items() if state == "SUCCESS"} == done
+    assert found[pages[8]] == "STARTED"
+    app.backend.close()
+    for task_id in (ids_of(held)[0], ids_of(held)[50], ids_of(held)[-1], pages[0], pages[7], pages[8], *lone):
+        state = "SUCCESS" if task_id in done else found[task_id].replace("PENDING", "REVOKED")
+        assert other.backend.get_state(task_id) == state
