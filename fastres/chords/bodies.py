@@ -40,8 +40,6 @@ if TYPE_CHECKING:
 
 __all__ = ("Bodies", "BodyProducer", "Failed")
 
-#: A part that is read from where results are.
-PLAIN_PART = unpack_part(REFERENCE)
 #: How many results the representation of a body's arguments shows.
 SHOWN = 3
 #: What is raised by what is the user's, and ends nothing but a chord: ``SystemExit`` is raised by tasks too.
@@ -288,11 +286,14 @@ class Bodies:
     def _judge(self, body: Any, chord: Chord, parts: dict[str, Part]) -> None:
         """Whether a chord with terms of its own goes on.
 
+        Args:
+            parts: those of it that have failed, and any others.
+
         Raises: Failed: it does not.
         """
         assert chord.terms is not None
         failed = [task_id for task_id, part in parts.items() if part.state in states.PROPAGATE_STATES]
-        succeeded = len(parts) - len(failed)
+        succeeded = len(chord.parts) - len(failed)
         refusal = refusal_of_terms(chord.terms, succeeded, len(failed), chord.total or 0, chord.closed)
         if refusal is not None:
             cause = self._decode(failed[0], parts[failed[0]]) if failed else None
@@ -320,7 +321,7 @@ class Bodies:
                 if addresses.result(task_id).name != addresses.group(chord.id).name:
                     elsewhere.append(task_id)
         if chord.terms is not None:
-            self._judge(body, chord, {**dict.fromkeys(map(id_of, chord.parts), PLAIN_PART), **parts})
+            self._judge(body, chord, parts)
         return HeaderResults(chord.id, len(packed), elsewhere)
 
     def fail(self, chord: Chord, failed: Failed) -> None:
