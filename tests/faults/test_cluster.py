@@ -138,7 +138,7 @@ def cut_off(node: Node, nodes: list[Node]) -> Iterator[None]:
 @pytest.mark.parametrize("harm", [killed, cut_off])
 def test_a_node_of_three_is_lost_and_nothing_else(nodes: list[Node], make_app: MakeApp, harm: Any) -> None:
     """No result, no part, no body, and no body is sent twice, though each chord sees most of the harm."""
-    options = {"queue_type": "quorum", "namespace": uuid()}
+    options = {"queue_type": "quorum", "namespace": uuid(), "keep_chord_results": False}
     urls = ";".join(node.url for node in nodes)
     moments = random.Random(4)
     app = make_app(urls, result_backend_transport_options=options)
