@@ -606,7 +606,7 @@ class RabbitMQ(Session):
         """
         posts = self._posts
         if self._posting_channel is None or not is_open(self._posting_channel):
-            posts.lose()
+            self._posts = posts = Window(0, 0)
             self._posting_channel, self._posted = self.channel(), 0
             self._posting_channel.confirm_select()
             for event, handle in (
