@@ -107,12 +107,12 @@ def test_what_has_come_by_the_deadline(app: Celery, tmp_path: Any) -> None:
     gate = tmp_path / "gate"
     header = [echo.s(1), gated.s(str(gate), 2), fail.s("apples", 4)]
     start = time.monotonic()
-    late = chord(header)(fastres.settle(shown.s(), deadline=1.5))
+    late = chord(header)(fastres.settle(shown.s(), deadline=3))
     in_time = chord(adds(3))(fastres.settle(shown.s(), deadline=60))
-    first = chord(header)(fastres.settle(shown.s(), first=3, deadline=1.5))
+    first = chord(header)(fastres.settle(shown.s(), first=3, deadline=3))
     assert value(in_time) == ["0", "2", "4"]
     assert value(late) == value(first) == ["1", APPLES]
-    assert time.monotonic() - start > 1.4
+    assert time.monotonic() - start > 2.9
     gate.touch()
 
 
