@@ -32,6 +32,7 @@ from fastres.chords.reducer import id_of
 from fastres.chords.settle import Failure, failure_json, refusal_of_terms
 from fastres.chords.tracing import continued
 from fastres.compression import unpack
+from fastres.ids import expand
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -313,12 +314,16 @@ class Bodies:
         parts: dict[str, Part] = {}
         # There may be a million, and as a rule they are all the same.
         if packed.count(REFERENCE) < len(packed):
-            parts = {id_of(key): self._unpacked(each) for key, each in chord.parts.items() if each != REFERENCE}
             addresses = self._backend.addresses
-            for task_id, part in parts.items():
+            header = addresses.group(chord.id).name
+            for key, each in chord.parts.items():
+                if each == REFERENCE:
+                    continue
+                name, task_id = expand(key), id_of(key)
+                parts[name] = self._unpacked(each)
                 if chord.terms is None:
-                    self._check(body, chord, task_id, part)
-                if addresses.result(task_id).name != addresses.group(chord.id).name:
+                    self._check(body, chord, task_id, parts[name])
+                if addresses.result(task_id).name != header:
                     elsewhere.append(task_id)
         if chord.terms is not None:
             self._judge(body, chord, parts)
