@@ -149,8 +149,10 @@ class Node(Leashed, TCPExecutor):
     ) -> None:
         self._management = management
         self._config = config or {}
-        # How often a quorum queue is counted for `rabbitmqctl list_queues`: every five seconds by default.
-        self._advanced = {"quorum_tick_interval": "100", **(advanced or {})}
+        self._advanced = advanced or {}
+        if os.environ.get("FASTRES_TEST_QUEUES") == "quorum":
+            # How often a quorum queue is counted for `rabbitmqctl list_queues`: every five seconds by default.
+            self._advanced = {"quorum_tick_interval": "1000", **self._advanced}
         self._tls = tls
         ports = free_ports(5)
         self.management_port = ports.pop()

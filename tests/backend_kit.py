@@ -199,6 +199,10 @@ def until(condition: Callable[[], Any], timeout: float = ENOUGH, pause: float = 
     return value
 
 
+#: Seconds in which ``rabbitmqctl list_queues`` learns what is in a quorum queue.
+COUNTED = 1.5
+
+
 def settled(count: Callable[[], Any], for_: float = 0.3) -> Any:
     """What the broker has counted, when it does not change any more: quorum queues count what comes back late."""
     value = count()

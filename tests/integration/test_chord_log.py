@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from backend_kit import Broker, MakeApp, Reports, settled, until
+from backend_kit import COUNTED, Broker, MakeApp, Reports, settled, until
 from celery import Celery, chord, uuid
 from chord_kit import Unrun, finish
 from rabbitmq_node import Node
@@ -103,7 +103,7 @@ def test_chords_with_the_same_body_id_do_not_mix(unrun: Unrun) -> None:
 
 def test_a_chord_of_many_parts_is_held_in_few_messages(app: Celery, unrun: Unrun, node: Node) -> None:
     count = 2500
-    before = settled(lambda: node.queues()[SHARD])
+    before = settled(lambda: node.queues()[SHARD], COUNTED)
     result = unrun.send(count)
     requests = unrun.requests(count)
     finish(unrun, requests[1:])

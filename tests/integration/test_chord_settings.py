@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from backend_kit import queue_of, settled, until
+from backend_kit import COUNTED, queue_of, settled, until
 from celery import chain, chord, group, uuid
 from celery.exceptions import ChordError
 from proj import TYPED, add, collect, delivery, echo, fail, replaced_by_chord, shown, silent, tsum, typed
@@ -180,7 +180,7 @@ def test_what_is_kept_is_in_the_headers_queue(node: Node) -> None:
             result = chord(adds(count))(tsum.s())
             assert result.get(timeout=SECONDS) == sum(sums(count))
             until(lambda held=result.parent: app.backend.group_progress(held.id) == len(held), SECONDS)
-            assert settled(lambda held=result.parent: node.queues()[queue_of(held.id)]) == count + on_page
+            assert settled(lambda held=result.parent: node.queues()[queue_of(held.id)], COUNTED) == count + on_page
 
 
 # -- who joins

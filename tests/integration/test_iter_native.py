@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from backend_kit import (
+    COUNTED,
     ENOUGH,
     SOON,
     Broker,
@@ -45,7 +46,7 @@ def test_ten_thousand_members_are_one_queue(app: Celery, other: Celery, broker: 
     before = set(node.queues())
     held = group_of(app, 10_000)
     fill_group(other, broker, held)
-    new = settled(lambda: {name: count for name, count in node.queues().items() if name not in before})
+    new = settled(lambda: {name: count for name, count in node.queues().items() if name not in before}, COUNTED)
     assert new == {queue_of(held.id): 10_000}
     assert held.join_native(timeout=60) == list(range(10_000))
     broker.wait_until_gone(queue_of(held.id))
