@@ -54,9 +54,11 @@ def join(
     values: dict[str, Any] = {}
     succeeded = failed = 0
     error: BaseException | None = None
-    is_late = timeout is None or (deadline is not None and deadline < timeout)
+    #: What is raised in the end: not in there, where a task's TimeoutError would be taken for the end of the wait.
+    fatal: BaseException | None = None
+    ends_at_deadline = timeout is None or (deadline is not None and deadline < timeout)
     arriving = leaves[0].backend.get_many(
-        list(dict.fromkeys(leaf.id for leaf in leaves)), timeout=deadline if is_late else timeout
+        list(dict.fromkeys(leaf.id for leaf in leaves)), timeout=deadline if ends_at_deadline else timeout
     )
     try:
         with contextlib.closing(arriving):
@@ -64,7 +66,8 @@ def join(
                 if meta["status"] in states.PROPAGATE_STATES:
                     failed, error = failed + 1, meta["result"]
                     if (not settle and first is None) or (allowed is not None and failed > allowed):
-                        raise meta["result"]
+                        fatal = error
+                        break
                     if settle:
                         values[task_id] = error
                 else:
@@ -73,11 +76,13 @@ def join(
                 if succeeded == first:
                     break
             else:
-                if first is not None and succeeded < first and error is not None:
-                    raise error
+                if first is not None and succeeded < first:
+                    fatal = error
     except TimeoutError:
-        if deadline is None or not is_late:
+        if deadline is None or not ends_at_deadline:
             raise
+    if fatal is not None:
+        raise fatal
     return [values[leaf.id] for leaf in leaves if leaf.id in values]
 
 

@@ -44,13 +44,13 @@ def _complain(check: Callable[[], None]) -> None:
 
 
 def _start(sender: Any = None, **kwargs: Any) -> None:
-    _hasten_revoke(getattr(getattr(sender, "app", None), "backend", None))
+    _speed_up_revoke(getattr(getattr(sender, "app", None), "backend", None))
     joiner = _joiner_of(sender)
     if joiner is not None:
         joiner.start()
 
 
-def _hasten_revoke(backend: Any) -> None:
+def _speed_up_revoke(backend: Any) -> None:
     """Have the remote control command ``revoke`` of Celery 5.7 look at all of its tasks at once.
 
     It asks the backend for the state of each, and stores that it was revoked, in the worker's main process.

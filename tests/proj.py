@@ -126,6 +126,7 @@ BROKEN = {
     "amqp": amqp.exceptions.RecoverableConnectionError("theirs"),
     "AccessRefused": amqp.exceptions.AccessRefused("theirs"),
     "kombu": kombu.exceptions.OperationalError("theirs"),
+    "celery": celery.exceptions.TimeoutError("theirs"),
     "fastres": fastres.BrokerUnreachable("theirs"),
     "TimeLimitExceeded": celery.exceptions.TimeLimitExceeded(3),
 }

@@ -30,5 +30,5 @@ class Publishing(NamedTuple):
     routing_key: str
     #: The queue that is made for it if there is none; None: it is not ours to make.
     address: Address | None = None
-    #: A body: the broker is to confirm it before the parts are acknowledged, as no transaction tells its fate.
+    #: Whether the broker must confirm this body before the parts of its chord are acknowledged.
     confirm: bool = False

@@ -274,7 +274,7 @@ class Bodies:
             for task_id in _leaves(tree):
                 self._check(body, chord, task_id, parts.get(task_id))
         else:
-            self._judge(body, chord, parts)
+            self._check_terms(body, chord, parts)
             tree = _pruned(tree, parts)
         if all(part.content_type == JSON and part.content_encoding == UTF8 for part in parts.values()):
             return Values(_filled(tree, lambda task_id: pack_part(_as_value(parts[task_id]))))
@@ -284,7 +284,7 @@ class Bodies:
         value = self._decode(task_id, part)
         return Failure(value) if part.state in states.PROPAGATE_STATES else value
 
-    def _judge(self, body: Any, chord: Chord, parts: dict[str, Part]) -> None:
+    def _check_terms(self, body: Any, chord: Chord, parts: dict[str, Part]) -> None:
         """Whether a chord with terms of its own goes on.
 
         Args:
@@ -326,7 +326,7 @@ class Bodies:
                 if addresses.result(task_id).name != header:
                     elsewhere.append(task_id)
         if chord.terms is not None:
-            self._judge(body, chord, parts)
+            self._check_terms(body, chord, parts)
         return HeaderResults(chord.id, len(packed), elsewhere)
 
     def fail(self, chord: Chord, failed: Failed) -> None:

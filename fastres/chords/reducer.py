@@ -110,14 +110,14 @@ class Chord:
         """Whether all that it takes is known."""
         return len(self.parts) >= self.needed
 
-    def count(self) -> None:
+    def update_needed(self) -> None:
         """Find out how many parts it takes."""
         if self.size is None or not self.plan:
             return
         over = self.closed or (self.first and self.succeeded >= self.first)
         self.needed = 0 if over else self.size + len(self.added)
 
-    def agree(self, terms: Terms) -> None:
+    def set_terms(self, terms: Terms) -> None:
         """Learn on which terms it ends."""
         self.terms, self.first = terms, terms.first or 0
         self.succeeded = sum(map(is_success, self.parts.values())) if self.first else 0
@@ -143,7 +143,7 @@ class Chord:
         parts[key] = REFERENCE if packed == REFERENCE else packed
         if self.first and is_success(packed):
             self.succeeded += 1
-            self.count()
+            self.update_needed()
         self.last, self.root, self.context = task_id, event.root, event.context
         return key
 
@@ -263,8 +263,8 @@ class Reducer:
         if event.plan:
             chord.plan = rest[: event.plan]
         if event.terms is not None and chord.terms is None:
-            chord.agree(event.terms)
-        chord.count()
+            chord.set_terms(event.terms)
+        chord.update_needed()
 
     def _hold(self, chord: Chord, held: Held) -> None:
         self.count += 1
@@ -421,7 +421,7 @@ class Reducer:
             terms = chord.terms
             if terms is not None and terms.deadline is not None and terms.deadline <= wall and not chord.closed:
                 chord.closed = True
-                chord.count()
+                chord.update_needed()
                 if chord.whole and not chord.under_way:
                     self.complete[chord.id] = chord
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from backend_kit import Broker, MakeApp, until
 from celery import Celery, chain, chord, group, uuid
-from celery.exceptions import ChordError, ImproperlyConfigured
+from celery.exceptions import ChordError, ImproperlyConfigured, TimeoutError
 from chord_kit import Unrun, finish
-from proj import OutOfStockError, add, echo, fail, gated, noted_errback, shown, tsum
+from proj import OutOfStockError, add, broken, echo, fail, gated, noted_errback, shown, tsum
 from rabbitmq_node import Node
 from workers import JoinerProcess, Worker, adds
 
@@ -211,6 +211,12 @@ def test_a_group_until_its_deadline(app: Celery, tmp_path: Any) -> None:
         fastres.join(held, deadline=5, timeout=0.5)
     gate.touch()
     assert fastres.join(held, deadline=SECONDS) == [0, 1]
+
+
+@pytest.mark.parametrize("terms", [{}, {"tolerate": 0}, {"first": 2}])
+def test_a_timeout_of_a_task_is_no_end_of_the_wait(app: Celery, terms: Any) -> None:
+    with pytest.raises(TimeoutError, match="theirs"):
+        fastres.join(sent(app, echo.s(1), broken.s("celery")), deadline=SECONDS, **terms)
 
 
 def test_groups_in_a_group(app: Celery) -> None:
