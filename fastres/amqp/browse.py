@@ -48,7 +48,10 @@ class Native(Protocol):
     @property
     def uri(self) -> str: ...
 
-    def patiently(self, seconds: float) -> contextlib.AbstractContextManager[None]: ...
+    def within(self, seconds: float) -> contextlib.AbstractContextManager[None]: ...
+
+    @property
+    def socket(self) -> Any: ...
 
     def unopened_channel(self) -> Any: ...
 
@@ -172,7 +175,7 @@ class Browser:
             if answered or sum(len(slot.deliveries) for slot in slots) > got:
                 patience = None
             elif patience is None:
-                patience = Patience(PATIENCE)
+                patience = Patience(self._native.socket.gettimeout())
             else:
                 patience.check()
             if others:
@@ -183,12 +186,22 @@ class Browser:
     @contextlib.contextmanager
     def _patiently(self) -> Iterator[None]:
         try:
-            with self._native.patiently(PATIENCE):
+            with self._native.within(PATIENCE):
                 yield
         except socket.timeout as exc:
             raise BrokerUnreachable(
-                f"the broker {self._native.uri} has not answered for {PATIENCE:.0f} seconds"
+                f"the broker {self._native.uri} has not answered a look: it, or the node of a queue, is down or "
+                f"stands still, or more than {PATIENCE:.0f} seconds behind"
             ) from exc
+
+    def give_up(self) -> list[Any]:
+        """The channels on which answers are outstanding, which are not used again."""
+        waiting = [slot for slot in self._slots if not slot.is_answered()]
+        self._slots = [slot for slot in self._slots if slot not in waiting]
+        for slot in waiting:
+            # py-amqp has seen nothing of it.
+            slot.channel.is_open = True
+        return [slot.channel for slot in waiting]
 
 
 class Slot:

@@ -43,6 +43,8 @@ CHUNK = 1 << 18
 PIPELINED = 200
 #: Queues with other arguments that are remembered: each is found out again at the cost of a channel.
 FOREIGN = 10_000
+#: Seconds within which a broker that is there opens a channel, and agrees to the end of one.
+ANSWERS, AGREES = 1.0, 6.0
 #: Seconds that the rest of a TLS record may take to come.
 RECORD_TIMEOUT = 1.0
 #: The type of a method's frame, and the octets of a frame around its payload.
@@ -410,6 +412,27 @@ class RabbitMQ(Session):
     def within(self, seconds: float) -> contextlib.AbstractContextManager[None]:
         return self.patiently(min(seconds, self.socket.gettimeout() or seconds))
 
+    def give_up(self, channel: Any, tags: Sequence[str] = ()) -> None:
+        given_up = [] if self._browser is None else self._browser.give_up()
+        declaring, self._declaring = self._declaring, None
+        given_up += [each for each in (declaring, channel) if each is not None and each.connection is not None]
+        for each in given_up:
+            for consumer in [consumer for consumer in self._receivers if consumer[0] == each.channel_id]:
+                del self._receivers[consumer]
+            each._callbacks[spec.Channel.Close] = partial(_agree, each)
+            each._callbacks[spec.Channel.CloseOk] = partial(self._is_closed, each, each.channel_id)
+            if each.is_open:
+                each.send_method(spec.Channel.Close, "BsBB", (0, "", 0, 0))
+                each.is_open = False
+        # What the broker does without asking the node of any queue.
+        with self.within(ANSWERS):
+            self._declaring_channel()
+
+    def _is_closed(self, channel: Any, channel_id: int) -> None:
+        """The broker has closed a channel that was given up: its number can be used again."""
+        self._disown(channel_id)
+        channel.collect()
+
     def limit(self, seconds: float) -> None:
         self.socket.settimeout(seconds)
 
@@ -661,7 +684,14 @@ class RabbitMQ(Session):
         channel.send_method(spec.Channel.Close, "BsBB", (0, "", 0, 0))
         # What still comes is read and dropped here: nobody else has a use for it.
         # Of two who close a channel at the same time RabbitMQ may answer neither: its own word is enough.
-        self._await(channel, {CLOSE_OK: 1}, over=lambda: not channel.is_open)
+        try:
+            with self.within(AGREES):
+                self._await(channel, {CLOSE_OK: 1}, over=lambda: not channel.is_open)
+        except socket.timeout:
+            # A node with a queue that was consumed from stands still.
+            channel.is_open = False
+            self.give_up(channel)
+            return
         self._disown(channel.channel_id)
         if channel.is_open:
             channel.collect()
@@ -722,6 +752,11 @@ def _let_close(channel: Any, *why: Any) -> None:
         channel.send_method(spec.Channel.CloseOk)
         # What we said to end it is answered too, or we have not said it yet.
         channel.is_open = False
+
+
+def _agree(channel: Any, *why: Any) -> None:
+    """Answer the broker, which has closed a channel that we have given up."""
+    channel.send_method(spec.Channel.CloseOk)
 
 
 def _method(channel: Any, signature: tuple[int, int], types: str, arguments: tuple[Any, ...]) -> bytes:

@@ -223,8 +223,17 @@ class Session:
         """The same, where it is not to be less anyway."""
         return contextlib.nullcontext()
 
+    def give_up(self, channel: Any, tags: Sequence[str] = ()) -> None:
+        """Leave channels over which the broker does not answer, without waiting for it, if it answers otherwise.
+
+        They are those for declarations and looks, and this one with its consumers.
+
+        Raises: socket.timeout: it does not.
+        """
+        raise socket.timeout("the broker does not answer")
+
     def limit(self, seconds: float) -> None:
-        """The same from now on, and for what is written."""
+        """Wait no longer than so many seconds from now on, for what is written too."""
 
     def poll(self) -> None:
         """Notice what the broker has said unasked: that a channel is closed, or that it is short of memory."""

@@ -12,7 +12,7 @@ from kombu.utils.functional import LRUCache
 
 from fastres.amqp.consumer import Consumer
 from fastres.amqp.session import LARGEST_PREFETCH, Busy
-from fastres.errors import AccessRefused, refusal
+from fastres.errors import AccessRefused, BrokerUnreachable, refusal
 from fastres.logs import logger
 
 if TYPE_CHECKING:
@@ -32,8 +32,9 @@ __all__ = ("Context", "Inbox")
 TURN = 0.1
 #: Seconds between two attempts to read what the broker has refused.
 REFUSED = 1.0
-#: Seconds that the broker may take to let a queue be read, and until it is asked again if that was too long.
-OPENING, SUSPENDED = 10.0, 20.0
+#: Seconds that the broker may take to let a queue be read, and until it is asked again if that was too long: at
+#: first, and at most. Whoever else uses the connection waits meanwhile.
+OPENING, SUSPENDED, LONGEST_SUSPENDED = 6.0, 1.0, 20.0
 #: Queues of which it is remembered how many results were taken.
 REMEMBERED = 1000
 #: What a result came with.
@@ -86,8 +87,9 @@ class Inbox:
         self.due: float | None = None
         #: Why it is not open, None: it is, or there is no connection.
         self.refused: Exception | None = None
-        #: Until when it is not opened, on the monotonic clock.
+        #: Until when it is not opened, on the monotonic clock, and how many seconds that is the next time.
         self._suspended_until = 0.0
+        self._suspended = SUSPENDED
         self._exclusive = exclusive
         self._prefetch = prefetch
 
@@ -104,14 +106,24 @@ class Inbox:
         try:
             with session.within(OPENING):
                 self._open(session)
-        except socket.timeout as exc:
-            # RabbitMQ 4 says nothing for a minute of a queue whose node is down. The connection is left, and the
-            # others who read over it are to be served by the next one.
-            if time.monotonic() - now > OPENING / 2:
-                self.consumer = None
-                self._suspended_until = self.due = time.monotonic() + SUSPENDED
-                self.refused = exc
-            raise
+            self._suspended = SUSPENDED
+        except (socket.timeout, BrokerUnreachable):
+            # RabbitMQ says nothing, for up to a minute, of a queue whose node stands still or is down. The others
+            # who read over this connection are to be served.
+            consumer, self.consumer = self.consumer, None
+            self._suspended_until = self.due = time.monotonic() + self._suspended
+            self._suspended = min(2 * self._suspended, LONGEST_SUSPENDED)
+            names = ", ".join(repr(address.name) for address in self.addresses[:3])
+            self.refused = BrokerUnreachable(
+                f"the broker {session.uri} has not answered for {time.monotonic() - now:.0f} seconds when asked "
+                f"for queue {names}{', ...' if self.addresses[3:] else ''}: its node stands still, or is down"
+            )
+            if consumer is None:
+                session.give_up(None)
+            else:
+                session.give_up(consumer.channel, list(consumer.addresses))
+            if type(before) is not BrokerUnreachable:
+                logger.warning("Results are read later: %s", self.refused)
         except session.channel_errors as exc:
             self._leave()
             self.refused = refusal(exc, session.uri)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import signal
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -100,6 +101,46 @@ def test_the_node_of_a_queue_is_down(
     assert app.AsyncResult(lone).get(timeout=ENOUGH) == "there"
 
 
+@on_classic_queues("live on, see below")
+@pytest.mark.timeout(300)
+def test_the_node_of_a_queue_stands_still(
+    nodes: list[Node], make_app: MakeApp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who waits for it, and who looks, keeps nobody of the same process from the queues of other nodes."""
+    monkeypatch.setattr("fastres.amqp.browse.PATIENCE", 8.0)
+    first, second = nodes[0].start(), nodes[1].start()
+    here, there, soon = group_on(first, make_app), group_on(second, make_app), group_on(first, make_app)
+    lone = new_ids(1)[0]
+    store(make_app(second.url), lone, "there")
+    app, writer = make_app(first.url), make_app(first.url)
+    store_group(writer, soon, range(1, 2), start=1)
+    got: dict[str, Any] = {}
+
+    def wait(name: str, held: GroupResult) -> None:
+        got[name] = held_by(app, held).get(timeout=120)
+
+    def look() -> None:
+        with pytest.raises(fastres.BrokerUnreachable, match="has not answered a look"):
+            got["lone"] = app.AsyncResult(lone).state
+
+    held_by(app, soon).completed_count()
+    with standing_still(second):
+        threads = [in_thread(wait, "there", there), in_thread(look)]
+        time.sleep(0.5)
+        threads.append(in_thread(wait, "soon", soon))
+        threads.append(in_thread(wait, "here", here))
+        time.sleep(0.5)
+        store_group(writer, soon, range(2, 3), start=2)
+        store_group(writer, here, range(1, 3), start=1)
+        for thread in threads[1:]:
+            thread.join(30)
+        assert got == {"here": [0, 1, 2], "soon": [0, 1, 2]}
+    store_group(writer, there, range(1, 3), start=1)
+    threads[0].join(60)
+    assert got["there"] == [0, 1, 2]
+    assert app.AsyncResult(lone).get(timeout=ENOUGH) == "there"
+
+
 # -- three nodes, everything on quorum queues
 
 #: How often a node is harmed, and how many chords of ten there are meanwhile, with one of so many parts.
@@ -108,6 +149,16 @@ HARMS, CHORDS, LARGE = (
     for name, default in (("KILLS", 2), ("CHORDS", 40), ("LARGE", 500))
 )
 RESULTS = 1000
+
+
+@contextlib.contextmanager
+def standing_still(node: Node) -> Iterator[None]:
+    pid = int(node.ctl("eval", "os:getpid().").strip().strip('"'))
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
 
 
 @contextlib.contextmanager
@@ -144,6 +195,8 @@ def test_a_node_of_three_is_lost_and_nothing_else(nodes: list[Node], make_app: M
     app = make_app(urls, result_backend_transport_options=options)
     reader = make_app(urls, result_backend_transport_options=options)
     with JoinerProcess(urls, result_backend_transport_options=options):
+        for node in nodes:
+            node.start()
         broker = Broker(nodes[0].url)
         # Its queues are on the first node, which lives.
         unrun = Unrun(app, broker)
