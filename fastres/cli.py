@@ -317,6 +317,15 @@ def _tell_of_chords(backend: Any, session: Session, check: Checkup) -> None:
             shards = [session.inspect(name) for name in _shards(backend)]
             joiners = [0 if shard is None else shard.consumers for shard in shards]
             say(f"{min(joiners)} workers or joiners at {', '.join(_shards(backend))}")
+        own = backend.app.conf.task_default_queue
+        for shard in ask(backend, PATIENCE):
+            theirs = shard.open.queue if shard.open is not None else ""
+            if theirs and theirs != own:
+                check.warn(
+                    "chords",
+                    f"the joiner at {shard.queue} has task_default_queue = {theirs!r}, and this application "
+                    f"{own!r}: if they are two applications, give each a `namespace` of its own",
+                )
 
 
 def _broker(connection: Any, session: Session) -> Iterator[str]:

@@ -29,10 +29,12 @@ from fastres.amqp.publishing import Publishing
 from fastres.chords.events import JSON, REFERENCE, UTF8, Part, pack_part, unpack_part, unpack_plan
 from fastres.chords.lazy import HeaderResults, wants_reference
 from fastres.chords.reducer import id_of
+from fastres.chords.routes import ROUTES, redirected
 from fastres.chords.settle import Failure, failure_json, refusal_of_terms
 from fastres.chords.tracing import continued
 from fastres.compression import unpack
 from fastres.ids import expand
+from fastres.logs import logger
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -210,18 +212,45 @@ class Bodies:
     def __init__(self, backend: Any) -> None:
         self._backend = backend
         self._app = backend.app
-        #: Who publishes the tasks that are sent by a thread; not there: who Celery says.
-        self._publishing = threading.local()
+        #: Of a thread that sends what follows a chord: ``publisher``, which Celery's own is replaced with if it is
+        #: there, and ``context``, that of the chord's last part.
+        self._sending = threading.local()
+        #: Tasks, our queue and theirs, that were told of.
+        self._redirected: set[tuple[str, str, str]] = set()
         self._intercept(self._app.amqp)
 
     def _intercept(self, amqp: Any) -> None:
         """A chain and a chord do not pass the producer on that they are given."""
         send = amqp.send_task_message
 
-        def send_task_message(producer: Any, *args: Any, **options: Any) -> Any:
-            return send(getattr(self._publishing, "publisher", producer), *args, **options)
+        def send_task_message(producer: Any, name: str, *args: Any, **options: Any) -> Any:
+            context = getattr(self._sending, "context", None)
+            if context is not None:
+                options = redirected(name, options, context, self._report_redirected)
+            return send(getattr(self._sending, "publisher", producer), name, *args, **options)
 
         amqp.send_task_message = send_task_message
+
+    def _report_redirected(self, name: str, ours: str, theirs: str) -> None:
+        if (name, ours, theirs) not in self._redirected:
+            self._redirected.add((name, ours, theirs))
+            logger.warning(
+                "%s, which follows a chord, is sent to queue %r, as the worker of the chord's last task does, and "
+                "not to %r, as this one does. If these are two applications, give each a `namespace` of its own.",
+                name, theirs, ours,
+            )  # fmt: skip
+
+    @contextlib.contextmanager
+    def _following(self, chord: Chord, publisher: BodyProducer | None = None) -> Iterator[None]:
+        """What a thread sends in here follows a chord."""
+        sending = self._sending
+        sending.context = chord.context
+        if publisher is not None:
+            sending.publisher = publisher
+        try:
+            yield
+        finally:
+            sending.__dict__.clear()
 
     def plan(self, chord: Chord) -> tuple[Any, list[Any] | None]:
         """The body's signature, and the structure of the header where there are groups in it.
@@ -253,14 +282,12 @@ class Bodies:
         except Exception as exc:
             raise Failed(body, f"Join error: {safe_repr(exc)}", exc) from exc
         publisher.values = arguments if isinstance(arguments, Values) else None
-        self._publishing.publisher = publisher
         try:
-            with _as_part(chord):
+            with self._following(chord, publisher), _as_part(chord):
                 body.apply_async((arguments,))
         except USERS as exc:
             raise Failed(body, f"Callback error: {safe_repr(exc)}", exc) from exc
         finally:
-            del self._publishing.publisher
             publisher.values = None
 
     def _arguments(self, body: Any, chord: Chord, tree: list[Any] | None) -> Any:
@@ -346,7 +373,8 @@ class Bodies:
             # Celery wants the traceback of an exception that is being handled.
             raise failed.error
         except ChordError as error:
-            self._backend.chord_error_from_stack(body, exc=error)
+            with self._following(chord):
+                self._backend.chord_error_from_stack(body, exc=error)
             for task in _ends_of(body):
                 part = Context(task.options)
                 if part.chord:
@@ -448,7 +476,7 @@ def _filled(tree: list[Any], of: Callable[[str], Any]) -> list[Any]:
 @contextlib.contextmanager
 def _as_part(chord: Chord) -> Iterator[None]:
     """What is published in here comes from the part that came last, which Celery makes the parent of the body."""
-    context = dict(chord.context)
+    context = {key: value for key, value in chord.context.items() if key not in ROUTES}
     custom = context.pop("custom", None)
     request = Context(
         {

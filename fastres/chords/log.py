@@ -36,6 +36,7 @@ from fastres.chords.events import (
     write_event,
 )
 from fastres.chords.lazy import wants_reference
+from fastres.chords.routes import Routes
 from fastres.chords.settle import terms_of
 from fastres.logs import logger
 
@@ -74,6 +75,7 @@ class Log:
         self._compression: str | None = backend.app.conf.get("result_compression")
         #: Of chords by their id: the shard, the packed plan, and the terms.
         self._plans = LRUCache(limit=BEGUN)
+        self._routes = Routes(backend.app)
         self._supported: bool | None = None
         #: Shards that joiners with the settings of this process do not read, and that were told of.
         self._unread: set[int] = set()
@@ -150,7 +152,7 @@ class Log:
             at=time.time(),
             part=task_id,
             root=root if root and root != task_id else "",
-            context=context_of(request),
+            context={**context_of(request), **self._routes.of(request.chord)},
         )
         if notified:
             event.notified = notified

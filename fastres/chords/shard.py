@@ -196,7 +196,8 @@ class Shard:
                 self._caught_up = True
             if event.ask:
                 # Outside of the transaction: RabbitMQ 4 refuses the commit if nobody waits for it any more.
-                self._session.answer(event.ask, msgspec.json.encode(describe(reducer, self._joiner.since)))
+                said = describe(reducer, self._joiner.since, self._joiner.backend.app.conf.task_default_queue)
+                self._session.answer(event.ask, msgspec.json.encode(said))
         refused, reducer.refused = reducer.refused, []
         for delivery, exc in refused:
             tags.append(delivery.delivery_tag)

@@ -46,6 +46,8 @@ class Open(msgspec.Struct):
     chords: list[OpenChord]
     #: Since when their joiner runs, in seconds since the epoch, 0: it does not say.
     running_since: float = 0.0
+    #: Where its application sends tasks that nothing else is said of; empty: it does not say.
+    queue: str = ""
 
 
 class ShardStatus(msgspec.Struct):
@@ -60,8 +62,8 @@ class ShardStatus(msgspec.Struct):
     open: Open | None
 
 
-def describe(reducer: Reducer, since: float) -> Open:
-    """A joiner's answer, which runs since then."""
+def describe(reducer: Reducer, since: float, queue: str) -> Open:
+    """A joiner's answer, which runs since then, and whose tasks go to that queue."""
     oldest = reducer.open()
     return Open(
         len(oldest),
@@ -70,6 +72,7 @@ def describe(reducer: Reducer, since: float) -> Open:
             for chord in oldest[:SHOWN]
         ],
         since,
+        queue,
     )  # fmt: skip
 
 

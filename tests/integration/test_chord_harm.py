@@ -109,6 +109,40 @@ def test_groups_in_bodies_and_bodies_in_groups(app: Celery) -> None:
     assert result.get(timeout=SECONDS) == [3, [0, 2]]
 
 
+# -- two applications that share a namespace
+
+
+@pytest.mark.parametrize("routed", ["default", "routes"])
+def test_the_joiner_of_another_application(node: Node, routed: str, tmp_path: Any) -> None:
+    """What follows a chord goes where the worker of its last part would send it, as with Redis."""
+    theirs, queue = f"theirs-{uuid()}", f"ours-{uuid()}"
+    shared = {"namespace": uuid()}
+    routes = {"proj.*": {"queue": queue}} if routed == "routes" else {}
+    conf = {"task_routes": routes, "task_default_queue": queue if routed == "default" else f"empty-{uuid()}"}
+    with (
+        JoinerProcess(node.url, task_default_queue=theirs, result_backend_transport_options=shared) as joiner,
+        Worker(
+            node.url, pool="threads", arguments=f"-Q {queue}", **conf,
+            result_backend_transport_options={**shared, "chord_joiner": False},
+        ) as worker,
+        worker.client() as app,
+    ):  # fmt: skip
+        others_are_joined()
+        assert chord(adds(2))(group(echo.s(), echo.s() | tsum.s())).get(timeout=SECONDS) == [[0, 2], 2]
+        assert chord(adds(2))(chord([add.si(1, 1), add.si(2, 2)], tsum.s())).get(timeout=SECONDS) == 6
+        # One that says where it goes, with arguments that the joiner's application knows nothing of.
+        explicit = chord(adds(2))(tsum.s().set(queue=queue))
+        assert explicit.get(timeout=SECONDS) == 2
+        result = chord([add.s(1, 1), broken.s("ValueError")])(
+            tsum.s().on_error(chord_errback.s(folder=str(tmp_path)))
+        )
+        assert "Dependency" in error_of(result)
+        until((tmp_path / f"told-{result.id}").exists, SECONDS)
+        assert "give each a `namespace` of its own" in joiner.log()
+        (said,) = {shard.open.queue for shard in ask(app.backend, SECONDS) if shard.open is not None}
+        assert said == theirs
+
+
 # -- a chord that is sent like no other
 
 
