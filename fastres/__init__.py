@@ -20,9 +20,11 @@ from fastres.errors import (
     ResultsGone,
     ResultsMissing,
     ResultTooLarge,
+    TasksNotSent,
 )
 from fastres.joining import join
 from fastres.rpc import RPCBackend
+from fastres.sending import apply_many
 
 __all__ = (
     "AMQPBackend",
@@ -41,8 +43,10 @@ __all__ = (
     "ResultTooLarge",
     "ResultsGone",
     "ResultsMissing",
+    "TasksNotSent",
     "__impl__",
     "__version__",
+    "apply_many",
     "join",
     "lazy",
     "settle",

@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from types import ModuleType
 
 __all__ = (
-    "MODULES", "Aggregate", "Decoder", "Delivery", "Frames", "encode", "fulfil", "impl", "in_order", "listed",
-    "load", "publication",
+    "MODULES", "Aggregate", "Decoder", "Delivery", "Frames", "MessageTemplate", "encode", "fulfil", "impl",
+    "in_order", "listed", "load", "publication",
 )  # fmt: skip
 
 #: The modules that an implementation consists of.
@@ -61,6 +61,7 @@ Aggregate = _modules["aggregate"].Aggregate
 Decoder = _modules["decode"].Decoder
 Delivery = _modules["frames"].Delivery
 Frames = _modules["frames"].Frames
+MessageTemplate = _modules["frames"].MessageTemplate
 encode = _modules["decode"].encode
 fulfil = _modules["aggregate"].fulfil
 in_order = _modules["aggregate"].in_order

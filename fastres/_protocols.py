@@ -109,6 +109,51 @@ class Publication(Protocol):
         """
 
 
+class MessageTemplate(Protocol):
+    """Messages that are the same but for a task's id, its place in a group, a text and the body, as frames.
+
+    Args:
+        channel_id: of the channel that they are published on.
+        frame_max: the size of a frame, in bytes, at most.
+        exchange, routing_key, mandatory: as of ``Basic.Publish``.
+        properties: the flags and the property list of a message's header, cut where they differ.
+        slots: what is between two pieces of the properties: ``ID``, 36 octets; ``PLACE``, a long; ``TEXT``, a
+            longstr; ``TABLE``, a long: the size of the table that has the texts in it.
+        table: the octets of that table without the texts.
+
+    Raises:
+        amqp.exceptions.FrameSyntaxError: a name has more than 255 bytes, or no frame can be as small as this.
+    """
+
+    def __init__(
+        self,
+        channel_id: int,
+        frame_max: int,
+        exchange: str,
+        routing_key: str,
+        mandatory: bool,
+        properties: Sequence[bytes],
+        slots: bytes,
+        table: int,
+    ) -> None: ...
+
+    def add(self, id_: bytes, place: int, text: bytes, body: bytes) -> None:
+        """Add a message.
+
+        Raises: amqp.exceptions.FrameSyntaxError: its header does not fit into a frame.
+        """
+
+    def __len__(self) -> int:
+        """How many bytes were added since they were taken."""
+
+    def take(self) -> bytes:
+        """The frames that were added."""
+
+
+#: The slots of a :class:`MessageTemplate`.
+ID, PLACE, TEXT, TABLE = 0, 1, 2, 3
+
+
 class Encode(Protocol):
     """A meta as the body of a message."""
 

@@ -109,6 +109,7 @@ def install(app: Any, expires: float | None, pages: bool = True) -> None:
     ) -> Any:  # fmt: skip
         return send_task(name, args, kwargs, countdown, eta, task_id or task_ids.on_page(), *more, **options)
 
+    with_id.__wrapped__ = send_task  # type: ignore[attr-defined]
     app.send_task = with_id
     _install_once()
 

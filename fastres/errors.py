@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import amqp.exceptions
 from celery.exceptions import TimeoutError
 from kombu.exceptions import DecodeError, EncodeError, OperationalError
@@ -21,6 +23,7 @@ __all__ = (
     "ResultTooLarge",
     "ResultsGone",
     "ResultsMissing",
+    "TasksNotSent",
     "refusal",
 )
 
@@ -51,6 +54,21 @@ class QueueGone(Error, OperationalError):  # type: ignore[misc]
 
 class MessageRefused(Error, amqp.exceptions.MessageNacked):  # type: ignore[misc]
     """The broker has refused to keep a message."""
+
+
+class TasksNotSent(Error, OperationalError):  # type: ignore[misc]
+    """The broker did not keep some of the tasks that were sent in bulk.
+
+    Args:
+        text: what it says.
+        refused: why, by their place in the group.
+        result: the ``GroupResult`` of all of them.
+    """
+
+    def __init__(self, text: str, refused: dict[int, str], result: Any) -> None:
+        super().__init__(text)
+        self.refused = refused
+        self.result = result
 
 
 class ResultsMissing(Error, TimeoutError):  # type: ignore[misc]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -59,6 +60,10 @@ def added_event(chord_id: str, task_id: str) -> bytes:
     return write_event(Event(chord_id, at=time.time(), added=[task_id]))
 
 
+#: Whether the queues of bodies are classic ones.
+BODIES_COME_ONCE = os.environ.get("FASTRES_TEST_DEFAULT_QUEUES") != "quorum"
+
+
 class Unrun:
     """Chords that are sent for real, with headers and bodies in queues that no worker reads.
 
@@ -69,6 +74,7 @@ class Unrun:
         self._app = app
         self._broker = broker
         self.task = nobodys_task(app)
+        self._seen: set[str] = set()
         name = uuid()
         self.header, self.bodies = f"header-{name}", f"bodies-{name}"
         for queue in (self.header, self.bodies):
@@ -111,20 +117,31 @@ class Unrun:
         """A task of a header has returned."""
         (app or self._app).backend.mark_as_done(request.id, result, request=request)
 
+    def _has_bodies(self, count: int) -> Callable[[], bool]:
+        return lambda: (self._broker.messages(self.bodies) or 0) >= count
+
     def called(self) -> list[tuple[Any, Any]]:
         """The names of bodies that were sent and have not been asked for, with what they were called with."""
         found = []
+        # A body whose queue is not a classic one may come twice when its joiner ends: docs/chords.md.
+        seen: set[str] = set() if BODIES_COME_ONCE else self._seen
         while (message := self._broker.channel().basic_get(self.bodies, no_ack=True)) is not None:
             (values,), kwargs, _ = kombu.serialization.loads(
                 message.body, message.content_type, message.content_encoding
             )
-            found.append((kwargs["name"], values))
+            if message.headers["id"] not in seen or BODIES_COME_ONCE:
+                seen.add(message.headers["id"])
+                found.append((kwargs["name"], values))
         return found
 
     def wait(self, count: int, timeout: float = 20.0) -> list[tuple[Any, Any]]:
         """As called(), once there are so many; AssertionError when there are more, or fewer for too long."""
-        until(lambda: (self._broker.messages(self.bodies) or 0) >= count, timeout, so=f"{count} bodies")
-        found = self.called()
+        found: list[tuple[Any, Any]] = []
+        end = time.monotonic() + timeout
+        while len(found) < count:
+            enough = count - len(found) if BODIES_COME_ONCE else 1
+            until(self._has_bodies(enough), end - time.monotonic(), so=f"{count} bodies, not {len(found)}")
+            found += self.called()
         assert len(found) == count, found
         return found
 

@@ -23,15 +23,19 @@ from typing import TYPE_CHECKING, Any
 
 from amqp.exceptions import FrameSyntaxError
 
-from fastres._protocols import COMPRESSION, KEEP
+from fastres._protocols import COMPRESSION, ID, KEEP, PLACE, TABLE, TEXT
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
-__all__ = ("Delivery", "Frames", "publication")
+__all__ = ("Delivery", "Frames", "MessageTemplate", "publication")
 
 FRAME = Struct(">BHI")
 CONTENT = Struct(">HHQH")
+#: What a content header begins with, and a long.
+LEAD, LONG = Struct(">HHQ"), Struct(">I")
+#: Octets of a UUID as text.
+ID_SIZE = 36
 METHOD, HEADER, BODY = 1, 2, 3
 FRAME_END = 0xCE
 #: Octets of a frame around its payload.
@@ -208,6 +212,60 @@ def publication(
             *(frame(BODY, channel_id, body[start : start + size]) for start in range(0, len(body), size)),
         ]
     )
+
+
+class MessageTemplate:
+    """See :class:`fastres._protocols.MessageTemplate`."""
+
+    def __init__(
+        self,
+        channel_id: int,
+        frame_max: int,
+        exchange: str,
+        routing_key: str,
+        mandatory: bool,
+        properties: Sequence[bytes],
+        slots: bytes,
+        table: int,
+    ) -> None:
+        if frame_max <= OVERHEAD:
+            raise FrameSyntaxError(f"frames of {frame_max} bytes at most hold nothing")
+        if len(slots) != len(properties) - 1 or not set(slots) <= {ID, PLACE, TEXT, TABLE}:
+            raise ValueError(f"{len(properties)} pieces of properties do not go with slots {slots!r}")
+        method = BASIC_PUBLISH + short_string(exchange) + short_string(routing_key) + bytes([bool(mandatory)])
+        self._method = frame(METHOD, channel_id, method)
+        self._channel_id = channel_id
+        self._most = frame_max - OVERHEAD
+        self._first, *rest = properties
+        self._rest = list(zip(slots, rest))
+        self._table = table
+        self._texts = slots.count(TEXT)
+        self._frames: list[bytes] = []
+        self._size = 0
+
+    def add(self, id_: bytes, place: int, text: bytes, body: bytes) -> None:
+        if len(id_) != ID_SIZE:
+            raise ValueError(f"an id has {ID_SIZE} bytes: {id_!r}")
+        table = LONG.pack(self._table + self._texts * len(text))
+        values = id_, LONG.pack(place), LONG.pack(len(text)) + text, table
+        pieces = [LEAD.pack(60, 0, len(body)), self._first]
+        for slot, piece in self._rest:
+            pieces += (values[slot], piece)
+        header = b"".join(pieces)
+        if len(header) > self._most:
+            raise FrameSyntaxError(f"a header of {len(header)} bytes, over the {self._most} of a frame")
+        added = [self._method, frame(HEADER, self._channel_id, header)]
+        for start in range(0, len(body), self._most):
+            added.append(frame(BODY, self._channel_id, body[start : start + self._most]))
+        self._frames += added
+        self._size += sum(map(len, added))
+
+    def __len__(self) -> int:
+        return self._size
+
+    def take(self) -> bytes:
+        frames, self._frames, self._size = b"".join(self._frames), [], 0
+        return frames
 
 
 def frame(kind: int, channel_id: int, payload: bytes) -> bytes:

@@ -648,6 +648,10 @@ class RabbitMQ(Session):
         posts.taken_again(publishings)
         return unrouted, refused
 
+    def wait_on(self, channel: Any, enough: Callable[[], bool]) -> None:
+        """Read, with confirms among it, until what has come is enough."""
+        self._await(channel, {}, enough=enough)
+
     def is_classic(self, queue: Any) -> bool:
         """Whether a queue that is there is a classic one, for sure."""
         arguments = queue.queue_arguments or {}

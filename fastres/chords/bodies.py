@@ -147,7 +147,7 @@ class BodyProducer(Producer):  # type: ignore[misc]
         compression: Any = None, headers: Any = None,
     ) -> Any:  # fmt: skip
         if self.values is not None and not content_type:
-            if serializer == "json" and _is_kombus_json():
+            if serializer == "json" and is_kombus_json():
                 body = self.values.serialize(body)
                 content_type, content_encoding = JSON, UTF8
             else:
@@ -229,6 +229,7 @@ class Bodies:
                 options = redirected(name, options, context, self._report_redirected)
             return send(getattr(self._sending, "publisher", producer), name, *args, **options)
 
+        send_task_message.__wrapped__ = send  # type: ignore[attr-defined]
         amqp.send_task_message = send_task_message
 
     def _report_redirected(self, name: str, ours: str, theirs: str) -> None:
@@ -450,7 +451,7 @@ def _fingerprint(errback: Any) -> str:
     return sha1(repr(what).encode()).hexdigest()[:16]
 
 
-def _is_kombus_json() -> bool:
+def is_kombus_json() -> bool:
     encoder = registry._encoders.get("json")
     return encoder is not None and encoder[2] is kombu_json_dumps
 

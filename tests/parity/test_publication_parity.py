@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastres import _impl
+from fastres._protocols import ID, PLACE, TABLE, TEXT
 
 BOTH = [_impl.load(name)["frames"].publication for name in ("python", "c")]
 
@@ -107,3 +108,68 @@ def test_none_is_no_body(publication: Any, place: int) -> None:
     arguments[place] = None
     with pytest.raises(TypeError):
         publication(*arguments)
+
+
+TEMPLATES = [_impl.load(name)["frames"].MessageTemplate for name in ("python", "c")]
+
+
+@given(
+    st.integers(1, 65535), names, names, st.booleans(),
+    st.lists(st.sampled_from([ID, PLACE, TEXT, TABLE]), max_size=6),
+    st.data(), st.integers(9, 4096),
+)  # fmt: skip
+def test_templates(
+    channel: int, exchange: str, key: str, mandatory: bool, slots: list[int], data: Any, frame_max: int
+) -> None:
+    """The same frames, and those of the pieces and the values between them; the same errors."""
+    pieces = data.draw(
+        st.lists(st.binary(max_size=30), min_size=len(slots) + 1, max_size=len(slots) + 1), "pieces"
+    )
+    table = data.draw(st.integers(0, 2**31), "table")
+    python, c = (
+        template(channel, frame_max, exchange, key, mandatory, pieces, bytes(slots), table)
+        for template in TEMPLATES
+    )
+    for _ in range(3):
+        id_ = data.draw(st.binary(min_size=36, max_size=36), "id")
+        place = data.draw(st.integers(0, 2**31), "place")
+        text, body = data.draw(st.binary(max_size=300), "text"), data.draw(st.binary(max_size=3000), "body")
+        header = pieces[0]
+        for slot, piece in zip(slots, pieces[1:]):
+            header += {
+                ID: id_,
+                PLACE: struct.pack(">I", place),
+                TEXT: struct.pack(">I", len(text)) + text,
+                TABLE: struct.pack(">I", table + slots.count(TEXT) * len(text)),
+            }[slot] + piece
+        if 12 + len(header) > frame_max - 8:
+            for template in (python, c):
+                with pytest.raises(FrameSyntaxError):
+                    template.add(id_, place, text, body)
+            continue
+        before = len(python)
+        for template in (python, c):
+            template.add(id_, place, text, body)
+        assert len(python) == len(c) > before
+        if data.draw(st.booleans(), "take"):
+            taken = c.take()
+            assert taken == python.take()
+            assert len(python) == len(c) == 0
+            method, content, *bodies = frames_in(taken)[-2 - -(-len(body) // (frame_max - 8)) :]
+            assert loads("BBBssb", method[2], 0)[0] == [60, 40, 0, exchange, key, mandatory]
+            assert content == (2, channel, struct.pack(">HHQ", 60, 0, len(body)) + header)
+            assert b"".join([part for _, _, part in bodies]) == body
+    assert c.take() == python.take()
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_templates_that_cannot_be(template: Any) -> None:
+    with pytest.raises(FrameSyntaxError):
+        template(1, 8, "", "", False, [b""], b"", 0)
+    with pytest.raises(FrameSyntaxError):
+        template(1, 4096, "x" * 256, "", False, [b""], b"", 0)
+    for pieces, slots in (([b"", b""], b""), ([b""], bytes([ID])), ([b"", b""], bytes([9]))):
+        with pytest.raises(ValueError, match="do not go with slots"):
+            template(1, 4096, "", "", False, pieces, slots, 0)
+    with pytest.raises(ValueError, match="36 bytes"):
+        template(1, 4096, "", "", False, [b""], b"", 0).add(b"short", 0, b"", b"")

@@ -1,0 +1,623 @@
+"""Sending a group, or a chord, of many tasks: what Celery sends, made from one of its own messages.
+
+Celery makes the messages of the first two tasks. If they differ in nothing but what is known to differ (ids, the
+place in the group, the arguments), the first is the template for all that follow. If anything else may look at a
+task on its way (an override of ``Task.apply_async``, a receiver of ``before_task_publish``, a router of the
+user's), each task goes Celery's way.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import time
+from collections.abc import Callable, Iterator
+from itertools import chain, islice
+from typing import TYPE_CHECKING, Any
+
+import celery.app.amqp
+import celery.app.base
+import celery.app.task
+import kombu.messaging
+from celery import canvas, signals
+from celery.app.routes import MapRoute
+from celery.canvas import Signature, chord, group, maybe_signature
+from celery.exceptions import ImproperlyConfigured
+from celery.utils.saferepr import saferepr
+from kombu.compression import compress
+from kombu.exceptions import EncodeError
+from kombu.serialization import dumps
+from kombu.utils.json import JSONEncoder
+from kombu.utils.uuid import uuid
+from vine import barrier
+
+from fastres._impl import MessageTemplate
+from fastres._protocols import ID, PLACE, TABLE, TEXT
+from fastres._py.frames import BODY, HEADER, LEAD, frame
+from fastres.backend import AMQPBackend
+from fastres.canvas import ATTRIBUTE
+from fastres.chords.bodies import BodyProducer, is_kombus_json
+from fastres.errors import TasksNotSent, refusal
+from fastres.ids import new_id, parse
+from fastres.write.bulk import AT_ONCE, Bulk
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from celery.result import AsyncResult, GroupResult
+
+    from fastres.amqp.publishing import Publishing
+
+__all__ = ("apply_many",)
+
+#: Options that say what a group gives each of its tasks.
+OWN = ("chord", "connection", "group_id", "group_index", "producer", "publisher", "task_id")
+#: Options whose meaning depends on when a task is sent, and for how many seconds a template of such is used.
+TIMES, FRESH = ("countdown", "expires"), 1.0
+#: Headers and properties with times.
+MADE_AT = ("eta", "expires", "expiration")
+#: Seconds after which what has been made is sent, if no more comes: from a slow iterable.
+PROMPT = 0.02
+#: Random ids that are made at once.
+IDS = 512
+#: Texts that are shown as they are: the longest, all together.
+SHORT = 256
+
+
+def apply_many(
+    task: Any,
+    args_iterable: Iterable[Any],
+    *,
+    kwargs: dict[str, Any] | None = None,
+    body: Any = None,
+    app: Any = None,
+    confirm: bool = True,
+    **options: Any,
+) -> Any:
+    """Send a group of tasks, or a chord: ``group(task.s(*args) for args in args_iterable)`` at the broker's pace.
+
+    What arrives is what Celery would have sent. An iterator is sent as it is consumed, in bounded memory.
+
+    Args:
+        task: a task, a signature of one, or the name of one.
+        args_iterable: the positional arguments of each task: tuples or lists.
+        kwargs: keyword arguments, the same for all.
+        body: the signature of a chord's body, which gets their results.
+        app: the application, if not the task's own.
+        confirm: wait until the broker has confirmed each of them.
+        options: of each task, as of ``Task.apply_async``: ``queue``, ``priority``, ``expires``, ``countdown``,
+            ``headers``, ``serializer``, ``ignore_result`` and the others.
+
+    Returns: the ``GroupResult``; with ``body`` the ``AsyncResult`` of the body, whose parent it is.
+
+    Raises:
+        fastres.TasksNotSent: the broker refused some, or had no queue for them; the others are sent. With ``body``
+            the chord is never complete then.
+        fastres.BrokerUnreachable: it was not there for as long as ``task_publish_retry_policy`` says.
+        kombu.exceptions.EncodeError: arguments cannot be serialized; the tasks before that one are sent.
+        TypeError: a task does not take these arguments, or an option is one that the group decides on.
+    """
+    for name in OWN:
+        if options.get(name) is not None:
+            raise TypeError(f"apply_many() decides on {name} itself")
+    signature = _signature_of(task, app)
+    app = app or signature.app
+    if not isinstance(app.backend, AMQPBackend):
+        raise ImproperlyConfigured(
+            f"apply_many() needs a result backend of fastres, and this application has {app.conf.result_backend!r}"
+        )
+    signature = signature.clone(kwargs=kwargs or {}, **options)
+    signature._app = app
+    arguments = iter(args_iterable)
+    if body is None:
+        return _Sending(app, signature, None, confirm).send(arguments)
+    body = maybe_signature(body, app=app).clone()
+    if app.conf.task_always_eager or not app.backend.chords.supported():
+        return chord([signature.clone(_checked(args, place)) for place, args in enumerate(arguments)], body)()
+    return _send_chord(app, signature, body, arguments, confirm)
+
+
+def _signature_of(task: Any, app: Any) -> Any:
+    if isinstance(task, str):
+        if app is None:
+            raise TypeError(f"the application of task {task!r} is to be given: app=")
+        return app.signature(task)
+    if isinstance(task, dict):
+        signature = maybe_signature(task, app=app)
+        if type(signature) is not Signature:
+            raise TypeError(f"apply_many() sends tasks of one kind, and this is a {signature.subtask_type}")
+        return signature.clone()
+    return task.s()
+
+
+def _checked(args: Any, place: int) -> tuple[Any, ...]:
+    if not isinstance(args, (list, tuple)):
+        raise TypeError(f"the arguments of task {place} must be a list or tuple, not {args!r:.100}")
+    return tuple(args)
+
+
+def _send_chord(app: Any, signature: Any, body: Any, arguments: Iterator[Any], confirm: bool) -> AsyncResult:
+    """As ``_chord.run`` does."""
+    backend = app.backend
+    sending = _Sending(app, signature, body, confirm)
+    if isinstance(body, canvas._chain) and hasattr(body, "_unroll_chords"):
+        body._unroll_chords(app)
+    task_ids = getattr(app, ATTRIBUTE, None)
+    body_id = body.options.get("task_id") or (uuid() if task_ids is None else task_ids.on_page())
+    body_result = body.freeze(body_id, group_id=sending.group_id, root_id=body.options.get("root_id"))
+    strip = getattr(canvas, "_strip_chord_header_links", None)
+    if strip is not None:
+        strip(body)
+    first = list(islice(arguments, 1))
+    if not first:
+        body.delay([])
+        body_result.parent = app.GroupResult(sending.group_id, [])
+        return body_result
+    backend.apply_chord((sending.group_id, ()), body, interval=None, countdown=1, max_retries=None)
+    body_result.parent = sending.send(chain(first, arguments))
+    return body_result
+
+
+class _Sending:
+    """A group that is being sent.
+
+    Args:
+        app: the application.
+        signature: of its tasks, without their arguments.
+        body: that of its chord, None: it is no chord's header.
+        confirm: have the broker confirm them.
+    """
+
+    def __init__(self, app: Any, signature: Any, body: Any, confirm: bool) -> None:
+        self._app = app
+        self._signature = signature
+        self._body = body
+        self._confirm = confirm
+        self.group_id = uuid()
+
+    def send(self, arguments: Iterator[Any]) -> GroupResult:
+        app = self._app
+        if app.conf.task_always_eager:
+            tasks = [self._signature.clone(_checked(args, place)) for place, args in enumerate(arguments)]
+            return group(tasks, app=app).apply_async()
+        first = [_checked(args, place) for place, args in enumerate(islice(arguments, 2))]
+        if not first:
+            return app.GroupResult(self.group_id, [])
+        ids = _Ids()
+        refused: dict[int, str] | None = None
+        if len(first) == 2 and _is_plain(app, self._signature):
+            refused = self._send_in_bulk(first, arguments, ids)
+        if refused is None:
+            with app.producer_or_acquire(None) as producer:
+                for place, args in enumerate(chain(first, arguments)):
+                    ids.append(self._send_one(producer, _checked(args, place), place))
+        result = _group_result(app, self.group_id, ids)
+        if refused:
+            place, why = min(refused.items())
+            raise TasksNotSent(
+                f"{len(refused)} of {len(ids)} tasks were not kept, the first is number {place}: {why}",
+                refused,
+                result,
+            )
+        if self._body is not None:
+            app.backend.set_chord_size(self.group_id, len(ids))
+        parent = app.current_worker_task
+        if parent and self._body is None and self._signature.options.get("add_to_parent", True):
+            parent.add_trail(result)
+        return result
+
+    def _send_one(self, producer: Any, args: tuple[Any, ...], place: int) -> str:
+        """Send a task as a group does."""
+        task = self._signature.clone(args)
+        result = task.freeze(group_id=self.group_id, group_index=place)
+        task.apply_async(producer=producer, add_to_parent=False, chord=self._body)
+        return str(result.id)
+
+    def _send_in_bulk(self, first: list[tuple[Any, ...]], rest: Iterator[Any], ids: _Ids) -> dict[int, str] | None:
+        """Send tasks made from a template, and add their ids.
+
+        Returns: why some were refused, by their place; None: nothing was sent, there is no template for them.
+        """
+        app = self._app
+        with app.pool.acquire(block=True) as connection:
+            if connection.transport.driver_name != "py-amqp":
+                return None
+            patience = app.backend.options.confirm_timeout
+            try:
+                with Bulk(connection, self._confirm, patience, _retry_policy(app)) as bulk:
+                    sampler = _Sampler(bulk.session.channel())
+                    samples = [self._sample(sampler, args, place) for place, args in enumerate(first)]
+                    template = _Template(app, bulk, self._signature, samples[0], self._confirm)
+                    if not template.makes(samples[1]):
+                        return None
+                    ids.begin(samples[0].id)
+                    self._write(bulk, template, sampler, chain(first, rest), ids)
+                    bulk.finish()
+                    sampler.channel.close()
+                    return bulk.refused
+            except connection.channel_errors as exc:
+                said = refusal(exc, connection.as_uri())
+                raise said from (None if said is exc else exc)
+
+    def _sample(self, sampler: _Sampler, args: tuple[Any, ...], place: int) -> _Sample:
+        self._send_one(sampler, args, place)
+        return sampler.take(args, place)
+
+    def _write(
+        self, bulk: Bulk, template: _Template, sampler: _Sampler, arguments: Iterator[Any], ids: _Ids
+    ) -> None:
+        timed = any(self._signature.options.get(name) is not None for name in TIMES)
+        made = flushed = time.monotonic()
+        count = 0
+
+        def flush() -> None:
+            nonlocal count, flushed
+            frames, messages, count = template.take(), count, 0
+            flushed = time.monotonic()
+            if messages:
+                bulk.write(frames, messages)
+
+        for place, args in enumerate(self._until_it_fails(arguments, bulk, flush)):
+            if timed and flushed - made > FRESH:
+                flush()
+                made = flushed
+                sample = self._sample(sampler, _checked(args, place), place)
+                template = _Template(self._app, bulk, self._signature, sample, self._confirm)
+            id_ = ids.new()
+            try:
+                template.add(id_, place, _checked(args, place))
+            except Exception:
+                self._end(bulk, flush)
+                raise
+            count += 1
+            if template.size() >= AT_ONCE or time.monotonic() - flushed > PROMPT:
+                flush()
+        flush()
+
+    def _until_it_fails(self, arguments: Iterator[Any], bulk: Bulk, flush: Callable[[], None]) -> Iterator[Any]:
+        try:
+            yield from arguments
+        except Exception:
+            self._end(bulk, flush)
+            raise
+
+    @staticmethod
+    def _end(bulk: Bulk, flush: Callable[[], None]) -> None:
+        """Tasks before one that cannot be sent are sent, as by Celery."""
+        flush()
+        bulk.finish()
+
+
+class _Sample:
+    """A message that Celery has made for a task."""
+
+    def __init__(self, publishing: Publishing, call: Any, how: tuple[Any, ...], args: Any, place: int) -> None:
+        self.message = publishing.message
+        self.exchange, self.routing_key = publishing.exchange, publishing.routing_key
+        #: Arguments, keyword arguments, and callbacks and the like; how they were serialized.
+        self.call, self.how = call, how
+        self.args, self.place = args, place
+        self.id: str = self.message.properties["correlation_id"]
+        self.headers: dict[str, Any] = self.message.properties["application_headers"]
+        body = self.message.body
+        encoding = self.message.properties.setdefault("content_encoding", "utf-8")
+        self.body: bytes = body.encode(encoding) if isinstance(body, str) else bytes(body)
+
+
+class _Sampler(BodyProducer):
+    """Publishes nothing, and keeps what would have been; queues are declared all the same."""
+
+    def __init__(self, channel: Any) -> None:
+        super().__init__(channel, [])
+        self._call: Any = None
+        self._how: tuple[Any, ...] = ()
+
+    def _prepare(
+        self, body: Any, serializer: Any = None, content_type: Any = None, content_encoding: Any = None,
+        compression: Any = None, headers: Any = None,
+    ) -> Any:  # fmt: skip
+        self._call, self._how = body, (serializer, content_type, content_encoding, compression)
+        return super()._prepare(body, serializer, content_type, content_encoding, compression, headers)
+
+    def take(self, args: Any, place: int) -> _Sample:
+        assert self.publishings is not None
+        (publishing,) = self.publishings
+        self.publishings.clear()
+        return _Sample(publishing, self._call, self._how, args, place)
+
+
+class _Template:
+    """Makes the messages of tasks that differ from a sample in their ids, their places and their arguments."""
+
+    def __init__(self, app: Any, bulk: Bulk, signature: Any, sample: _Sample, confirm: bool) -> None:
+        self._channel_id = bulk.channel.channel_id
+        self._frame_max = bulk.frame_max
+        self._sample = sample
+        self._to = sample.exchange, sample.routing_key
+        self._mandatory = confirm
+        self._own = () if signature.immutable else None
+        self._more = tuple(signature.args)
+        self._show = _Shown(app, None if signature.options.get("argsrepr") is None else "")
+        self._check = _check_of(app, signature)
+        self._kwargs = dict(signature.kwargs)
+        self._encode = _encoder(sample, self._all(sample.args))
+        shown = self._show(self._all(sample.args))
+        pieces, slots, table = _cut(sample, shown)
+        self._messages = MessageTemplate(
+            self._channel_id, self._frame_max, *self._to, self._mandatory, pieces, slots, table
+        )
+        self.size = self._messages.__len__
+        self.take = self._messages.take
+
+    def _all(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """With those of the signature."""
+        return args + self._more if self._own is None else self._more
+
+    def add(self, id_: bytes, place: int, args: tuple[Any, ...]) -> None:
+        """Add a task's message.
+
+        Raises:
+            TypeError: it does not take these arguments.
+            kombu.exceptions.EncodeError: they cannot be serialized.
+        """
+        every = self._all(args)
+        try:
+            if self._check is not None:
+                self._check(*every, **self._kwargs)
+            body = self._encode(every)
+        except TypeError as exc:
+            raise TypeError(f"task {place}: {exc}") from exc
+        except EncodeError as exc:
+            raise EncodeError(f"task {place}: {exc}") from exc
+        self._messages.add(id_, place, self._show(every), body)
+
+    def makes(self, sample: _Sample) -> bool:
+        """Whether this makes another message as Celery has made it, but for what depends on when it was made."""
+        for values, own in (
+            (sample.headers, self._sample.headers),
+            (sample.message.properties, self._sample.message.properties),
+        ):
+            values.update({name: own[name] for name in MADE_AT if own.get(name) and values.get(name)})
+        if (sample.exchange, sample.routing_key) != self._to:
+            return False
+        self.add(sample.id.encode(), sample.place, sample.args)
+        made = self.take()
+        (method,) = struct.unpack_from(">I", made, 3)
+        return bytes(made[method + 8 :]) == _frames(sample, self._channel_id, self._frame_max)
+
+
+def _frames(sample: _Sample, channel_id: int, frame_max: int) -> bytes:
+    """The frames of a message behind that of the method, as py-amqp would write them."""
+    header = LEAD.pack(60, 0, len(sample.body)) + sample.message._serialize_properties()
+    most = frame_max - 8
+    parts = [sample.body[start : start + most] for start in range(0, len(sample.body), most)]
+    return frame(HEADER, channel_id, header) + b"".join([frame(BODY, channel_id, part) for part in parts])
+
+
+def _cut(sample: _Sample, shown: bytes) -> tuple[list[bytes], bytes, int]:
+    """The properties of a message, cut where those of others differ: pieces, slots, and the size of the table."""
+    properties: bytes = sample.message._serialize_properties()
+    id_ = sample.id.encode()
+    found: list[tuple[int, int, int]] = []
+    start = properties.find(id_)
+    while start >= 0:
+        found.append((start, len(id_), ID))
+        start = properties.find(id_, start + len(id_))
+    place = _field("group_index", b"I") + struct.pack(">i", sample.place)
+    start = properties.find(place)
+    if start >= 0:
+        found.append((start + len(place) - 4, 4, PLACE))
+    text = _field("argsrepr", b"S") + struct.pack(">I", len(shown)) + shown
+    start = properties.find(text)
+    texts = 0
+    if start >= 0 and shown:
+        found.append((start + len(text) - len(shown) - 4, 4 + len(shown), TEXT))
+        texts = len(shown)
+    # Flags, content type and content encoding are before the table.
+    start = 2
+    for name in ("content_type", "content_encoding"):
+        start += 1 + len(sample.message.properties[name].encode())
+    (size,) = struct.unpack_from(">I", properties, start)
+    found.append((start, 4, TABLE))
+    pieces, slots, end = [], [], 0
+    for start, length, slot in sorted(found):
+        pieces.append(properties[end:start])
+        slots.append(slot)
+        end = start + length
+    return [*pieces, properties[end:]], bytes(slots), size - texts
+
+
+def _field(name: str, kind: bytes) -> bytes:
+    return bytes([len(name)]) + name.encode() + kind
+
+
+def _encoder(sample: _Sample, args: tuple[Any, ...]) -> Callable[[Any], bytes]:
+    """Serializes what a task is called with.
+
+    Args:
+        args: the positional arguments of the sample.
+    """
+    serializer, content_type, _, compression = sample.how
+    _, kwargs, rest = sample.call
+    if serializer == "json" and not compression and not content_type and is_kombus_json():
+        encode = JSONEncoder().encode
+        begin = b"[" + str(encode(args)).encode()
+        if sample.body.startswith(begin):
+            end = sample.body[len(begin) :]
+
+            def as_json(args: Any) -> bytes:
+                try:
+                    return b"[" + str(encode(args)).encode() + end
+                except Exception as exc:
+                    raise EncodeError(str(exc)) from exc
+
+            return as_json
+
+    def serialize(args: Any) -> bytes:
+        _, encoding, body = dumps((args, kwargs, rest), serializer=serializer)
+        if compression:
+            body, _ = compress(body, compression)
+        return body.encode(encoding) if isinstance(body, str) else bytes(body)
+
+    return serialize
+
+
+class _Shown:
+    """Shows arguments as Celery does in a task's headers.
+
+    Args:
+        app: the application.
+        given: what is shown in any case, None: the arguments.
+    """
+
+    def __init__(self, app: Any, given: str | None) -> None:
+        self._given = None if given is None else given.encode()
+        self._longest = app.amqp.argsrepr_maxsize
+        levels = app.conf.get("task_repr_maxlevels")
+        self._levels = {} if levels is None else {"maxlevels": levels}
+        self._short = min(SHORT, self._longest // 2)
+
+    def __call__(self, args: tuple[Any, ...]) -> bytes:
+        if self._given is not None:
+            return self._given
+        left, shown = self._short, []
+        for value in args:
+            kind = type(value)
+            if kind is int or kind is float or kind is bool or value is None:
+                text = str(value)
+            elif kind is str and len(value) < left:
+                text = "'" + value.replace("'", "\\'") + "'"
+            else:
+                left = 0
+                break
+            left -= len(text)
+            shown.append(text)
+        if left <= 0:
+            return str(saferepr(args, self._longest, **self._levels)).encode("utf-8", "surrogatepass")
+        return ("(" + ", ".join(shown) + (",)" if len(shown) == 1 else ")")).encode("utf-8", "surrogatepass")
+
+
+class _Ids:
+    """The ids of a group's tasks: those of one kin take 8 bytes each."""
+
+    def __init__(self) -> None:
+        self._others: list[str] = []
+        #: What the ids of a kin begin with, and 15 digits of each as 8 bytes.
+        self._begin = ""
+        self._digits = bytearray()
+        self._random = ""
+        self._at = 0
+
+    def begin(self, sample: str) -> None:
+        """New ones are of the kin of this one, if it has one."""
+        kin = parse(sample)
+        if kin is not None:
+            self._begin = new_id(kin.kin, kin.kind)[:20]
+
+    def new(self) -> bytes:
+        if not self._begin:
+            id_ = uuid()
+            self._others.append(id_)
+            return str(id_).encode()
+        at = self._at
+        if at == len(self._random):
+            random = os.urandom(8 * IDS)
+            self._random, at = random.hex(), 0
+        digits = self._random[at : at + 16]
+        self._at = at + 16
+        self._digits += bytes.fromhex(digits)
+        return f"{self._begin}{digits[:3]}-{digits[3:15]}".encode()
+
+    def append(self, id_: str) -> None:
+        self._others.append(id_)
+
+    def __len__(self) -> int:
+        return len(self._others) + len(self._digits) // 8
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self._others
+        for start in range(0, len(self._digits), 8):
+            digits = self._digits[start : start + 8].hex()
+            yield f"{self._begin}{digits[:3]}-{digits[3:15]}"
+
+
+def _group_result(app: Any, group_id: str, ids: _Ids) -> GroupResult:
+    """The result of a group; those of its tasks are made when somebody asks for them: there may be a million."""
+    kind: Any = app.GroupResult
+
+    class GroupResult(kind):  # type: ignore[misc]
+        __module__ = kind.__module__
+
+        _made: list[Any] | None = None
+
+        @property
+        def results(self) -> list[Any]:
+            if self._made is None:
+                self._made = made = [app.AsyncResult(id_) for id_ in ids]
+                full = self._on_full
+                for result in made:
+                    full.size += 1
+                    result.then(full, weak=True)
+                full.finalize()
+            return self._made
+
+        @results.setter
+        def results(self, results: Any) -> None:
+            if results is not None:
+                self._made = results
+
+        def __len__(self) -> int:
+            return len(ids) if self._made is None else len(self._made)
+
+        def __reduce__(self) -> Any:
+            return app.GroupResult(self.id, self.results, parent=self.parent).__reduce__()
+
+    return GroupResult(group_id, None, ready_barrier=barrier())
+
+
+def _retry_policy(app: Any) -> dict[str, Any]:
+    policy = dict(app.conf.task_publish_retry_policy or {})
+    return policy if app.conf.task_publish_retry else {**policy, "max_retries": 0}
+
+
+def _check_of(app: Any, signature: Any) -> Callable[..., object] | None:
+    """What Celery checks a task's arguments with, None: nothing."""
+    task = app.tasks.get(signature.task)
+    return getattr(task, "__header__", None) if task is not None and task.typing else None
+
+
+def _is_plain(app: Any, signature: Any) -> bool:
+    """Whether nothing but Celery and fastres looks at this application's tasks on their way."""
+    task = app.tasks.get(signature.task)
+    amqp_ = app.amqp
+    of_app, of_task, of_amqp, of_canvas, of_kombu = (
+        module.__dict__ for module in (celery.app.base, celery.app.task, celery.app.amqp, canvas, kombu.messaging)
+    )
+    ours = [(amqp_.create_task_message, of_amqp), (amqp_.send_task_message, of_amqp), (app.send_task, of_app)]
+    ours += [(getattr(kombu.messaging.Producer, name), of_kombu) for name in ("publish", "_publish", "_prepare")]
+    ours += [(Signature.apply_async, of_canvas), (Signature.clone, of_canvas)]
+    if task is not None:
+        ours += [(getattr(task, name), of_task) for name in ("apply_async", "shadow_name", "_get_exec_options")]
+        if getattr(task, "__self__", None) is not None:
+            return False
+    return (
+        all(_is_from(method, module) for method, module in ours)
+        and app.conf.task_protocol == 2
+        and not app.conf.task_send_sent_event
+        and "router" not in signature.options
+        and issubclass(kombu.messaging.Producer, amqp_.Producer)
+        and all(isinstance(router, MapRoute) for router in amqp_.router.routes)
+        and not any(
+            signal.has_listeners(signature.task)
+            for signal in (signals.before_task_publish, signals.after_task_publish, signals.task_sent)
+        )
+    )
+
+
+def _is_from(method: Any, module: dict[str, Any]) -> bool:
+    """Whether a method is the one of a module, or what fastres has put around it."""
+    while True:
+        own = getattr(getattr(method, "__func__", method), "__globals__", {})
+        if not str(own.get("__name__")).startswith("fastres."):
+            return own is module
+        method = getattr(method, "__wrapped__", None)
