@@ -25,6 +25,7 @@ from fastres.errors import (
 from fastres.joining import join
 from fastres.rpc import RPCBackend
 from fastres.sending import apply_many
+from fastres.watching import Progress, progress, track
 
 __all__ = (
     "AMQPBackend",
@@ -38,6 +39,7 @@ __all__ = (
     "MalformedResult",
     "MessageRefused",
     "OversizedResult",
+    "Progress",
     "QueueGone",
     "RPCBackend",
     "ResultTooLarge",
@@ -49,7 +51,9 @@ __all__ = (
     "apply_many",
     "join",
     "lazy",
+    "progress",
     "settle",
+    "track",
 )
 
 __version__ = "0.1.0"

@@ -30,10 +30,12 @@ from fastres.layout import Layout, SharedQueues
 from fastres.logs import Reports
 from fastres.options import Options
 from fastres.processes import attend
+from fastres.read.join import CACHED
 from fastres.read.look import Looks
 from fastres.read.pending import Pending
+from fastres.read.pump import Pump
 from fastres.read.reader import Reader
-from fastres.read.wait import CACHED, Waits
+from fastres.read.wait import Waits
 from fastres.waiting import Waiting
 from fastres.write.messages import Encoder, plain_meta
 from fastres.write.publisher import Publisher
@@ -131,6 +133,8 @@ class AMQPBackend(Waiting, Celery31, Backend):  # type: ignore[misc]
         self.layout: Layout = self._layout_class(app, self.addresses, reader, looks, self.options)
         self._waits = Waits(self.layout, reader, self._cache, self.meta_from_decoded, self.EXCEPTION_STATES)
         self._pending = Pending()
+        #: Reads for event loops, where the id of a task says where its result is.
+        self.pump = Pump(self._waits, self._link) if self.layout.declares else None
         self._groups = Groups(self._publisher, self._encoder, looks, self.addresses, decoder, self.reports)
         #: Sends the events of chords.
         self.chords = Log(self, self._publisher, self.addresses, self.options.chord_shards)

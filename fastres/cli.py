@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import platform
 import re
 import shlex
 import signal
+import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -28,6 +30,7 @@ from fastres.amqp.connector import establish
 from fastres.amqp.rabbitmq import RabbitMQ, session_of
 from fastres.chords.status import ask
 from fastres.management import limits
+from fastres.watching import line_of, watched
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -81,19 +84,57 @@ def joiner(ctx: Any) -> None:
 @click.option(
     "--timeout", type=float, default=PATIENCE, show_default=True, help="Seconds to wait for each joiner."
 )
+@click.option("--watch", "interval", type=click.FloatRange(min=0.1), help="Again each time after so many seconds.")
 @click.pass_context
 @handle_preload_options
-def status(ctx: Any, timeout: float) -> None:
-    """Show the open chords: parts that came, parts that are missing, and how old they are."""
+def status(ctx: Any, timeout: float, interval: float | None) -> None:
+    """Show the open chords, the oldest first: parts that came, failed, or are missing, and how old they are.
+
+    The exit code is 1 if a joiner did not answer, or if there is none.
+    """
     backend = _backend_with_chords(ctx.obj.app)
-    silent = False
+    while True:
+        with _in_one_line(backend):
+            shards = ask(backend, timeout)
+        if interval:
+            click.clear()
+        for shard in shards:
+            for line in _describe(shard):
+                ctx.obj.echo(line)
+        if interval is None:
+            ctx.exit(int(any(shard.open is None for shard in shards)))
+        else:
+            time.sleep(interval)
+
+
+@fastres.command(cls=CeleryCommand)
+@click.argument("group_id", metavar="ID")
+@click.option("--total", type=click.IntRange(min=1), help="How many tasks a group has that was not saved.")
+@click.option("--interval", type=click.FloatRange(min=0.05), default=1.0, show_default=True, help="In seconds.")
+@click.option("--json", "as_json", is_flag=True, help="A line of JSON each time, for scripts.")
+@click.pass_context
+@handle_preload_options
+def watch(ctx: Any, group_id: str, total: int | None, interval: float, as_json: bool) -> None:
+    """Watch a group, or a chord's header, until all of its tasks have ended: `celery -A proj fastres watch ID`.
+
+    ID is that of the GroupResult; of a chord that is `result.parent.id`. The exit code is 0 when it is complete,
+    and 1 when the broker cannot be reached. Of a group only the number of results is known, of a chord what failed
+    too.
+    """
+    app = ctx.obj.app
+    backend = app.backend
+    if not isinstance(backend, package.AMQPBackend):
+        raise click.UsageError(f"result_backend {app.conf.result_backend!r} is not one of fastres")
     with _in_one_line(backend):
-        shards = ask(backend, timeout)
-    for shard in shards:
-        silent = silent or shard.open is None
-        for line in _describe(shard):
-            ctx.obj.echo(line)
-    ctx.exit(int(silent))
+        if total is None and (saved := app.GroupResult.restore(group_id)) is not None:
+            total = len(saved)
+        for shown in watched(group_id, total, interval, app):
+            if as_json:
+                ctx.obj.echo(json.dumps(shown))
+            else:
+                ctx.obj.echo(line_of(shown), nl=not sys.stdout.isatty())
+        if not as_json and sys.stdout.isatty():
+            ctx.obj.echo("")
 
 
 @contextlib.contextmanager
@@ -130,12 +171,13 @@ def _describe(shard: ShardStatus) -> Iterator[str]:
     since = _duration(time.time() - shard.open.running_since) if shard.open.running_since else "?"
     yield f"{where}, {shard.open.count} open chords, joiner runs for {since}"
     if shard.open.chords:
-        yield f"  {'chord':<36} {'parts':>9} {'missing':>9} {'age':>10} {'last part':>12}"
+        yield f"  {'chord':<36} {'parts':>9} {'failed':>9} {'missing':>9} {'age':>10} {'last part':>12}"
     now = time.time()
     for chord in shard.open.chords:
         missing = "?" if chord.total is None else f"{chord.total - chord.parts:,}"
         age, silence = (_duration(now - then) for then in (chord.since, chord.last))
-        yield f"  {chord.id:<36} {chord.parts:>9,} {missing:>9} {age:>10} {silence + ' ago':>12}"
+        failed = f"{chord.failed + chord.revoked:,}"
+        yield f"  {chord.id:<36} {chord.parts:>9,} {failed:>9} {missing:>9} {age:>10} {silence + ' ago':>12}"
     if shard.open.count > len(shard.open.chords):
         yield f"  ... and {shard.open.count - len(shard.open.chords):,} younger ones"
 

@@ -74,7 +74,7 @@ class Unrun:
         self._app = app
         self._broker = broker
         self.task = nobodys_task(app)
-        self._seen: set[str] = set()
+        self._seen: set[Any] = set()
         name = uuid()
         self.header, self.bodies = f"header-{name}", f"bodies-{name}"
         for queue in (self.header, self.bodies):
@@ -124,13 +124,15 @@ class Unrun:
         """The names of bodies that were sent and have not been asked for, with what they were called with."""
         found = []
         # A body whose queue is not a classic one may come twice when its joiner ends: docs/chords.md.
-        seen: set[str] = set() if BODIES_COME_ONCE else self._seen
+        seen: set[Any] = set() if BODIES_COME_ONCE else self._seen
         while (message := self._broker.channel().basic_get(self.bodies, no_ack=True)) is not None:
             (values,), kwargs, _ = kombu.serialization.loads(
                 message.body, message.content_type, message.content_encoding
             )
-            if message.headers["id"] not in seen or BODIES_COME_ONCE:
-                seen.add(message.headers["id"])
+            body = message.headers["id"], repr(kwargs["name"])
+            if body not in seen:
+                # Where each comes once all are counted.
+                seen.update([] if BODIES_COME_ONCE else [body])
                 found.append((kwargs["name"], values))
         return found
 

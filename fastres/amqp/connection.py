@@ -104,6 +104,9 @@ class Link:
         # Reentrant: the garbage collector may end a wait of this thread at any line.
         self._count = threading.RLock()
         self._wanted = 0
+        #: Whether somebody calls :meth:`beat`, in the place of a thread, and when it is due.
+        self.attended = False
+        self._beat_at = 0.0
         self._wakeup: tuple[socket.socket, socket.socket] | None = None
 
     @property
@@ -242,6 +245,28 @@ class Link:
                 return
         self._pause(timeout, deadline)
 
+    def interrupt(self) -> None:
+        """Let whoever reads return soon, without waiting for it."""
+        with self._count:
+            if self._wakeup is not None:
+                with contextlib.suppress(BlockingIOError):
+                    self._wakeup[1].send(b"\0")
+        with self._news:
+            self._news.notify_all()
+
+    def beat(self) -> float:
+        """Let the broker know of the connection, if there is one, that this process lives.
+
+        Returns: seconds until that is due again.
+        """
+        session = self._session
+        if session is None or not session.heartbeat:
+            return math.inf
+        if time.monotonic() >= self._beat_at:
+            self._beat_at = time.monotonic() + session.heartbeat / 2
+            self.attempt(lambda now: now.beat(), reads=False)
+        return max(0.0, self._beat_at - time.monotonic())
+
     def cut(self, subscribers: Collection[Subscriber]) -> None:
         """Leave subscribers without a word to the broker, which takes back what they had: the others reconnect."""
         self._subscribers = [subscriber for subscriber in self._subscribers if subscriber not in subscribers]
@@ -366,7 +391,7 @@ class Link:
         self._established = True
         self._failures = 0
         negotiated = session.heartbeat
-        if negotiated:
+        if negotiated and not self.attended:
             args = weakref.ref(self), weakref.ref(session), negotiated / 2
             threading.Thread(target=_beat, args=args, name="fastres-heartbeat", daemon=True).start()
         return session

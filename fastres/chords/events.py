@@ -33,6 +33,7 @@ __all__ = (
     "pack_plan",
     "place_of",
     "read_event",
+    "state_of",
     "unpack_part",
     "unpack_plan",
     "write_event",
@@ -90,6 +91,8 @@ class Event(msgspec.Struct, omit_defaults=True, gc=False):
     mark: str = ""
     #: A queue to which the joiner is to tell its open chords.
     ask: str = ""
+    #: The chord that is asked about, empty: all of them.
+    about: str = ""
     #: Which joiners understand it: those that know this number, or a higher one.
     version: int = 1
 
@@ -150,10 +153,15 @@ def unpack_part(packed: bytes) -> Part:
     return Part(place, state, content_type, content_encoding, result, compression)
 
 
+def state_of(packed: bytes) -> bytes:
+    """The state of the task that a packed part is of."""
+    words = packed[: packed.find(b"\n")].split(b" ", 2)
+    return words[1] if len(words) > 1 else b"SUCCESS"
+
+
 def is_success(packed: bytes) -> bool:
     """Whether a packed part is of a task that has succeeded."""
-    line = packed.partition(b"\n")[0]
-    return b" " not in line or line.split(b" ", 2)[1] == b"SUCCESS"
+    return state_of(packed) == b"SUCCESS"
 
 
 def place_of(packed: bytes) -> bytes:

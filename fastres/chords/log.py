@@ -98,7 +98,7 @@ class Log:
                 "they are not kept where keep_chord_results is off"
             )
         terms = terms_of(body)
-        shard = self._shard(chord_id)
+        shard = self.shard(chord_id)
         # What the tasks of the header carry is this very signature.
         body.options["headers"] = {**(body.options.get("headers") or {}), SHARD: shard}
         content_type, content_encoding, content = self._serialize(body, _structure(results))
@@ -177,7 +177,7 @@ class Log:
         """A task is added to a chord, by the one of its header that runs just now."""
         task = get_current_task()
         body = getattr(task and task.request, "chord", None)
-        shard = shard_of(body) if body else self._shard(chord_id)
+        shard = shard_of(body) if body else self.shard(chord_id)
         if shard is None:
             raise NotImplementedError(
                 f"chord {chord_id} is joined by celery.chord_unlock, which takes no more tasks"
@@ -191,7 +191,8 @@ class Log:
             self._publisher.publish(Address(name), message, declare=False)
         self._publisher.wait_for_confirms()
 
-    def _shard(self, chord_id: str) -> int:
+    def shard(self, chord_id: str) -> int:
+        """Where a chord is joined that is sent with the settings of this process."""
         return crc32(chord_id.encode()) % self._shards
 
     def _send(self, shard: int, correlation_id: str, body: bytes) -> None:

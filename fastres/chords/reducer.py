@@ -64,8 +64,8 @@ class Chord:
     """What is known of a chord."""
 
     __slots__ = (
-        "added", "at", "born", "closed", "context", "failed", "first", "held", "id", "last", "needed", "notified",
-        "parts", "plan", "root", "run", "since", "size", "succeeded", "terms", "under_way",
+        "added", "at", "born", "closed", "context", "counted", "failed", "first", "held", "id", "last", "needed",
+        "notified", "parts", "plan", "root", "run", "since", "size", "succeeded", "terms", "under_way",
     )  # fmt: skip
 
     def __init__(self, id: str, born: float) -> None:
@@ -99,6 +99,8 @@ class Chord:
         self.held: list[list[Held]] = [[]]
         #: How many merged events have not come back yet.
         self.under_way = 0
+        #: How many parts were counted that have failed or were revoked, among how many: see ``status``.
+        self.counted = (0, 0, 0)
 
     @property
     def total(self) -> int | None:

@@ -8,7 +8,6 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any, Protocol
 
 import amqp
-import msgspec
 from kombu.utils.uuid import uuid
 
 from fastres.amqp.publishing import Publishing
@@ -16,7 +15,7 @@ from fastres.amqp.session import LARGEST_PREFETCH, all_up_to
 from fastres.chords.bodies import Failed
 from fastres.chords.events import CONTENT_TYPE, PERSISTENT, Event, write_event
 from fastres.chords.reducer import Reducer
-from fastres.chords.status import describe
+from fastres.chords.status import answer_to
 from fastres.errors import MessageRefused
 from fastres.logs import logger
 
@@ -196,8 +195,8 @@ class Shard:
                 self._caught_up = True
             if event.ask:
                 # Outside of the transaction: RabbitMQ 4 refuses the commit if nobody waits for it any more.
-                said = describe(reducer, self._joiner.since, self._joiner.backend.app.conf.task_default_queue)
-                self._session.answer(event.ask, msgspec.json.encode(said))
+                queue = self._joiner.backend.app.conf.task_default_queue
+                self._session.answer(event.ask, answer_to(event, reducer, self._joiner.since, queue))
         refused, reducer.refused = reducer.refused, []
         for delivery, exc in refused:
             tags.append(delivery.delivery_tag)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import closing
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import amqp
@@ -12,17 +13,18 @@ from kombu.utils.uuid import uuid
 
 from fastres.amqp.connector import establish
 from fastres.amqp.rabbitmq import session_of
-from fastres.chords.events import CONTENT_TYPE, Event, write_event
+from fastres.chords.events import CONTENT_TYPE, Event, state_of, write_event
 
 if TYPE_CHECKING:
-    from fastres.chords.reducer import Reducer
+    from fastres.chords.reducer import Chord, Reducer
 
-__all__ = ("Open", "OpenChord", "ShardStatus", "ask", "describe")
+__all__ = ("Open", "OpenChord", "ShardStatus", "answer_to", "ask", "ask_about")
 
 #: How many chords are told one by one.
 SHOWN = 100
 #: Seconds between two looks for an answer.
-INTERVAL = 0.02
+INTERVAL = 0.01
+SUCCESS, REVOKED = b"SUCCESS", b"REVOKED"
 
 
 class OpenChord(msgspec.Struct):
@@ -36,6 +38,9 @@ class OpenChord(msgspec.Struct):
     #: When its first and its last event were sent, in seconds since the epoch.
     since: float
     last: float
+    #: How many of them are of tasks that have failed, and that were revoked.
+    failed: int = 0
+    revoked: int = 0
 
 
 class Open(msgspec.Struct):
@@ -62,18 +67,49 @@ class ShardStatus(msgspec.Struct):
     open: Open | None
 
 
+def describe_chord(chord: Chord) -> OpenChord:
+    """What a joiner knows of an open chord."""
+    count, failed, revoked = chord.counted
+    # Parts are only added: there may be a million, which are not counted again each time.
+    for packed in islice(chord.parts.values(), count, None):
+        state = state_of(packed)
+        revoked += state == REVOKED
+        failed += state not in (SUCCESS, REVOKED)
+        count += 1
+    chord.counted = count, failed, revoked
+    return OpenChord(chord.id, count, chord.total, chord.since, chord.at, failed, revoked)
+
+
 def describe(reducer: Reducer, since: float, queue: str) -> Open:
     """A joiner's answer, which runs since then, and whose tasks go to that queue."""
     oldest = reducer.open()
     return Open(
         len(oldest),
-        [
-            OpenChord(chord.id, len(chord.parts), chord.total, chord.since, chord.at)
-            for chord in oldest[:SHOWN]
-        ],
+        [describe_chord(chord) for chord in oldest[:SHOWN]],
         since,
         queue,
     )  # fmt: skip
+
+
+def answer_to(event: Event, reducer: Reducer, since: float, queue: str) -> bytes:
+    """A joiner's answer to somebody who asks; of a chord that is not open it is null."""
+    if not event.about:
+        return msgspec.json.encode(describe(reducer, since, queue))
+    chord = reducer.chords.get(event.about)
+    return msgspec.json.encode(None if chord is None else describe_chord(chord))
+
+
+def ask_about(backend: Any, chord_id: str, shard: int, timeout: float) -> OpenChord | None:
+    """Ask the joiner of a shard about a chord; None: it knows nothing of it, or there is no joiner."""
+    connection = backend.connector.open()
+    establish(connection)
+    with closing(connection):
+        body = _ask(backend, connection, shard, timeout, Event(about=chord_id))[1]
+    try:
+        return None if body is None else msgspec.json.decode(body, type=OpenChord)
+    except msgspec.ValidationError:
+        # Null, or the answer of a joiner that is older than this question.
+        return None
 
 
 def ask(backend: Any, timeout: float) -> list[ShardStatus]:
@@ -81,26 +117,37 @@ def ask(backend: Any, timeout: float) -> list[ShardStatus]:
     connection = backend.connector.open()
     establish(connection)
     with closing(connection):
-        return [_ask(backend, connection, number, timeout) for number in range(backend.options.chord_shards)]
+        return [_status(backend, connection, number, timeout) for number in range(backend.options.chord_shards)]
 
 
-def _ask(backend: Any, connection: Any, number: int, timeout: float) -> ShardStatus:
+def _status(backend: Any, connection: Any, number: int, timeout: float) -> ShardStatus:
+    status, body = _ask(backend, connection, number, timeout, Event())
+    if body is not None:
+        status.open = msgspec.json.decode(body, type=Open)
+    return status
+
+
+def _ask(
+    backend: Any, connection: Any, number: int, timeout: float, question: Event
+) -> tuple[ShardStatus, bytes | None]:
+    """Ask a shard's joiner. Returns: what the broker says of the shard, and the answer."""
     address = backend.addresses.chords(number)
     state = session_of(connection).declare(backend.addresses.queue(address))
     status = ShardStatus(address.name, state.consumers, state.messages, None)
     if not state.consumers:
-        return status
+        return status, None
     channel = connection.channel()
-    reply_to = f"{address.name}.{uuid()}"
-    channel.queue_declare(reply_to, exclusive=True)
-    question = amqp.Message(write_event(Event(ask=reply_to)), content_type=CONTENT_TYPE)
-    channel.basic_publish(question, "", address.name)
+    question.ask = f"{address.name}.{uuid()}"
+    channel.queue_declare(question.ask, exclusive=True)
+    message = amqp.Message(write_event(question), content_type=CONTENT_TYPE)
+    channel.basic_publish(message, "", address.name)
     end = time.monotonic() + timeout
-    while status.open is None and time.monotonic() < end:
-        message = channel.basic_get(reply_to, no_ack=True)
-        if message is None:
+    answer = None
+    while answer is None and time.monotonic() < end:
+        got = channel.basic_get(question.ask, no_ack=True)
+        if got is None:
             time.sleep(INTERVAL)
         else:
-            status.open = msgspec.json.decode(message.body, type=Open)
-    channel.queue_delete(reply_to)
-    return status
+            answer = got.body if isinstance(got.body, bytes) else got.body.encode()
+    channel.queue_delete(question.ask)
+    return status, answer

@@ -22,8 +22,10 @@ if TYPE_CHECKING:
     from fastres.amqp.consumer import Consumer
     from fastres.amqp.session import Session
 
-__all__ = ("Batch", "Inbox", "Join", "sent_at")
+__all__ = ("CACHED", "Batch", "Inbox", "Join", "sent_at")
 
+#: Results that this process has read and can be asked for again: Celery 3.1's default for result_cache_max.
+CACHED = 100
 #: A wait of no seconds still lets the broker answer once.
 LEAST_TIMEOUT = 0.05
 
@@ -102,6 +104,8 @@ class Join:
         self.aggregate: AggregateProtocol = Aggregate(task_ids, ready_states)
         self._total = len(self.aggregate)
         self.alone = self._total == 1
+        #: Whether its results may be kept to be asked for again.
+        self.few = self._total <= CACHED
         #: Whether everything has come.
         self.complete = False
         #: What came and was not taken yet, and what is being handed over.

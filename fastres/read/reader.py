@@ -15,7 +15,7 @@ from fastres.read.reply_inbox import ReplyInbox
 from fastres.read.stream import Stream
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Collection, Iterator
 
     from fastres._protocols import Arrival, Decoder
     from fastres.addresses import Address, Addresses
@@ -247,7 +247,7 @@ class Reader:
                 rounds -= 1
                 if rounds < 0:
                     return
-            self._look(join, min(INTERVAL, left))
+            self.look([join], min(INTERVAL, left), join.has_news)
             self.replies.notify()
             if on_interval is not None:
                 on_interval()
@@ -269,17 +269,24 @@ class Reader:
             if inbox.holds():
                 self.link.soon(partial(self.link.attempt, inbox.give_back))
 
-    def _look(self, join: Join, seconds: float) -> None:
-        for inbox in join.inboxes:
-            due = inbox.due
-            if due is not None:
-                if due <= time.monotonic():
-                    self.link.call(inbox.act, join.deadline)
-                    due = inbox.due
+    def look(self, joins: Collection[Join], seconds: float, done: Callable[[], bool]) -> None:
+        """Read what comes for joins, for so many seconds at most, or let another thread do it until ``done()``."""
+        catching_up = False
+        for join in joins:
+            for inbox in join.inboxes:
+                due = inbox.due
                 if due is not None:
-                    seconds = min(seconds, max(0.0, due - time.monotonic()))
-        catching_up = any(inbox.is_catching_up() for inbox in join.inboxes)
-        self.link.read(seconds, join.is_complete if catching_up else join.has_news, join.deadline)
+                    if due <= time.monotonic():
+                        self.link.call(inbox.act, join.deadline)
+                        due = inbox.due
+                    if due is not None:
+                        seconds = min(seconds, max(0.0, due - time.monotonic()))
+                catching_up = catching_up or inbox.is_catching_up()
+        if catching_up and len(joins) == 1:
+            (join,) = joins
+            done = join.is_complete
+        deadline = min((join.deadline for join in joins), default=None)
+        self.link.read(seconds, done, deadline)
 
     @staticmethod
     def _raise_unreadable(join: Join) -> None:

@@ -16,18 +16,16 @@ from fastres.groups import leaves
 from fastres.read.join import Join
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterable, Iterator, MutableMapping
+    from collections.abc import Collection, Generator, Iterable, Iterator, MutableMapping
 
     from celery.result import AsyncResult
 
     from fastres._protocols import Meta
     from fastres.addresses import Addresses
+    from fastres.read.join import Batch
     from fastres.read.reader import Reader
 
-__all__ = ("CACHED", "Waits")
-
-#: Results that this process has read and can be asked for again: Celery 3.1's default for result_cache_max.
-CACHED = 100
+__all__ = ("Waits",)
 
 
 class Waits:
@@ -193,33 +191,13 @@ class Waits:
         """
         if not join.aggregate:
             return
-        few = len(join.aggregate) <= CACHED
-        failures = self._failures
         # A look or two, as ResultSet._iter_meta asks for, takes nothing.
         take = take and rounds is None
         try:
             with_states = on_message is not None or not states.READY_STATES.issuperset(ready_states)
             self._layout.open(join, take, with_states)
             for batch in self._reader.wait(join, on_interval=on_interval, rounds=rounds):
-                handed = 0
-                try:
-                    for _, task_id, meta in batch.arrivals:
-                        if on_message is not None:
-                            meta.pop(SENT_AT, None)
-                            on_message(meta)
-                        if batch.final:
-                            failed = meta["status"] in failures
-                            if failed:
-                                self.to_python(meta)
-                            # What is not in its queue any more can be asked for again.
-                            if (few and not failed) or (failed and take):
-                                self._cache[task_id] = meta
-                            if waiting is not None:
-                                fulfil(waiting[task_id], meta)
-                            handed += 1
-                            yield task_id, meta
-                finally:
-                    self._reader.handed_over(join, handed, take)
+                yield from self._hand_over(join, batch, take, on_message, waiting)
         except BrokerUnreachable as exc:
             if join.left() > 0:
                 raise
@@ -231,3 +209,58 @@ class Waits:
             except BaseException:
                 self._reader.abandon(join)
                 raise
+
+    def _hand_over(
+        self,
+        join: Join,
+        batch: Batch,
+        take: bool,
+        on_message: Callable[[Meta], Any] | None = None,
+        waiting: dict[str, AsyncResult] | None = None,
+    ) -> Iterator[tuple[str, Meta]]:
+        failures = self._failures
+        handed = 0
+        try:
+            for _, task_id, meta in batch.arrivals:
+                if on_message is not None:
+                    meta.pop(SENT_AT, None)
+                    on_message(meta)
+                if batch.final:
+                    failed = meta["status"] in failures
+                    if failed:
+                        self.to_python(meta)
+                    # What is not in its queue any more can be asked for again.
+                    if (join.few and not failed) or (failed and take):
+                        self._cache[task_id] = meta
+                    if waiting is not None:
+                        fulfil(waiting[task_id], meta)
+                    handed += 1
+                    yield task_id, meta
+        finally:
+            self._reader.handed_over(join, handed, take)
+
+    # -- for those who wait for many things at once
+
+    def begin(self, join: Join) -> bool:
+        """Subscribe to what a join waits for. Returns: whether it takes that."""
+        take = bool(self._layout.takes(True, alone=join.alone))
+        self._layout.open(join, take, False)
+        return take
+
+    def collect(
+        self, join: Join, take: bool, waiting: dict[str, AsyncResult] | None = None
+    ) -> list[tuple[str, Meta]]:
+        """What has come for a join since, which is handed over: to ``waiting`` first, if given."""
+        return [
+            pair
+            for batch in self._reader.wait(join, rounds=0)
+            for pair in self._hand_over(join, batch, take, None, waiting)
+        ]
+
+    def end(self, join: Join) -> None:
+        """A join is complete, or given up."""
+        self._reader.leave(join)
+
+    def look(self, joins: Collection[Join], seconds: float, done: Callable[[], bool]) -> None:
+        """Read what comes for joins, for so many seconds at most."""
+        self._reader.look(joins, seconds, done)

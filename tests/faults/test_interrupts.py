@@ -239,19 +239,26 @@ class Alarm(Exception):
 def alarms(seed: int) -> Iterator[Callable[[Callable[[], Any]], Any]]:
     """Gives what does something with a timer that goes off meanwhile, or soon after."""
     moments = random.Random(seed)
+    # On a busy machine a connection takes longer than this, and must be had now and then.
+    longest, interrupted = 0.006, 0
 
     def on_alarm(*args: Any) -> None:
         raise Alarm
 
     def do(operation: Callable[[], Any]) -> Any:
+        nonlocal interrupted
         try:
             try:
-                signal.setitimer(signal.ITIMER_REAL, moments.uniform(0.0001, 0.006))
-                return operation()
+                most = longest * 2 ** (interrupted // 10)
+                signal.setitimer(signal.ITIMER_REAL, moments.uniform(0.0001, min(most, 1.0)))
+                result = operation()
             finally:
                 signal.setitimer(signal.ITIMER_REAL, 0)
         except Alarm:
+            interrupted += 1
             return None
+        interrupted = 0
+        return result
 
     before = signal.signal(signal.SIGALRM, on_alarm)
     try:

@@ -340,10 +340,7 @@ def test_routes_by_name_and_annotations_are_in_the_template(
     node: Node, make_app: MakeApp, broker: Broker, in_bulk: list[int]
 ) -> None:
     queue = f"routed-{uuid()}"
-    app = make_app(
-        node.url, task_routes={"tests.*": {"queue": queue}}, task_annotations={"*": {"priority": 3}},
-        task_queue_max_priority=5,
-    )  # fmt: skip
+    app = make_app(node.url, task_routes={"tests.*": {"queue": queue}}, task_annotations={"*": {"priority": 3}})
     fastres.apply_many(nobodys(app), [(1,), (2,), (3,)])
     found = sent(broker, queue)
     assert [each.properties["priority"] for each in found] == [3] * 3

@@ -1,0 +1,218 @@
+"""Results for asyncio: what is awaited here blocks no event loop, and needs no thread for each wait.
+
+One thread of the process reads for all waits, over the connection that the other waits of the process use. What is
+cancelled, as ``asyncio.timeout`` does it, leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import deque
+from typing import TYPE_CHECKING, Any
+
+from celery import current_app, states
+from celery.exceptions import ImproperlyConfigured
+from celery.result import AsyncResult, ResultSet
+
+from fastres.groups import leaves
+from fastres.read.pump import Wait
+from fastres.watching import Progress
+from fastres.watching import progress as progress_of
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Iterable
+
+    from fastres._protocols import Meta
+    from fastres.read.pump import Pump
+
+__all__ = ("as_completed", "get", "join", "progress", "state")
+
+
+async def get(result: Any, timeout: float | None = None, *, propagate: bool = True, app: Any = None) -> Any:
+    """The result of a task, or the results of a group: ``result.get(timeout)``.
+
+    Args:
+        result: an ``AsyncResult``, a ``GroupResult``, or the id of a task.
+        timeout: seconds, None: for ever.
+        propagate: raise the exception of a task that has failed; otherwise it is returned.
+        app: the application, if ``result`` is an id and its application is not the current one.
+
+    Raises:
+        fastres.ResultsMissing: it did not come in time.
+        Exception: what the task has raised.
+    """
+    if isinstance(result, ResultSet):
+        return await join(result, timeout, propagate=propagate)
+    if isinstance(result, str):
+        result = (app or current_app).AsyncResult(result)
+    if result._cache is None:
+        async with _waiting(result.backend, lambda: {result.id: result}, timeout) as came:
+            _, error = await came.get()
+            if error is not None:
+                raise error
+    return _value(result._cache, propagate)
+
+
+async def join(results: ResultSet, timeout: float | None = None, *, propagate: bool = True) -> list[Any]:
+    """The results of a group's tasks in its order, those of groups in it in one list with the others.
+
+    Args:
+        results: a ``GroupResult`` or ``ResultSet``.
+        timeout: seconds for all of them, None: for ever.
+        propagate: raise the first exception that comes; otherwise each is in its place.
+
+    Raises: as :func:`get` does.
+    """
+    backend = results.app.backend
+    members: list[Any] = []
+
+    def missing() -> dict[str, Any]:
+        members.extend(leaves(results.results))
+        return {member.id: member for member in members if member._cache is None}
+
+    def values() -> list[Any]:
+        by_id = {member.id: member for member in members if member._cache is not None}
+        return [_value(by_id[member.id]._cache, propagate) for member in members]
+
+    async with _waiting(backend, missing, timeout) as came:
+        while True:
+            pairs, error = await came.get()
+            if error is not None:
+                raise error
+            if pairs is None:
+                break
+            if propagate:
+                for _, meta in pairs:
+                    _value(meta, propagate)
+        # There may be a million, and the loop has other things to do.
+        return list(await _called(backend, values))
+
+
+async def as_completed(
+    results: Any, timeout: float | None = None, *, propagate: bool = False, app: Any = None
+) -> AsyncIterator[tuple[str, Any]]:
+    """``(task id, value)`` of tasks as they end; the value of one that has failed is its exception.
+
+    Args:
+        results: a ``GroupResult`` or ``ResultSet``, ``AsyncResult`` instances, or task ids.
+        timeout: seconds for all of them, None: for ever.
+        propagate: raise exceptions instead.
+        app: the application, if these are ids and their application is not the current one.
+
+    Raises: as :func:`get` does.
+    """
+    if isinstance(results, ResultSet):
+        members: list[Any] = list(leaves(results.results))
+        app = app or results.app
+    else:
+        members = list(results)
+        app = app or next((member.app for member in members if isinstance(member, AsyncResult)), None)
+    backend = (app or current_app).backend
+    known = {each.id: each for each in members if isinstance(each, AsyncResult) and each._cache is not None}
+    for task_id, result in known.items():
+        yield task_id, _value(result._cache, propagate)
+    ids = dict.fromkeys(getattr(member, "id", member) for member in members)
+    left = [task_id for task_id in ids if task_id not in known]
+    if not left:
+        return
+    pairs: deque[tuple[str, Meta]] = deque()
+    async with _waiting(backend, lambda: left, timeout) as came:
+        try:
+            while True:
+                more, error = await came.get()
+                if error is not None:
+                    raise error
+                if more is None:
+                    return
+                pairs.extend(more)
+                while pairs:
+                    task_id, meta = pairs.popleft()
+                    yield task_id, _value(meta, propagate)
+        finally:
+            # Not consumed, and out of their queues.
+            while not came.empty():
+                pairs.extend(came.get_nowait()[0] or ())
+            _pump(backend).keep(pairs)
+
+
+async def state(task: Any, *, app: Any = None) -> str:
+    """The state of a task, an ``AsyncResult`` or an id, as ``AsyncResult.state`` has it."""
+    result = (app or current_app).AsyncResult(task) if isinstance(task, str) else task
+    return str(await _called(result.backend, lambda: result.state))
+
+
+async def progress(group: Any, *, app: Any = None) -> Progress:
+    """How far a group or a chord is: see :func:`fastres.progress`."""
+    of = group.parent if isinstance(group, AsyncResult) and group.parent is not None else group
+    app = app or getattr(of, "app", None) or current_app
+    found: Progress = await _called(app.backend, lambda: progress_of(group, app=app))
+    return found
+
+
+def _value(meta: Meta, propagate: bool) -> Any:
+    if propagate and meta["status"] in states.PROPAGATE_STATES:
+        raise meta["result"]
+    return meta["result"]
+
+
+def _pump(backend: Any) -> Pump:
+    pump: Pump | None = getattr(backend, "pump", None)
+    if pump is None:
+        raise ImproperlyConfigured(
+            f"fastres.aio needs result_backend fastres://, where results are found by their ids, not {backend!r}"
+        )
+    return pump
+
+
+def _to_loop(told: Callable[[Any], object]) -> Callable[[Any], None]:
+    """Calls a function in the running loop, from another thread; nothing, if that loop has ended."""
+    loop = asyncio.get_running_loop()
+
+    def tell(what: Any) -> None:
+        with contextlib.suppress(RuntimeError):
+            loop.call_soon_threadsafe(told, what)
+
+    return tell
+
+
+@contextlib.asynccontextmanager
+async def _waiting(
+    backend: Any, task_ids: Callable[[], Iterable[str]], timeout: float | None
+) -> AsyncIterator[asyncio.Queue[tuple[Any, BaseException | None]]]:
+    """A queue of what comes: lists of task ids and metas with None; at the end None, with an error or None."""
+    pump = _pump(backend)
+    came: asyncio.Queue[tuple[Any, BaseException | None]] = asyncio.Queue()
+    tell = _to_loop(came.put_nowait)
+    wait = Wait(task_ids, timeout, lambda pairs: tell((pairs, None)), lambda error: tell((None, error)))
+    pump.add(wait)
+    try:
+        yield came
+    finally:
+        pump.cancel(wait)
+
+
+async def _called(backend: Any, function: Callable[[], Any]) -> Any:
+    """What a function returns that the pump's thread calls: it may block."""
+    done: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+
+    def told(outcome: tuple[Any, BaseException | None]) -> None:
+        result, error = outcome
+        if done.done():
+            return
+        if error is None:
+            done.set_result(result)
+        else:
+            done.set_exception(error)
+
+    tell = _to_loop(told)
+
+    def call() -> None:
+        try:
+            outcome: tuple[Any, BaseException | None] = function(), None
+        except Exception as exc:
+            outcome = None, exc
+        tell(outcome)
+
+    _pump(backend).do(call)
+    return await done
