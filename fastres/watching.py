@@ -167,6 +167,4 @@ def track(
 
 def bar(length: int, label: str | None) -> Any:
     """A progress bar on standard error."""
-    return click.progressbar(
-        length=length, label=label, show_pos=True, show_eta=True, file=click.get_text_stream("stderr")
-    )
+    return click.progressbar(length=length, label=label, show_pos=True, show_eta=True, file=sys.stderr)

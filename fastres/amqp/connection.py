@@ -7,6 +7,7 @@ it only waits for a broker that is away, so that each thread keeps its own timeo
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import math
 import select
@@ -392,8 +393,8 @@ class Link:
         self._failures = 0
         negotiated = session.heartbeat
         if negotiated and not self.attended:
-            args = weakref.ref(self), weakref.ref(session), negotiated / 2
-            threading.Thread(target=_beat, args=args, name="fastres-heartbeat", daemon=True).start()
+            # Not a Thread: a signal while that one waits for its start leaves it with a lock that is not locked.
+            _thread.start_new_thread(_beat, (weakref.ref(self), weakref.ref(session), negotiated / 2))
         return session
 
     def _failed(self, connection: Any, exc: BaseException, deadline: float | None) -> None:

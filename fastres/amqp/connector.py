@@ -18,7 +18,7 @@ from fastres.errors import AccessRefused, BrokerUnreachable
 if TYPE_CHECKING:
     from fastres.options import Options
 
-__all__ = ("Connector", "abandon", "drop", "establish")
+__all__ = ("Connector", "abandon", "be_patient", "drop", "establish")
 
 #: URL schemes of the backend that mean RabbitMQ; the value is whether it is over TLS.
 SCHEMES = {"fastres": False, "fastres-rpc": False, "fastress": True, "fastress-rpc": True, "amqp": False}
@@ -146,6 +146,12 @@ def _prepare_tls(connection: Any) -> None:
     if tls.get("server_hostname", "") is None:
         # kombu would have 127.0.0.1 for localhost, and keep the name of the first of several hosts.
         connection.ssl = {**tls, "server_hostname": connection.hostname or "localhost"}
+
+
+def be_patient(sock: Any) -> None:
+    """Have the system wait for a broker that is busy, at an end of a connection that somebody else has opened."""
+    for option, value in SOCKET_SETTINGS.items():
+        sock.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
 def drop(connection: Any, broken: bool = True) -> None:

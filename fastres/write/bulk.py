@@ -7,7 +7,7 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fastres.amqp.connector import drop, establish
+from fastres.amqp.connector import be_patient, drop, establish
 from fastres.amqp.rabbitmq import RabbitMQ, session_of
 from fastres.errors import BrokerUnreachable
 from fastres.logs import logger
@@ -84,6 +84,7 @@ class Bulk:
         """Open a channel, on each connection one of the same number: the frames have it."""
         self.session = session_of(self.connection)
         assert isinstance(self.session, RabbitMQ)
+        be_patient(self.session.socket)
         with self.session.patiently(self._patience):
             self.channel = self.connection.connection.channel(self._number)
             self._number = self.channel.channel_id
@@ -147,12 +148,15 @@ class Bulk:
                 with self.session.patiently(self._patience):
                     self.session.wait_on(self.channel, enough)
             except socket.timeout as exc:
-                if not self.session.is_blocked:
+                if exc.errno is not None:
+                    # The system's word for a broker that has taken nothing for too long.
+                    self._reconnect(exc)
+                elif not self.session.is_blocked:
                     raise BrokerUnreachable(
                         f"the broker {self.connection.as_uri()} has not confirmed a message for "
                         f"{self._patience:.0f} seconds: {self._progress()}"
                     ) from exc
-                if time.monotonic() - complained >= COMPLAINTS:
+                elif time.monotonic() - complained >= COMPLAINTS:
                     complained = time.monotonic()
                     logger.warning(
                         "The broker %s takes no messages for now, being short of memory or disk: %s",
