@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from celery import chord, group
+from celery import group
 from celery.contrib.testing.worker import start_worker
 from celery.exceptions import TimeoutError
 from demo_app import add, app, total
@@ -112,7 +112,11 @@ def run(tasks: int, worker: Worker | None) -> None:
     rows = [
         f"{'':<22}{'group':>10}{'chord':>10}",
         row("tasks", lambda taken: f"{tasks:,}", "and the chord's body"),
-        row("sending", lambda taken: f"{taken.sending:.1f} s"),
+        row(
+            "sending",
+            lambda taken: f"{taken.sending:.1f} s",
+            "the group by Celery, the chord by apply_many",
+        ),
         row("joining", lambda taken: f"{taken.joining:.1f} s", "while the worker still runs tasks"),
         row(
             "tasks per second",
@@ -168,10 +172,10 @@ def run_group(tasks: int, watch: Watch) -> Taken:
 
 
 def run_chord(tasks: int, watch: Watch) -> Taken:
-    """A chord: the worker joins the results, and runs the body with them."""
+    """A chord, sent in bulk: the worker joins the results, and runs the body with them."""
     say(f"Sending a chord of {tasks:,} tasks ...")
     start = time.perf_counter()
-    result = chord(add.s(i, i) for i in range(tasks))(total.s())
+    result = fastres.apply_many(add, ((i, i) for i in range(tasks)), body=total.s())
     sent = time.perf_counter()
 
     there = 0
