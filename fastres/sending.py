@@ -34,6 +34,7 @@ from vine import barrier
 from fastres._impl import MessageTemplate
 from fastres._protocols import ID, PLACE, TABLE, TEXT
 from fastres._py.frames import BODY, HEADER, LEAD, frame
+from fastres.amqp.session import is_open
 from fastres.backend import AMQPBackend
 from fastres.canvas import ATTRIBUTE
 from fastres.chords.bodies import BodyProducer, is_kombus_json
@@ -202,7 +203,7 @@ class _Sending:
         if self._body is not None:
             app.backend.set_chord_size(self.group_id, len(ids))
         parent = app.current_worker_task
-        if parent and self._body is None and self._signature.options.get("add_to_parent", True):
+        if parent and self._signature.options.get("add_to_parent", True):
             parent.add_trail(result)
         return result
 
@@ -228,13 +229,13 @@ class _Sending:
                     sampler = _Sampler(bulk.session.channel())
                     samples = [self._sample(sampler, args, place) for place, args in enumerate(first)]
                     template = _Template(app, bulk, self._signature, samples[0], self._confirm)
-                    if not template.makes(samples[1]):
-                        return None
-                    ids.begin(samples[0].id)
-                    self._write(bulk, template, sampler, chain(first, rest), ids)
+                    alike = template.makes(samples[1])
+                    if alike:
+                        ids.begin(samples[0].id)
+                        self._write(bulk, template, sampler, chain(first, rest), ids)
                     bulk.finish()
                     sampler.channel.close()
-                    return bulk.refused
+                    return bulk.refused if alike else None
             except connection.channel_errors as exc:
                 said = refusal(exc, connection.as_uri())
                 raise said from (None if said is exc else exc)
@@ -261,6 +262,9 @@ class _Sending:
             if timed and flushed - made > FRESH:
                 flush()
                 made = flushed
+                if not is_open(sampler.channel):
+                    # It went with a connection that broke.
+                    sampler = _Sampler(bulk.session.channel())
                 sample = self._sample(sampler, _checked(args, place), place)
                 template = _Template(self._app, bulk, self._signature, sample, self._confirm)
             id_ = ids.new()
