@@ -70,6 +70,13 @@ CUT_GREETINGS = [
 ]
 
 
+def cuts_greetings(test: Any) -> Any:
+    """Decorates one test that does."""
+    for mark in CUT_GREETINGS:
+        test = mark(test)
+    return test
+
+
 def close(app: Celery) -> None:
     """Close an application and its connections: Celery leaves its own to the garbage collector."""
     # app.backend would make one where there is none.

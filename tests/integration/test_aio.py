@@ -11,7 +11,7 @@ from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
 import pytest
-from backend_kit import Broker, MakeApp, group_of, page_ids, store, store_group, store_member
+from backend_kit import Broker, MakeApp, cuts_greetings, group_of, page_ids, store, store_group, store_member
 from celery import Celery, chord, group, uuid
 from celery.exceptions import ImproperlyConfigured, TimeoutError
 from proj import OutOfStockError, add, fail, gated, tsum
@@ -215,6 +215,7 @@ def test_a_large_group_blocks_no_loop(node: Node, make_app: MakeApp, run: Callab
     assert longest < 0.5
 
 
+@cuts_greetings
 def test_the_connection_is_cut(node: Node, run: Callable[[Any], Any]) -> None:
     with Proxy(node.port) as proxy, client(proxy.url) as app, client(node.url) as writer:
         held, lone = group_of(app, 100), app.AsyncResult(*page_ids(1))

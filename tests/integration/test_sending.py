@@ -11,7 +11,7 @@ from datetime import datetime, timedelta, timezone
 from typing import Any
 
 import pytest
-from backend_kit import ENOUGH, Broker, MakeApp, until
+from backend_kit import ENOUGH, Broker, MakeApp, cuts_greetings, until
 from celery import Celery, chord, group, signals, uuid
 from celery.app.task import Task
 from celery.exceptions import ChordError
@@ -425,6 +425,7 @@ def test_no_queue_gets_them(quiet: Celery, broker: Broker) -> None:
     assert len(fastres.apply_many(task, [(1,)] * 5)) == 5
 
 
+@cuts_greetings
 def test_connections_that_break_meanwhile(node: Node, broker: Broker) -> None:
     """What is not confirmed is sent again: each task at least once."""
     queue, count = f"cut-{uuid()}", 6000
@@ -443,6 +444,7 @@ def test_connections_that_break_meanwhile(node: Node, broker: Broker) -> None:
         assert [found[each.id] for each in result] == list(range(count))
 
 
+@cuts_greetings
 def test_a_broker_that_is_away(node: Node) -> None:
     policy = {"max_retries": 2, "interval_start": 0, "interval_step": 0.1, "interval_max": 0.1}
     with Proxy(node.port) as proxy, client(proxy.url, task_publish_retry_policy=policy) as app:
