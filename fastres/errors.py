@@ -65,9 +65,9 @@ class TasksNotSent(Error, OperationalError):  # type: ignore[misc]
         result: the ``GroupResult`` of all of them.
     """
 
-    def __init__(self, text: str, refused: dict[int, str], result: Any) -> None:
+    def __init__(self, text: str, refused: dict[int, str] | None = None, result: Any = None) -> None:
         super().__init__(text)
-        self.refused = refused
+        self.refused = refused or {}
         self.result = result
 
 

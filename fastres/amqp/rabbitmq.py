@@ -412,7 +412,7 @@ class RabbitMQ(Session):
     def within(self, seconds: float) -> contextlib.AbstractContextManager[None]:
         return self.patiently(min(seconds, self.socket.gettimeout() or seconds))
 
-    def give_up(self, channel: Any, tags: Sequence[str] = ()) -> None:
+    def give_up(self, channel: Any) -> None:
         given_up = [] if self._browser is None else self._browser.give_up()
         declaring, self._declaring = self._declaring, None
         given_up += [each for each in (declaring, channel) if each is not None and each.connection is not None]
@@ -487,14 +487,16 @@ class RabbitMQ(Session):
                     self._window.confirm(*struct.unpack_from(">QB", payload, 4))
                 else:
                     left.append(frames[number])
-            if len(left) < len(frames) or self._frames.consumed > before:
+            # Confirms that py-amqp handles are answers too; heartbeats, which are on no channel, are none.
+            heard = len(left) < len(frames) or any(channel_id == channel.channel_id for _, channel_id, _ in left)
+            if left:
+                self.pass_on(left)
+            if heard or self._frames.consumed > before:
                 patience = None
             elif patience is None:
                 patience = Patience(self.socket.gettimeout())
             else:
                 patience.check()
-            if left:
-                self.pass_on(left)
 
     def consume(
         self,

@@ -223,10 +223,10 @@ class Session:
         """The same, where it is not to be less anyway."""
         return contextlib.nullcontext()
 
-    def give_up(self, channel: Any, tags: Sequence[str] = ()) -> None:
+    def give_up(self, channel: Any) -> None:
         """Leave channels over which the broker does not answer, without waiting for it, if it answers otherwise.
 
-        They are those for declarations and looks, and this one with its consumers.
+        They are those for declarations and looks, and this one, if there is one, with its consumers.
 
         Raises: socket.timeout: it does not.
         """

@@ -118,10 +118,7 @@ class Inbox:
                 f"the broker {session.uri} has not answered for {time.monotonic() - now:.0f} seconds when asked "
                 f"for queue {names}{', ...' if self.addresses[3:] else ''}: its node stands still, or is down"
             )
-            if consumer is None:
-                session.give_up(None)
-            else:
-                session.give_up(consumer.channel, list(consumer.addresses))
+            session.give_up(None if consumer is None else consumer.channel)
             if type(before) is not BrokerUnreachable:
                 logger.warning("Results are read later: %s", self.refused)
         except session.channel_errors as exc:

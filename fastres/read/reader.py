@@ -273,6 +273,7 @@ class Reader:
         """Read what comes for joins, for so many seconds at most, or let another thread do it until ``done()``."""
         catching_up = False
         for join in joins:
+            seconds = min(seconds, max(0.0, join.left()))
             for inbox in join.inboxes:
                 due = inbox.due
                 if due is not None:

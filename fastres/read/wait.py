@@ -259,7 +259,11 @@ class Waits:
 
     def end(self, join: Join) -> None:
         """A join is complete, or given up."""
-        self._reader.leave(join)
+        try:
+            self._reader.leave(join)
+        except BaseException:
+            self._reader.abandon(join)
+            raise
 
     def look(self, joins: Collection[Join], seconds: float, done: Callable[[], bool]) -> None:
         """Read what comes for joins, for so many seconds at most."""

@@ -119,8 +119,6 @@ class Bulk:
             raise
         except self.connection.connection_errors as exc:
             self._reconnect(exc)
-        if self.session.is_blocked:
-            self.wait(lambda: not self.session.is_blocked)
         if self._confirm and (self.written - self.answered >= DEPTH or self._bytes >= SIZE):
             # They come many at a time.
             self.wait(lambda: self.written - self.answered <= DEPTH // 2 and self._bytes <= SIZE // 2)
@@ -142,6 +140,21 @@ class Bulk:
 
     def wait(self, enough: Callable[[], bool]) -> None:
         """Read what the broker says until that is enough. Raises as :meth:`write` does."""
+        while not enough():
+            try:
+                self._read(enough)
+            except self.connection.channel_errors:
+                raise
+            except self.connection.connection_errors as exc:
+                self._reconnect(exc)
+
+    def _read(self, enough: Callable[[], bool]) -> None:
+        """Read until that is enough, for as long as it takes while the broker says that it takes no messages.
+
+        Raises:
+            fastres.BrokerUnreachable: the broker says nothing.
+            Exception: one of the connection's errors.
+        """
         complained = time.monotonic()
         while not enough():
             try:
@@ -149,25 +162,23 @@ class Bulk:
                     self.session.wait_on(self.channel, enough)
             except socket.timeout as exc:
                 if exc.errno is not None:
-                    # The system's word for a broker that has taken nothing for too long.
-                    self._reconnect(exc)
-                elif not self.session.is_blocked:
+                    # The system has given up a broker that has taken nothing for too long.
+                    raise
+                if not self.session.is_blocked:
                     raise BrokerUnreachable(
                         f"the broker {self.connection.as_uri()} has not confirmed a message for "
                         f"{self._patience:.0f} seconds: {self._progress()}"
                     ) from exc
-                elif time.monotonic() - complained >= COMPLAINTS:
+                if time.monotonic() - complained >= COMPLAINTS:
                     complained = time.monotonic()
                     logger.warning(
                         "The broker %s takes no messages for now, being short of memory or disk: %s",
                         self.connection.as_uri(), self._progress(),
                     )  # fmt: skip
-            except self.connection.channel_errors:
-                raise
-            except self.connection.connection_errors as exc:
-                self._reconnect(exc)
 
     def _send(self, chunk: Chunk) -> None:
+        # What a broker that takes nothing does not read fills the socket, and ends in the middle of a frame.
+        self._read(lambda: not self.session.is_blocked)
         with self.session.patiently(self._patience):
             self.session.write(chunk.frames)
             self.session.poll()
@@ -184,6 +195,8 @@ class Bulk:
             answered = self.answered
             most = policy.get("max_retries")
             drop(self.connection)
+            # Whether the next one is short of something is not known.
+            self.session = None
             if (self.written and not self._confirm) or (most is not None and failures > most):
                 raise self._gives_up(exc) from exc
             logger.warning("Lost the connection to the broker while sending, trying again: %r", exc)
@@ -194,6 +207,8 @@ class Bulk:
                 self._open()
                 self._apart.clear()
                 self._before = self._chunks[0].before if self._chunks else self.written
+                # These get another answer.
+                self.refused = {place: why for place, why in self.refused.items() if place < self._before}
                 for chunk in list(self._chunks):
                     self._send(chunk)
                 return

@@ -137,6 +137,10 @@ def test_timeouts_and_cancelled_waits_leave_nothing(
         assert [member._cache is not None for member in held] == [True, False, False]
         with pytest.raises(TimeoutError):
             await aio.get(lone, timeout=0.3)
+        soon = time.monotonic()
+        with pytest.raises(TimeoutError):
+            await aio.get(lone, timeout=0.1)
+        assert time.monotonic() - soon < 0.7
         assert 0.8 <= time.monotonic() - start < 3
         for wait in (aio.join(held), aio.get(lone)):
             with pytest.raises(asyncio.TimeoutError):

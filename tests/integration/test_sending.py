@@ -461,6 +461,34 @@ def test_a_broker_that_is_away(node: Node) -> None:
             fastres.apply_many(task, arguments(), queue=f"away-{uuid()}")
 
 
+def test_a_broker_that_takes_nothing_is_waited_for(make_app: MakeApp) -> None:
+    """For longer than one that says nothing is."""
+    with Node() as own, client(own.url, result_backend_transport_options={"confirm_timeout": 1}) as app:
+        task, queue, broker = nobodys(app), f"blocked-{uuid()}", Broker(own.url)
+        fastres.apply_many(task, [(1,)] * 3, queue=queue)
+        usual = own.ctl("eval", "vm_memory_monitor:get_vm_memory_high_watermark().").strip()
+        own.ctl("set_vm_memory_high_watermark", "0.000001")
+        got: list[Any] = []
+        sender = threading.Thread(
+            target=lambda: got.append(
+                fastres.apply_many(task, ((number, "x" * 500) for number in range(20_000)), queue=queue)
+            )
+        )
+        sender.start()
+        sender.join(4)
+        assert sender.is_alive()
+        own.ctl("set_vm_memory_high_watermark", usual)
+        sender.join(60)
+        assert len(got[0]) == 20_000
+        assert broker.messages(queue) == 20_003
+        broker.close()
+
+
+def test_the_error_can_be_stored(app: Celery) -> None:
+    error = pickle.loads(pickle.dumps(fastres.TasksNotSent("two", {1: "full"}, None)))
+    assert str(error) == "two"
+
+
 def test_a_slow_iterable_is_sent_as_it_comes(quiet: Celery, broker: Broker) -> None:
     goes_on = threading.Event()
 
