@@ -6,6 +6,7 @@ Fails when a test failed that `tests/compatibility.toml` has no reason for.
 from __future__ import annotations
 
 import argparse
+import collections
 import json
 import re
 import sys
@@ -42,21 +43,33 @@ class Run(NamedTuple):
     skipped: int
     #: Names of tests.
     failed: list[str]
+    #: Those that failed beside the others, and passed when they ran once more by themselves.
+    again: list[str]
 
 
 def read(place: Path) -> Run:
     versions = json.loads(place.read_text())
-    passed = skipped = 0
-    failed: dict[str, None] = {}
-    for case in ElementTree.parse(place.with_suffix(".xml")).iter("testcase"):
+    first = outcomes(place.with_suffix(".xml"))
+    again = place.with_suffix(".again.xml")
+    both = first | outcomes(again) if again.exists() else first
+    count = collections.Counter(both.values())
+    failed = [name for name, outcome in both.items() if outcome == "failed"]
+    recovered = [name for name, outcome in first.items() if outcome == "failed" != both[name]]
+    return Run(place.stem, versions, count["passed"], count["skipped"], failed, recovered)
+
+
+def outcomes(place: Path) -> dict[str, str]:
+    """What became of each test: passed, failed, skipped."""
+    found: dict[str, str] = {}
+    for case in ElementTree.parse(place).iter("testcase"):
         name = f"{case.get('classname', '').rpartition('.')[2]}::{case.get('name')}"
         if case.find("failure") is not None or case.find("error") is not None:
-            failed[name] = None
+            found[name] = "failed"
         elif case.find("skipped") is not None:
-            skipped += 1
+            found[name] = "skipped"
         else:
-            passed += 1
-    return Run(place.stem, versions, passed, skipped, list(failed))
+            found.setdefault(name, "passed")
+    return found
 
 
 def reason_of(known: list[dict[str, Any]], run: Run, test: str) -> str | None:
@@ -81,6 +94,8 @@ def main() -> int:
             reason = reason_of(known, run, test)
             unknown += reason is None
             reasons += f"- {run.name}: `{test}`: {reason or '**not explained**'}\n"
+        for test in run.again:
+            reasons += f"- {run.name}: `{test}`: beside the others only; passed by itself\n"
     text += f"\n## What failed\n\n{reasons or 'Nothing.'}".rstrip() + "\n"
     print(text)
     if given.report:

@@ -52,8 +52,8 @@ def run(request: pytest.FixtureRequest, caplog: pytest.LogCaptureFixture) -> Cal
     def run(coroutine: Coroutine[Any, Any, Any]) -> Any:
         loop = new_loop()
         loop.set_debug(True)
-        # More than any batch takes on a busy machine, and less than a wait for a broker.
-        loop.slow_callback_duration = 0.5
+        # More than what Celery does in it takes on a busy machine, and less than a wait for a broker.
+        loop.slow_callback_duration = 2
         try:
             return loop.run_until_complete(coroutine)
         finally:
