@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fastres._impl import impl as __impl__
 from fastres.backend import AMQPBackend
+from fastres.cancelling import cancel
 from fastres.chords.lazy import HeaderResults, lazy
 from fastres.chords.settle import settle
 from fastres.errors import (
@@ -49,6 +50,7 @@ __all__ = (
     "__impl__",
     "__version__",
     "apply_many",
+    "cancel",
     "join",
     "lazy",
     "progress",

@@ -22,6 +22,9 @@ COMPRESSION = "compression"
 KEEP = "fastres-keep"
 #: When a state on the way was sent, in its meta: seconds since the epoch, where queues get out of order.
 SENT_AT = "fastres-sent-at"
+#: In the meta of a notice of cancellation: the ids of the tasks that it is about, or True: all whose results are
+#: in its queue. Its message has the header ``KEEP``.
+CANCELLED = "fastres-cancelled"
 
 #: A frame that is not for fastres: type, channel, payload.
 Frame = tuple[int, int, bytes]

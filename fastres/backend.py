@@ -186,6 +186,20 @@ class AMQPBackend(Waiting, Celery31, Backend):  # type: ignore[misc]
         self._publisher.publish(address, message, declare=self.layout.declares)
         return result
 
+    def mark_as_revoked(self, task_id: str, reason: str = "", request: Any = None, **more: Any) -> None:
+        """As in Celery; nothing for a task that was cancelled with its whole group."""
+        if not worker.is_told_already():
+            super().mark_as_revoked(task_id, reason, request, **more)
+
+    def put_notice(self, meta: Meta) -> None:
+        """Put a notice of cancellation where the result of its ``task_id`` would be."""
+        message = self._encoder.encode(meta, meta["task_id"], {KEEP: True})
+        self._publisher.publish(self.addresses.result(meta["task_id"]), message, declare=True)
+
+    def in_one_write(self) -> contextlib.AbstractContextManager[None]:
+        """What this thread stores, and sends to joiners, is sent at the end, with one wait for all confirms."""
+        return self._publisher.together()
+
     def check_writing(self) -> None:
         """Do what storing a result takes, without one.
 
@@ -202,7 +216,7 @@ class AMQPBackend(Waiting, Celery31, Backend):  # type: ignore[misc]
         state: str = states.SUCCESS,
     ) -> None:
         """As in Celery; the result of a chord's part is sent to its group and to its chord in one write."""
-        together = self._publisher.together() if request and request.chord else contextlib.nullcontext()
+        together = self.in_one_write() if request and request.chord else contextlib.nullcontext()
         with together:
             super().mark_as_done(task_id, result, request, store_result, state)
 
@@ -242,7 +256,7 @@ class AMQPBackend(Waiting, Celery31, Backend):  # type: ignore[misc]
         """What this thread asks of these tasks is looked up now, and what it stores is sent at the end."""
         self._known.metas = self.layout.look_at_all(task_ids)
         try:
-            with self._publisher.together():
+            with self.in_one_write():
                 yield
         finally:
             del self._known.metas

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from celery.result import GroupResult, ResultBase
+from celery.result import GroupResult, ResultBase, ResultSet
 from kombu.utils.uuid import uuid
 
 from fastres.errors import MalformedResult
@@ -129,7 +129,7 @@ def unpack(messages: Iterable[dict[str, Any]]) -> Saved | None:
 def leaves(results: Iterable[ResultBase]) -> Iterator[Any]:
     """The task results among results and nested groups of results."""
     for result in results:
-        if isinstance(result, GroupResult):
+        if isinstance(result, ResultSet):
             yield from leaves(result.results)
         else:
             yield result

@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 from celery import states
 from celery.exceptions import TimeoutError
-from celery.result import ResultSet
 
+from fastres.cancelling import cancel
 from fastres.chords.settle import allowed_of, checked
+from fastres.groups import leaves as leaves_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from celery.result import ResultSet
 
 __all__ = ("join",)
 
@@ -24,6 +25,7 @@ def join(
     tolerate: float | None = None,
     first: int | None = None,
     deadline: float | None = None,
+    revoke: bool = False,
     timeout: float | None = None,
 ) -> list[Any]:
     """The results of a group's tasks, in its order.
@@ -38,6 +40,8 @@ def join(
         first: return as soon as so many have succeeded, with what has come until then. Where all have come and
             fewer have succeeded, the last failure is raised.
         deadline: seconds after which what has come is returned.
+        revoke: have the tasks that have not begun when ``first`` or ``deadline`` ends the wait not begin any more:
+            :func:`fastres.cancel`.
         timeout: seconds after which an exception is raised.
 
     Raises:
@@ -46,20 +50,19 @@ def join(
         ValueError: ``tolerate``, ``first`` or ``deadline`` is out of its range.
     """
     terms = checked(tolerate=tolerate, first=first, deadline=deadline)
-    leaves = list(_leaves(results))
+    leaves = list(leaves_of(results.results))
     if not leaves:
         return []
     settle = settle or tolerate is not None
     allowed = allowed_of(terms, len(leaves))
+    ids = list(dict.fromkeys(leaf.id for leaf in leaves))
     values: dict[str, Any] = {}
     succeeded = failed = 0
     error: BaseException | None = None
     #: What is raised in the end: not in there, where a task's TimeoutError would be taken for the end of the wait.
     fatal: BaseException | None = None
     ends_at_deadline = timeout is None or (deadline is not None and deadline < timeout)
-    arriving = leaves[0].backend.get_many(
-        list(dict.fromkeys(leaf.id for leaf in leaves)), timeout=deadline if ends_at_deadline else timeout
-    )
+    arriving = leaves[0].backend.get_many(ids, timeout=deadline if ends_at_deadline else timeout)
     try:
         with contextlib.closing(arriving):
             for task_id, meta in arriving:
@@ -83,12 +86,6 @@ def join(
             raise
     if fatal is not None:
         raise fatal
+    if revoke and succeeded + failed < len(ids):
+        cancel(results)
     return [values[leaf.id] for leaf in leaves if leaf.id in values]
-
-
-def _leaves(results: ResultSet) -> Iterator[Any]:
-    for result in results.results:
-        if isinstance(result, ResultSet):
-            yield from _leaves(result)
-        else:
-            yield result

@@ -570,6 +570,10 @@ def _group_result(app: Any, group_id: str, ids: _Ids) -> GroupResult:
             if results is not None:
                 self._made = results
 
+        @property
+        def task_ids(self) -> list[str]:
+            return list(ids)
+
         def __len__(self) -> int:
             return len(ids) if self._made is None else len(self._made)
 

@@ -58,6 +58,8 @@ class Terms(msgspec.Struct, omit_defaults=True, gc=False):
     first: int | None = None
     #: Seconds; in an event the time when they are over, in seconds since the epoch.
     deadline: float | None = None
+    #: Whether the tasks that have not begun by then are revoked.
+    revoke: bool = False
 
 
 class Event(msgspec.Struct, omit_defaults=True, gc=False):
@@ -85,7 +87,7 @@ class Event(msgspec.Struct, omit_defaults=True, gc=False):
     context: dict[str, Any] = {}
     #: On which terms it ends, if not when all has succeeded.
     terms: Terms | None = None
-    #: Why the chord cannot go on although all its parts have come: it was tried, and refused.
+    #: Why the chord cannot go on, whatever has come: the broker has refused its body, or it was cancelled.
     failed: str = ""
     #: Names an event that somebody waits to see come back.
     mark: str = ""

@@ -12,11 +12,13 @@ import socket
 import threading
 import time
 from collections import deque
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from fastres.amqp.connector import abandon, drop, establish
 from fastres.amqp.rabbitmq import RabbitMQ, session_of
 from fastres.amqp.session import is_open
+from fastres.cancelling import revoke_rest
 from fastres.chords.bodies import USERS, Bodies, BodyProducer, Failed
 from fastres.chords.forks import busy
 from fastres.chords.reducer import LARGE
@@ -278,6 +280,10 @@ class Joiner:
                     self._notified[key] = True
 
         self._notified[key] = False
+        self._aside(notify)
+
+    def _aside(self, notify: Callable[[], None]) -> None:
+        """Have another thread do it."""
         with self._notifying:
             self._to_notify.append(notify)
             if self._notifiers < NOTIFIERS:
@@ -292,6 +298,12 @@ class Joiner:
                     return
                 notify = self._to_notify.popleft()
             notify()
+
+    def _revoke_rest(self, chord_id: str) -> None:
+        try:
+            revoke_rest(self.backend, chord_id)
+        except Exception as exc:
+            logger.warning("The other tasks of chord %s could not be revoked, and run: %r", chord_id, exc)
 
     def put_back(self, name: str, bodies: list[bytes]) -> None:
         # First: whatever goes wrong now, they are in no queue any more.
@@ -318,5 +330,7 @@ class Joiner:
         return not known
 
     def forget(self, chord: Chord) -> None:
+        if chord.terms is not None and chord.terms.revoke and len(chord.parts) < (chord.total or 0):
+            self._aside(partial(self._revoke_rest, chord.id))
         self._unrouted.discard((chord.id, chord.run))
         self._notified.pop((chord.id, chord.run), None)

@@ -30,7 +30,6 @@ from fastres.chords.events import (
     Event,
     Part,
     Plan,
-    Terms,
     pack_part,
     pack_plan,
     write_event,
@@ -126,7 +125,7 @@ class Log:
         if terms is not None:
             event.version, event.terms = WITH_TERMS, terms
             if terms.deadline is not None:
-                event.terms = Terms(terms.tolerate, terms.first, event.at + terms.deadline)
+                event.terms = msgspec.structs.replace(terms, deadline=event.at + terms.deadline)
         self._send(shard, chord_id, write_event(event, plan))
 
     def part(self, request: Any, state: str, result: Any, notified: list[str] | None = None) -> None:
@@ -183,6 +182,11 @@ class Log:
                 f"chord {chord_id} is joined by celery.chord_unlock, which takes no more tasks"
             )
         self._send(shard, task_id, write_event(Event(chord_id, at=time.time(), added=[task_id])))
+
+    def fail(self, chord_id: str, why: str) -> None:
+        """Have a chord fail, if it is open: its errbacks are called."""
+        event = Event(chord_id, at=time.time(), failed=why, version=WITH_TERMS)
+        self._send(self.shard(chord_id), chord_id, write_event(event))
 
     def put_back(self, name: str, bodies: list[bytes]) -> None:
         """Write events of chords again that are out of a shard, and wait for the broker's confirm."""

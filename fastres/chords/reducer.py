@@ -116,7 +116,7 @@ class Chord:
         """Find out how many parts it takes."""
         if self.size is None or not self.plan:
             return
-        over = self.closed or (self.first and self.succeeded >= self.first)
+        over = self.closed or self.failed or (self.first and self.succeeded >= self.first)
         self.needed = 0 if over else self.size + len(self.added)
 
     def set_terms(self, terms: Terms) -> None:
@@ -412,8 +412,12 @@ class Reducer:
 
     def open(self) -> list[Chord]:
         """The chords that are not complete, the oldest first; not those of which but a part has come too late."""
-        chords = [chord for chord in self.chords.values() if chord.size is not None or chord.id not in self._fired]
+        chords = [chord for chord in self.chords.values() if chord.size is not None or not self._is_late(chord)]
         return sorted(chords, key=lambda chord: chord.since)
+
+    def _is_late(self, chord: Chord) -> bool:
+        """Whether what has come of a chord of unknown size has come too late: a part, or a cancellation."""
+        return chord.id in self._fired or (bool(chord.failed) and not chord.parts)
 
     # -- chords that wait in vain
 
@@ -437,5 +441,5 @@ class Reducer:
         return [
             chord for chord in self.chords.values()
             if (seconds and chord.at < wall - seconds)
-            or (chord.size is None and chord.id in self._fired and chord.born < now - GRACE)
+            or (chord.size is None and self._is_late(chord) and chord.born < now - GRACE)
         ]  # fmt: skip

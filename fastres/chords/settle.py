@@ -61,6 +61,7 @@ def settle(
     tolerate: float | None = None,
     first: int | None = None,
     deadline: float | None = None,
+    revoke: bool = False,
 ) -> Any:
     """A chord's body that is called whatever becomes of the header.
 
@@ -76,16 +77,19 @@ def settle(
             chord fails if all have come, and fewer have succeeded.
         deadline: seconds after the chord was sent, to about two, at which the body is called with what has come by
             then, whatever else was asked for but ``tolerate``.
+        revoke: have the tasks that have not begun by then not begin any more: where ``first`` or ``deadline`` ends
+            the wait. Otherwise they run, and what they return is dropped.
 
     Raises: ValueError: one of these is out of its range.
     """
-    terms = checked(tolerate=tolerate, first=first, deadline=deadline)
-    given = {name: value for name, value in msgspec.structs.asdict(terms).items() if value is not None}
+    terms = checked(tolerate=tolerate, first=first, deadline=deadline, revoke=revoke)
+    # Without what has its default.
+    given = msgspec.to_builtins(terms)
     body = maybe_signature(body).clone()
     return body.set(headers={**(body.options.get("headers") or {}), SETTLE: given})
 
 
-def checked(*, tolerate: float | None, first: int | None, deadline: float | None) -> Terms:
+def checked(*, tolerate: float | None, first: int | None, deadline: float | None, revoke: bool = False) -> Terms:
     """Terms that a user gives.
 
     Raises: ValueError: one of these is out of its range.
@@ -96,7 +100,7 @@ def checked(*, tolerate: float | None, first: int | None, deadline: float | None
         raise ValueError(f"first={first!r}: a number of tasks, 1 or more")
     if deadline is not None and not deadline > 0:
         raise ValueError(f"deadline={deadline!r}: seconds, more than 0")
-    return Terms(tolerate, first, deadline)
+    return Terms(tolerate, first, deadline, bool(revoke))
 
 
 def allowed_of(terms: Terms, total: int) -> int | None:

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 from celery import states
 
+from fastres._protocols import CANCELLED
 from fastres.read.inbox import MARK, Inbox
-from fastres.read.join import sent_at
+from fastres.read.join import cancelled, sent_at
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -256,6 +257,7 @@ class Feed(Inbox):
             self._emptied = False
             self._remember(consumer, [*ready, *foreign])
             self.share_from_now_on()
+            self._heed_notices(consumer, arrivals)
             return
         self._stuck += refused
         if self._prefetch and self._stuck > self._prefetch / 2:
@@ -285,6 +287,18 @@ class Feed(Inbox):
         news += finals.values()
         ready, _, _, foreign = self._offer(consumer, news)
         self._remember(consumer, [*ready, *foreign])
+        self._heed_notices(consumer, arrivals)
+
+    def _heed_notices(self, consumer: Consumer, arrivals: list[Arrival]) -> None:
+        """Tell the joins of tasks that were cancelled, of which nothing came before."""
+        for delivery, _, meta in arrivals:
+            if delivery.keep and CANCELLED in meta:
+                for join in self.joins:
+                    of_queue = self.context.addresses.by_result(join.aggregate.missing())
+                    awaited = of_queue.get(consumer.address_of(delivery).name, [])
+                    join.offer(
+                        [(CANCELLED, task_id, told) for task_id, told in cancelled(meta, awaited)], None, None
+                    )
 
     def _remember(self, consumer: Consumer, arrivals: list[Arrival]) -> None:
         """For joins that come late, and for looks."""

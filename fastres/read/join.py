@@ -11,18 +11,18 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 from celery import states
 
 from fastres._impl import Aggregate
-from fastres._protocols import SENT_AT
+from fastres._protocols import CANCELLED, SENT_AT
 from fastres.errors import ResultsMissing
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     from fastres._protocols import Aggregate as AggregateProtocol
-    from fastres._protocols import Arrival, Sorted
+    from fastres._protocols import Arrival, Meta, Sorted
     from fastres.amqp.consumer import Consumer
     from fastres.amqp.session import Session
 
-__all__ = ("CACHED", "Batch", "Inbox", "Join", "sent_at")
+__all__ = ("CACHED", "Batch", "Inbox", "Join", "cancelled", "sent_at")
 
 #: Results that this process has read and can be asked for again: Celery 3.1's default for result_cache_max.
 CACHED = 100
@@ -33,6 +33,16 @@ LEAST_TIMEOUT = 0.05
 def sent_at(arrival: Arrival) -> float:
     """When a state was sent, where that is told."""
     return arrival[2].get(SENT_AT) or 0.0
+
+
+def cancelled(notice: Meta, awaited: Iterable[str]) -> Iterator[tuple[str, Meta]]:
+    """What a notice of cancellation says of tasks whose results would be in its queue, as their metas."""
+    about = notice[CANCELLED]
+    known = None if about is True else frozenset(about)
+    meta = {key: value for key, value in notice.items() if key != CANCELLED}
+    for task_id in awaited:
+        if known is None or task_id in known:
+            yield task_id, {**meta, "task_id": task_id}
 
 
 class Inbox(Protocol):

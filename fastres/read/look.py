@@ -17,8 +17,9 @@ from celery import states
 from kombu.utils.functional import LRUCache
 
 from fastres import ids
-from fastres._protocols import SENT_AT
+from fastres._protocols import CANCELLED, SENT_AT
 from fastres.errors import BacklogLimitExceeded
+from fastres.read.join import cancelled
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Sequence
@@ -63,6 +64,8 @@ class Snapshot:
         self.address = address
         #: The result, or the latest state, of each task.
         self.metas: dict[str, Meta] = {}
+        #: Notices of cancellation.
+        self.notices: list[Meta] = []
         #: Messages at the last look, None: there was no queue.
         self.count: int | None = None
         #: Messages that could not be read, by their task id.
@@ -78,6 +81,11 @@ class Snapshot:
         if self.count is None:
             return FIRST
         return 0 if self.count > LARGE else self.count + MORE
+
+    def cancelled(self, task_id: str) -> Meta | None:
+        """What is said of a task that has no result, if it was cancelled."""
+        found = (meta for notice in self.notices for _, meta in cancelled(notice, [task_id]))
+        return next(found, None)
 
 
 class Looks:
@@ -145,7 +153,7 @@ class Looks:
         if results.count is not None and results.count > backlog_limit and ids.parse(task_id) is None:
             raise BacklogLimitExceeded(task_id)
         # What was seen of a task and is held by somebody for long is not unlearned.
-        meta = results.metas.get(task_id) or known or on_the_way.metas.get(task_id)
+        meta = results.metas.get(task_id) or known or results.cancelled(task_id) or on_the_way.metas.get(task_id)
         if meta is None:
             for unreadable in (results.unreadable, on_the_way.unreadable):
                 if task_id in unreadable:
@@ -176,7 +184,9 @@ class Looks:
                         continue
                     browsed = self._browse_all(name, browsed.state.messages + MORE)
                 arrivals, _ = self._decoder.decode_all([] if browsed is None else browsed.deliveries)
-                for task_id, meta in chosen(meta for _, _, meta in arrivals).items():
+                said = [meta for _, _, meta in arrivals if CANCELLED in meta]
+                notices = {task_id: meta for notice in said for task_id, meta in cancelled(notice, queues[name])}
+                for task_id, meta in {**notices, **chosen(meta for _, _, meta in arrivals)}.items():
                     # Results come before states: see above.
                     if task_id in found and found[task_id] is None:
                         found[task_id] = {key: value for key, value in meta.items() if key != SENT_AT}
@@ -382,6 +392,7 @@ class Looks:
         for delivery, task_id, _ in arrivals:
             self._reports.stranger(delivery, snapshot.address, task_id)
         snapshot.metas = chosen(meta for _, _, meta in arrivals)
+        snapshot.notices = [meta for _, _, meta in arrivals if CANCELLED in meta]
 
 
 def chosen(metas: Iterable[Meta]) -> dict[str, Meta]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from celery import states
 
+from fastres._protocols import CANCELLED
 from fastres.errors import ResultsGone
 from fastres.read.inbox import MARK, TURN, Inbox
 
@@ -103,7 +104,11 @@ class Stream(Inbox):
 
     def _deliver(self, consumer: Consumer, deliveries: list[Delivery]) -> None:
         arrivals, _ = self._decode(consumer, deliveries)
-        finals = [arrival for arrival in arrivals if arrival[2]["status"] in states.READY_STATES]
+        finals = [
+            arrival
+            for arrival in arrivals
+            if arrival[2]["status"] in states.READY_STATES and CANCELLED not in arrival[2]
+        ]
         if finals:
             self._news.append((consumer, finals))
 

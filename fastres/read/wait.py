@@ -10,7 +10,7 @@ from celery import states
 from celery.result import GroupResult
 
 from fastres._impl import fulfil
-from fastres._protocols import SENT_AT
+from fastres._protocols import CANCELLED, SENT_AT
 from fastres.errors import BrokerUnreachable
 from fastres.groups import leaves
 from fastres.read.join import Join
@@ -221,7 +221,7 @@ class Waits:
         failures = self._failures
         handed = 0
         try:
-            for _, task_id, meta in batch.arrivals:
+            for mark, task_id, meta in batch.arrivals:
                 if on_message is not None:
                     meta.pop(SENT_AT, None)
                     on_message(meta)
@@ -229,8 +229,8 @@ class Waits:
                     failed = meta["status"] in failures
                     if failed:
                         self.to_python(meta)
-                    # What is not in its queue any more can be asked for again.
-                    if (join.few and not failed) or (failed and take):
+                    # What is not in its queue any more can be asked for again. What was cancelled may run yet.
+                    if (join.few and not failed) or (failed and take and mark is not CANCELLED):
                         self._cache[task_id] = meta
                     if waiting is not None:
                         fulfil(waiting[task_id], meta)

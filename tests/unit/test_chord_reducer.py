@@ -6,6 +6,7 @@ import random
 import time
 import tracemalloc
 from collections.abc import Iterable
+from itertools import permutations
 from typing import Any
 
 import pytest
@@ -152,6 +153,7 @@ def test_a_snapshot_says_all_that_is_known() -> None:
     reducer = fed(size_event("c", 2), added_event("c", "b"), *(part_event("c", each) for each in "abd"))
     chord = reducer.complete["c"]
     chord.failed = "refused"
+    chord.update_needed()
     chord.context = {"hostname": "here"}
     (again,) = fed(*reducer.snapshot(chord)).complete.values()
     for name in ("id", "size", "run", "plan", "parts", "added", "needed", "failed", "context", "since", "at"):
@@ -336,6 +338,25 @@ def test_a_late_part_neither_fires_again_nor_stays_for_ever() -> None:
     assert reducer.expired(None, NOW + module.GRACE - 1, time.time()) == []
     (late,) = reducer.expired(None, NOW + module.GRACE + 1, time.time())
     assert tags_of(late) == [9]
+
+
+def test_a_chord_that_is_cancelled_is_complete_with_what_has_come() -> None:
+    cancelled = write_event(Event("c", at=1.0, failed="It was cancelled", version=2))
+    events = [size_event("c", 3), part_event("c", "a"), cancelled]
+    for told in permutations(events):
+        reducer = fed(*told)
+        assert reducer.complete["c"].failed == "It was cancelled"
+        assert not fed(*told[: told.index(cancelled)]).complete
+    assert not fed(cancelled, events[1]).complete, "its errbacks are not known yet"
+    # What comes later is late, and so is another cancellation; nobody is shown a chord that is not there.
+    fire(reducer, "c")
+    reducer.feed([delivery(8, part_event("c", "b")), delivery(9, cancelled)], NOW)
+    assert reducer.open() == []
+    (late,) = reducer.expired(None, NOW + module.GRACE + 1, time.time())
+    assert tags_of(late) == [8, 9]
+    unknown = fed(cancelled)
+    assert unknown.open() == []
+    assert [chord.id for chord in unknown.expired(None, NOW + module.GRACE + 1, time.time())] == ["c"]
 
 
 def test_a_chord_that_is_sent_again_fires_again() -> None:

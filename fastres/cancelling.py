@@ -1,0 +1,172 @@
+"""Cancelling groups and chords: one message for the workers, one for each joiner, one for each queue of results.
+
+The message in a queue of results is the notice of cancellation: whoever waits there, or looks, for a task without
+a result is told that it was revoked. It goes away with the queue.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from celery import states
+from celery.exceptions import ImproperlyConfigured, TaskRevokedError
+from celery.result import AsyncResult, GroupResult, ResultSet
+
+from fastres import ids
+from fastres._protocols import CANCELLED
+
+__all__ = ("COMMAND", "cancel", "revoke_rest")
+
+#: The remote control command of the workers: see ``fastres.worker``.
+COMMAND = "fastres_cancel"
+#: What is raised by whoever waits.
+REASON = "cancelled"
+
+
+class _Found:
+    """What belongs to a result that is cancelled: ids."""
+
+    def __init__(self) -> None:
+        self.groups: list[str] = []
+        #: Those of them that are headers of chords.
+        self.headers: list[str] = []
+        #: Tasks that are in no group: bodies, and what comes before a group in a chain.
+        self.tasks: list[str] = []
+        #: Tasks that somebody may wait for.
+        self.awaited: dict[str, None] = {}
+
+    def visit(self, result: Any) -> None:
+        if not isinstance(result, ResultSet):
+            self.awaited[result.id] = None
+            self._visit_parents(result)
+            return
+        if isinstance(result, GroupResult):
+            self.groups.append(result.id)
+            self._visit_parents(result)
+        # Those of a group that was sent in bulk have neither groups nor chains among them.
+        plain = getattr(result, "task_ids", None)
+        if plain is not None:
+            self.awaited.update(dict.fromkeys(plain))
+            return
+        for member in result.results:
+            if isinstance(member, ResultSet) or member.parent is not None:
+                self.visit(member)
+            else:
+                self.awaited[member.id] = None
+
+    def _visit_parents(self, result: Any) -> None:
+        before = result.parent
+        if isinstance(before, GroupResult):
+            self.headers.append(before.id)
+            # The parents of a group are those of what comes before it.
+            self.visit(before)
+        elif before is not None:
+            kin = ids.parse(before.id)
+            if kin is None or kin.kind != ids.Kind.STEP:
+                # A step of a group's member is known by its kin, and there may be a million.
+                self.tasks.append(before.id)
+            self._visit_parents(before)
+
+
+def cancel(result: Any) -> None:
+    """Have no more tasks of a group or a chord begin, and whoever waits for it be told at once.
+
+    However large it is, this is one message for the workers, one for each chord in it, and one for each queue of
+    results, as a rule one in all; nothing is stored for each task. Tasks that run already are not stopped. The
+    errbacks of a chord are called once, with a ``ChordError``; its body is not called. ``get()`` of whatever has
+    no result yet raises ``TaskRevokedError``, in every process, and its state is ``REVOKED``. What is complete
+    stays as it is.
+
+    Args:
+        result: a ``GroupResult``, or the ``AsyncResult`` of a chord or of a chain with a group in it.
+
+    Raises:
+        TypeError: there is no group in it: ``AsyncResult.revoke()`` is for single tasks.
+        celery.exceptions.ImproperlyConfigured: the result backend is not ``fastres://``.
+        fastres.BrokerUnreachable: the broker could not be reached; calling this again does no harm.
+    """
+    found = _Found()
+    if isinstance(result, (AsyncResult, ResultSet)):
+        found.visit(result)
+    if not found.groups:
+        raise TypeError(
+            f"cancel() takes a GroupResult, or the AsyncResult of a chord that knows its header, not {result!r}; "
+            "AsyncResult.revoke() is for single tasks"
+        )
+    backend = _backend_of(result.app)
+    single = [] if isinstance(result, ResultSet) else [result.id]
+    _tell_workers(backend, found.groups, found.tasks + single)
+    with backend.in_one_write():
+        for header in found.headers:
+            backend.chords.fail(header, "It was cancelled")
+        _tell_waits(backend, found.groups, list(found.awaited))
+
+
+def revoke_rest(backend: Any, group_id: str) -> None:
+    """Have no more tasks of a chord's header begin, which has gone on without them.
+
+    What is still to come of a small header is among others' results, under ids that are not known here: its
+    workers store that each was revoked.
+    """
+    _tell_workers(backend, [group_id], [])
+    if not _is_on_page(group_id):
+        _put_notice(backend, _member_of(group_id), True)
+
+
+def _backend_of(app: Any) -> Any:
+    backend = app.backend
+    if getattr(backend, "pump", None) is None:
+        raise ImproperlyConfigured(
+            f"cancel() needs result_backend fastres://, where results are found by their ids, not {backend!r}"
+        )
+    return backend
+
+
+def _tell_workers(backend: Any, group_ids: list[str], task_ids: list[str]) -> None:
+    backend.app.control.broadcast(COMMAND, arguments={"group_ids": group_ids, "task_ids": task_ids})
+
+
+def _tell_waits(backend: Any, group_ids: list[str], task_ids: list[str]) -> None:
+    """Put a notice into each queue of the results of groups and tasks."""
+    addresses = backend.addresses
+    named = addresses.by_result(task_ids)
+    for group_id in group_ids:
+        member = _member_of(group_id)
+        # Those of a small chord are among others'.
+        if not _is_on_page(group_id) and named.pop(addresses.rkey(member), None):
+            _put_notice(backend, member, True)
+    for of_queue in named.values():
+        kin = ids.parse(of_queue[0])
+        if kin is None:
+            for task_id in of_queue:
+                backend.store_result(task_id, TaskRevokedError(REASON), states.REVOKED)
+        else:
+            _put_notice(backend, ids.new_id(kin.kin, kin.kind), of_queue)
+
+
+def _is_on_page(group_id: str) -> bool:
+    kin = ids.parse(group_id)
+    return kin is not None and kin.kind == ids.Kind.PAGE
+
+
+def _member_of(group_id: str) -> str:
+    return ids.new_id(ids.kin_of(group_id), ids.Kind.MEMBER)
+
+
+def _put_notice(backend: Any, task_id: str, about: list[str] | bool) -> None:
+    """Put a notice into a queue of results.
+
+    Args:
+        task_id: an id of no task, whose result would be there.
+        about: the tasks that were cancelled; True: all whose results would be there.
+    """
+    backend.put_notice(
+        {
+            "task_id": task_id,
+            "status": states.REVOKED,
+            "result": backend.encode_result(TaskRevokedError(REASON), states.REVOKED),
+            "traceback": None,
+            "children": [],
+            CANCELLED: about,
+        }
+    )
