@@ -25,6 +25,7 @@ from fastres.chords.lazy import wants_reference
 from fastres.chords.log import Log
 from fastres.chords.settle import terms_of
 from fastres.compat import Celery31
+from fastres.counts import Counts
 from fastres.groups import Groups
 from fastres.layout import Layout, SharedQueues
 from fastres.logs import Reports
@@ -118,10 +119,13 @@ class AMQPBackend(Waiting, Celery31, Backend):  # type: ignore[misc]
         self.exchange = self.addresses.exchange
         # An attribute of the class in Celery 3.1, which subclasses may set.
         self.retry_policy = {**self.retry_policy, **(self.options.retry_policy or {})}  # type: ignore[misc]
+        #: What this process has done: see fastres.metrics.
+        self.counts = Counts()
+        limit = conf.broker_pool_limit or 10
         self._publisher = Publisher(
-            self.connector.open, self.addresses, self.retry_policy, self.options, conf.broker_pool_limit or 10
+            self.connector.open, self.addresses, self.retry_policy, self.options, limit, self.counts
         )
-        self._link = Link(self.connector.open, self.retry_policy, conf.broker_heartbeat or 0)
+        self._link = Link(self.connector.open, self.retry_policy, conf.broker_heartbeat or 0, self.counts)
         decoder = Decoder(self.accept, self.options.max_unpacked_size)
         #: What a thread knows of tasks for a while: see many_at_once.
         self._known = threading.local()
@@ -131,7 +135,9 @@ class AMQPBackend(Waiting, Celery31, Backend):  # type: ignore[misc]
         )
         #: Where results are.
         self.layout: Layout = self._layout_class(app, self.addresses, reader, looks, self.options)
-        self._waits = Waits(self.layout, reader, self._cache, self.meta_from_decoded, self.EXCEPTION_STATES)
+        self._waits = Waits(
+            self.layout, reader, self._cache, self.meta_from_decoded, self.EXCEPTION_STATES, self.counts
+        )
         self._pending = Pending()
         #: Reads for event loops, where the id of a task says where its result is.
         self.pump = Pump(self._waits, self._link) if self.layout.declares else None
@@ -199,6 +205,10 @@ class AMQPBackend(Waiting, Celery31, Backend):  # type: ignore[misc]
     def in_one_write(self) -> contextlib.AbstractContextManager[None]:
         """What this thread stores, and sends to joiners, is sent at the end, with one wait for all confirms."""
         return self._publisher.together()
+
+    def unconfirmed(self) -> int:
+        """How many messages of this process wait for the broker's confirm."""
+        return self._publisher.unconfirmed()
 
     def check_writing(self) -> None:
         """Do what storing a result takes, without one.

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
 
     from fastres.amqp.session import Session
+    from fastres.counts import Counts
 
 __all__ = ("Link", "Subscriber")
 
@@ -78,10 +79,14 @@ class Link:
         retry_policy: ``max_retries``, ``interval_start``, ``interval_step``, ``interval_max``, and perhaps
             ``timeout`` (seconds). A wait seeks a connection that was lost for as long as it lasts.
         heartbeat: seconds of silence, twice, after which the broker takes this process for gone, 0: never.
+        counts: what it counts.
     """
 
-    def __init__(self, connect: Callable[[], Any], retry_policy: dict[str, Any], heartbeat: float) -> None:
+    def __init__(
+        self, connect: Callable[[], Any], retry_policy: dict[str, Any], heartbeat: float, counts: Counts
+    ) -> None:
         self._connect = connect
+        self._counts = counts
         self._heartbeat = heartbeat
         self._retry_policy = retry_policy
         self._connection: Any = None
@@ -374,6 +379,7 @@ class Link:
         )
         try:
             establish(connection)
+            self._counts.connected("reader")
             session = session_of(connection)
             self._connection, self._session, self._seeking = connection, session, None
             with _patiently(session, deadline):

@@ -152,6 +152,7 @@ class Joiner:
         connection.heartbeat = self._app.conf.broker_heartbeat or 0
         self.lost = (OSError, *connection.recoverable_connection_errors)
         establish(connection)
+        self.backend.counts.connected("joiner")
         self._session = session = session_of(connection)
         if not isinstance(session, RabbitMQ) or not session.single_active_consumer:
             self._useless = True
@@ -179,6 +180,7 @@ class Joiner:
                     self._session.drain(PAUSE)
             with busy():
                 worked = [shard.work() for shard in shards]
+                self.backend.counts.shards = sum(shard.active for shard in shards)
                 if time.monotonic() >= next_round:
                     next_round = time.monotonic() + ROUND
                     self._write_back()
@@ -215,6 +217,7 @@ class Joiner:
             shards[number] = Shard(self, self._session, number)
 
     def _leave(self) -> None:
+        self.backend.counts.shards = 0
         connection, self._connection, self._session = self._connection, None, None
         tasks, self._tasks, self._producer = self._tasks, None, None
         for each in (connection, tasks):
@@ -269,6 +272,7 @@ class Joiner:
         bodies, key = self._bodies, (chord.id, chord.run)
         assert bodies is not None
         logger.error("Chord %s raised: %s", chord.id, failed, exc_info=failed.error)
+        self.backend.counts.joiner.failed += 1
 
         def notify() -> None:
             with busy():

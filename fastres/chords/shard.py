@@ -195,8 +195,7 @@ class Shard:
                 self._caught_up = True
             if event.ask:
                 # Outside of the transaction: RabbitMQ 4 refuses the commit if nobody waits for it any more.
-                queue = self._joiner.backend.app.conf.task_default_queue
-                self._session.answer(event.ask, answer_to(event, reducer, self._joiner.since, queue))
+                self._session.answer(event.ask, answer_to(event, reducer, self._joiner))
         refused, reducer.refused = reducer.refused, []
         for delivery, exc in refused:
             tags.append(delivery.delivery_tag)
@@ -289,6 +288,8 @@ class Shard:
                     chord.failed = f"There is no queue for its body: {queues}"
                 self._joiner.put_back(self.name, self.reducer.snapshot(chord))
             else:
+                # Of one that has failed there is no body, but it was told.
+                self._joiner.backend.counts.joiner.bodies += not self._joiner.notified(chord)
                 self._joiner.forget(chord)
 
     def _send_before(self, batch: Batch) -> None:
@@ -408,6 +409,7 @@ class Shard:
         while len(publishings) > COMMITTED:
             self._commit(publishings[:COMMITTED], [])
             publishings = publishings[COMMITTED:]
+        start = time.perf_counter()
         for publishing in publishings:
             self._session.post(self._channel, publishing.message, publishing.exchange, publishing.routing_key)
         if tags:
@@ -415,6 +417,7 @@ class Shard:
                 del self._open[tag]
             self._session.acknowledge(self._channel, tags, all_up_to(tags, self._open))
         self._session.commit(self._channel)
+        self._joiner.backend.counts.joiner.commits.add(time.perf_counter() - start)
 
 
 def refusal_of(text: str) -> str:

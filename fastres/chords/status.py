@@ -14,9 +14,11 @@ from kombu.utils.uuid import uuid
 from fastres.amqp.connector import establish
 from fastres.amqp.rabbitmq import session_of
 from fastres.chords.events import CONTENT_TYPE, Event, state_of, write_event
+from fastres.counts import JoinerCounts
 
 if TYPE_CHECKING:
     from fastres.chords.reducer import Chord, Reducer
+    from fastres.chords.shard import Caller
 
 __all__ = ("Open", "OpenChord", "ShardStatus", "answer_to", "ask", "ask_about")
 
@@ -53,6 +55,11 @@ class Open(msgspec.Struct):
     running_since: float = 0.0
     #: Where its application sends tasks that nothing else is said of; empty: it does not say.
     queue: str = ""
+    #: How many parts of all of them have come, and are to come as far as is known.
+    parts: int = 0
+    missing: int = 0
+    #: What the joiner has done.
+    counts: JoinerCounts | None = None
 
 
 class ShardStatus(msgspec.Struct):
@@ -80,21 +87,24 @@ def describe_chord(chord: Chord) -> OpenChord:
     return OpenChord(chord.id, count, chord.total, chord.since, chord.at, failed, revoked)
 
 
-def describe(reducer: Reducer, since: float, queue: str) -> Open:
-    """A joiner's answer, which runs since then, and whose tasks go to that queue."""
+def describe(reducer: Reducer, joiner: Caller) -> Open:
+    """A joiner's answer."""
     oldest = reducer.open()
     return Open(
         len(oldest),
         [describe_chord(chord) for chord in oldest[:SHOWN]],
-        since,
-        queue,
-    )  # fmt: skip
+        joiner.since,
+        joiner.backend.app.conf.task_default_queue,
+        sum(len(chord.parts) for chord in oldest),
+        sum(max(0, (chord.total or 0) - len(chord.parts)) for chord in oldest),
+        joiner.backend.counts.joiner,
+    )
 
 
-def answer_to(event: Event, reducer: Reducer, since: float, queue: str) -> bytes:
+def answer_to(event: Event, reducer: Reducer, joiner: Caller) -> bytes:
     """A joiner's answer to somebody who asks; of a chord that is not open it is null."""
     if not event.about:
-        return msgspec.json.encode(describe(reducer, since, queue))
+        return msgspec.json.encode(describe(reducer, joiner))
     chord = reducer.chords.get(event.about)
     return msgspec.json.encode(None if chord is None else describe_chord(chord))
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from fastres._protocols import Meta
     from fastres.addresses import Addresses
+    from fastres.counts import Counts
     from fastres.read.join import Batch
     from fastres.read.reader import Reader
 
@@ -37,6 +38,7 @@ class Waits:
         cache: metas by task id that can be asked for again.
         decode_failure: makes the result of a failed task's meta an exception, in place.
         failures: the states whose result is an exception.
+        counts: what they count.
     """
 
     def __init__(
@@ -46,7 +48,9 @@ class Waits:
         cache: MutableMapping[str, Meta],
         decode_failure: Callable[[Meta], object],
         failures: frozenset[str],
+        counts: Counts,
     ) -> None:
+        self._counts = counts
         self._layout = layout
         self._addresses: Addresses = layout.addresses
         self._reader = reader
@@ -237,6 +241,7 @@ class Waits:
                     handed += 1
                     yield task_id, meta
         finally:
+            self._counts.joined += handed
             self._reader.handed_over(join, handed, take)
 
     # -- for those who wait for many things at once

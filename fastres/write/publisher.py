@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from fastres.addresses import Address, Addresses
     from fastres.amqp.session import Session
+    from fastres.counts import Counts
     from fastres.options import Options
 
 __all__ = ("Publisher",)
@@ -77,6 +78,7 @@ class Publisher:
             are kept until it has come, and sent again when a connection breaks: up to ``confirm_window`` of them,
             or ``WINDOW_SIZE`` bytes, for each connection.
         limit: how many connections the threads of this process may open.
+        counts: what it counts.
     """
 
     def __init__(
@@ -86,8 +88,10 @@ class Publisher:
         retry_policy: dict[str, Any],
         options: Options,
         limit: int,
+        counts: Counts,
     ) -> None:
         self.connect = connect
+        self.counts = counts
         self.addresses = addresses
         self.confirm = options.confirm
         self.window = options.confirm_window
@@ -142,9 +146,17 @@ class Publisher:
     def _publish(self, publishings: list[Publishing]) -> None:
         # A large one is confirmed at once in any case: it is how its refusal is noticed.
         confirm = self.confirm or any(len(publishing.message.body) >= LARGE for publishing in publishings)
+        start = time.perf_counter()
         self.run(lambda writer: writer.publish(publishings, confirm))
-        if not confirm:
+        self.counts.published += len(publishings)
+        if confirm:
+            self.counts.confirms.add(time.perf_counter() - start)
+        else:
             self._watch_confirms()
+
+    def unconfirmed(self) -> int:
+        """How many messages wait for the broker's confirm."""
+        return sum(len(window) for window in list(self._windows))
 
     # -- what is not confirmed yet
 
@@ -343,6 +355,7 @@ class Writer:
     def connect(self) -> Session:
         if self._session is None:
             establish(self.connection)
+            self._publisher.counts.connected("writer")
             self._session = session_of(self.connection)
             self._session.limit(self._publisher.confirm_timeout)
         return self._session

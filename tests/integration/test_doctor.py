@@ -210,6 +210,38 @@ def test_a_management_api_that_does_not_answer(managed: Node, tmp_path: Path, ur
     assert "Traceback" not in said
 
 
+def test_as_json(vhost: str, tmp_path: Path) -> None:
+    code, said = doctor(tmp_path, vhost, command="doctor --json")
+    told = json.loads(said)
+    assert (code, told["works"]) == (0, True)
+    assert {check["check"] for check in told["checks"] if check["outcome"] == "ok"} >= {
+        "broker",
+        "store",
+        "chords",
+    }
+    code, said = doctor(tmp_path, "amqp://guest@127.0.0.1:1//", command="doctor --json")
+    (failed,) = [check for check in json.loads(said)["checks"] if check["outcome"] == "fail"]
+    assert (code, failed["check"]) == (1, "broker")
+    assert "is a broker running" in failed["advice"]
+    code, said = doctor(tmp_path, vhost, command="status --json")
+    (shard,) = json.loads(said)
+    assert (code, shard["queue"], shard["joiners"], shard["open"]) == (1, "fastres.chords.0", 0, None)
+
+
+@pytest.mark.parametrize("command", ["doctor", "joiner", "status", "watch ID", "exporter"])
+def test_every_command_has_an_example_and_names_an_option_that_is_misspelt(tmp_path: Path, command: str) -> None:
+    code, said = doctor(tmp_path, "amqp://", command=f"{command} --help")
+    assert code == 0
+    assert f"Example: celery -A proj fastres {command.split()[0]}" in said
+    assert "exit code" in " ".join(said.split())
+    conf = "{'result_backend_transport_options': {'takes': 'joins'}}"
+    code, said = doctor(tmp_path, "amqp://", conf=conf, command=command)
+    assert code == 1
+    assert "fastres has no option 'takes'. Did you mean 'take'?" in said
+    assert "Traceback" not in said
+    assert "set result_backend =" not in said
+
+
 @pytest.mark.parametrize("command", ["status", "joiner"])
 @pytest.mark.parametrize(
     ("broker", "text"),
