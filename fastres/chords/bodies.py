@@ -488,7 +488,8 @@ def _as_part(chord: Chord) -> Iterator[None]:
     )  # fmt: skip
     _task_stack.push(SimpleNamespace(name="celery.chord", request=request, add_trail=lambda result: result))
     try:
-        with continued(request.headers or {}):
+        attributes = {"fastres.chord.id": chord.id, "fastres.chord.parts": len(chord.parts)}
+        with continued(request.headers or {}, attributes):
             yield
     finally:
         _task_stack.pop()

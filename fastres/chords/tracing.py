@@ -15,29 +15,39 @@ __all__ = ("continued",)
 
 
 @contextlib.contextmanager
-def continued(headers: Mapping[str, Any]) -> Iterator[None]:
-    """What is sent in here continues the trace that a task's headers name.
+def continued(headers: Mapping[str, Any], attributes: Mapping[str, Any]) -> Iterator[None]:
+    """What is sent in here continues the trace that a task's headers name, in a span of its own in OpenTelemetry.
 
     The worker of the task is another process: its span has ended, and is known by its headers alone.
+
+    Args:
+        attributes: of the span.
     """
     with contextlib.ExitStack() as stack:
         for module, enter in (("opentelemetry.propagate", _opentelemetry), ("sentry_sdk", _sentry)):
             # Who has not imported it does not trace.
             if module in sys.modules:
                 try:
-                    enter(sys.modules[module], stack, headers)
+                    enter(sys.modules[module], stack, headers, attributes)
                 except Exception as exc:
                     logger.debug("The trace of a chord's part is not continued: %r", exc)
         yield
 
 
-def _opentelemetry(propagate: Any, stack: contextlib.ExitStack, headers: Mapping[str, Any]) -> None:
+def _opentelemetry(
+    propagate: Any, stack: contextlib.ExitStack, headers: Mapping[str, Any], attributes: Mapping[str, Any]
+) -> None:
     context: Any = sys.modules["opentelemetry.context"]
+    trace: Any = sys.modules["opentelemetry.trace"]
     token = context.attach(propagate.extract(headers))
     stack.callback(context.detach, token)
+    tracer = trace.get_tracer("fastres")
+    stack.enter_context(tracer.start_as_current_span("fastres.chord.join", attributes=attributes))
 
 
-def _sentry(sentry_sdk: Any, stack: contextlib.ExitStack, headers: Mapping[str, Any]) -> None:
+def _sentry(
+    sentry_sdk: Any, stack: contextlib.ExitStack, headers: Mapping[str, Any], attributes: Mapping[str, Any]
+) -> None:
     if "sentry-trace" in headers:
         stack.enter_context(sentry_sdk.isolation_scope())
         # Sentry gives headers to what is sent in a transaction, and to nothing else.

@@ -29,7 +29,7 @@ from proj import (
     unsent,
 )
 from rabbitmq_node import Node, Redis
-from workers import JoinerProcess, Worker, adds
+from workers import JoinerProcess, Worker, adds, client, python
 
 import fastres
 from fastres.chords.status import ask
@@ -334,6 +334,32 @@ def test_the_body_is_sent_from_the_request_of_the_last_part(node: Node, redis: R
             assert body["cid"] in parts
             got.append({"tenant": body["tenant"], "sent_by": body["sent_by"] == body["hostname"]})
     assert got == [{"tenant": "shop", "sent_by": True}] * 2
+
+
+def test_a_join_is_a_span(node: Node) -> None:
+    """With the real SDK, in a process of its own: it has one provider for good."""
+    code = """
+        from opentelemetry import trace
+        from opentelemetry.sdk.trace import TracerProvider
+        from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+        from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+        from fastres.chords.tracing import continued
+
+        kept = InMemorySpanExporter()
+        provider = TracerProvider()
+        provider.add_span_processor(SimpleSpanProcessor(kept))
+        trace.set_tracer_provider(provider)
+        with continued({"traceparent": f"00-{'ab' * 16}-{'cd' * 8}-01"}, {"fastres.chord.parts": 3}):
+            with trace.get_tracer("test").start_as_current_span("publish"):
+                pass
+        publish, join = kept.get_finished_spans()
+        assert publish.parent.span_id == join.context.span_id, publish
+        print(join.name, dict(join.attributes), f"{join.context.trace_id:x}", f"{join.parent.span_id:x}")
+    """
+    attributes = {"fastres.chord.parts": 3}
+    with client(node.url) as app:
+        told = python(code, app)
+    assert told == f"fastres.chord.join {attributes} {'ab' * 16} {'cd' * 8}"
 
 
 @pytest.mark.parametrize(("sdk", "place"), [("opentelemetry", 0), ("sentry", 1)])
