@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,7 @@ def continued(headers: Mapping[str, Any], attributes: Mapping[str, Any]) -> Iter
         attributes: of the span.
     """
     with contextlib.ExitStack() as stack:
-        for module, enter in (("opentelemetry.propagate", _opentelemetry), ("sentry_sdk", _sentry)):
+        for module, enter in (("opentelemetry.trace", _opentelemetry), ("sentry_sdk", _sentry)):
             # Who has not imported it does not trace.
             if module in sys.modules:
                 try:
@@ -35,10 +36,10 @@ def continued(headers: Mapping[str, Any], attributes: Mapping[str, Any]) -> Iter
 
 
 def _opentelemetry(
-    propagate: Any, stack: contextlib.ExitStack, headers: Mapping[str, Any], attributes: Mapping[str, Any]
+    trace: Any, stack: contextlib.ExitStack, headers: Mapping[str, Any], attributes: Mapping[str, Any]
 ) -> None:
-    context: Any = sys.modules["opentelemetry.context"]
-    trace: Any = sys.modules["opentelemetry.trace"]
+    context: Any = importlib.import_module("opentelemetry.context")
+    propagate: Any = importlib.import_module("opentelemetry.propagate")
     token = context.attach(propagate.extract(headers))
     stack.callback(context.detach, token)
     tracer = trace.get_tracer("fastres")
