@@ -28,7 +28,18 @@ def load(name: str) -> dict[str, ModuleType]:
     Raises:
         ImportError: it is not there, or not whole.
     """
-    return {module: importlib.import_module(f"{PACKAGES[name]}.{module}") for module in MODULES}
+    try:
+        return {module: importlib.import_module(f"{PACKAGES[name]}.{module}") for module in MODULES}
+    except ModuleNotFoundError as exc:
+        spec = importlib.util.find_spec(PACKAGES[name])
+        places = list(spec.submodule_search_locations or ()) if spec is not None else []
+        if spec is not None and exc.name in {f"{PACKAGES[name]}.{module}" for module in MODULES}:
+            raise ImportError(
+                f"the compiled modules of fastres are not in {', '.join(places)}, which is a source tree, or a "
+                "broken installation: `pip install .` there, and start Python in another folder; or set "
+                f"FASTRES_IMPL=python for the slower implementation ({exc})"
+            ) from exc
+        raise
 
 
 def choose() -> str:

@@ -310,12 +310,12 @@ class AMQPBackend(Waiting, Celery31, Backend):  # type: ignore[misc]
         """Called before the header of a chord is sent: a joiner will join it, or ``celery.chord_unlock``."""
         self.ensure_chords_allowed()
         chord_id, results = header_result_args
-        if self.chords.supported():
+        if not self.options.chord_unlock and self.chords.supported():
             self.chords.begin(chord_id, body, results)
         elif terms_of(body) is not None:
             raise ImproperlyConfigured(
-                "fastres.settle() needs a broker with single active consumers, where chords are joined without "
-                "celery.chord_unlock: RabbitMQ 3.8 or later, or LavinMQ"
+                "fastres.settle() needs chords that are joined without celery.chord_unlock: the option "
+                "chord_unlock off, and a broker with single active consumers, RabbitMQ 3.8 or later, or LavinMQ"
             )
         else:
             super().apply_chord(header_result_args, body, **kwargs)

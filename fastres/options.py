@@ -55,6 +55,9 @@ class Options:
     chord_shards: int = 1
     #: Whether workers join chords; ``celery fastres joiner`` does it too.
     chord_joiner: bool = True
+    #: Leave the chords that this process sends to ``celery.chord_unlock``: while there are workers that do not
+    #: know the log.
+    chord_unlock: bool = False
     #: Seconds after which what is known of an open chord is written anew: well under RabbitMQ's consumer timeout.
     chord_renewal: int = 600
     #: How many results of a group the broker sends ahead of their acknowledgement.
@@ -74,6 +77,7 @@ class Options:
             "confirm_window": int, "confirm_timeout": NUMBER, "prefetch": int,
             "max_unpacked_size": int, "ssl": Mapping,
             "retry_policy": Mapping, "chord_shards": int, "chord_joiner": bool, "chord_renewal": int,
+            "chord_unlock": bool,
         }  # fmt: skip
         for name, kind in expected.items():
             value = getattr(self, name)

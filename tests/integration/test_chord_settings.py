@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 from backend_kit import COUNTED, queue_of, settled, until
 from celery import chain, chord, group, uuid
-from celery.exceptions import ChordError
+from celery.exceptions import ChordError, ImproperlyConfigured
 from proj import TYPED, add, collect, delivery, echo, fail, replaced_by_chord, shown, silent, tsum, typed
 from rabbitmq_node import Node
 from workers import JoinerProcess, Worker, adds, client, sums
 
+import fastres
 from fastres.chords.status import ask
 
 SECONDS = 15
@@ -264,6 +265,20 @@ def test_chords_of_an_older_sender(upgraded: Worker, node: Node) -> None:
     with upgraded.client():
         assert chord(adds(3))(tsum.s()).get(timeout=SECONDS) == 6
     assert upgraded.log().count("Task celery.chord_unlock") == unlocked
+
+
+def test_chords_that_are_left_to_chord_unlock(upgraded: Worker) -> None:
+    """By a client that has the log, while there are workers that do not."""
+    options = {**upgraded.conf["result_backend_transport_options"], "chord_unlock": True}
+    before = upgraded.log().count("Task celery.chord_unlock")
+    with upgraded.client(result_backend_transport_options=options) as app:
+        assert chord(adds(3))(tsum.s()).get(timeout=SECONDS) == 6
+        assert upgraded.log().count("Task celery.chord_unlock") > before
+        (shard,) = ask(app.backend, SECONDS)
+        assert shard.open is not None
+        assert shard.open.count == 0
+        with pytest.raises(ImproperlyConfigured, match="the option chord_unlock off"):
+            chord(adds(3))(fastres.settle(tsum.s()))
 
 
 def test_a_chord_that_a_worker_sends_for_an_older_client(upgraded: Worker, node: Node) -> None:

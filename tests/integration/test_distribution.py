@@ -34,15 +34,19 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tree
 
 
-def build(tree: Path, kind: str, **environment: str) -> Path:
-    """Build a ``wheel`` or an ``sdist`` with the tools of this environment; where it is."""
-    out = tree / f"dist-{kind}{len(environment)}"
-    done = subprocess.run(
+def try_to_build(tree: Path, kind: str, out: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
         [sys.executable, "-m", "build", "--no-isolation", f"--{kind}", "--outdir", str(out), str(tree)],
         # What is compiled is compared by name: there is no need to wait for the optimizer.
         env={**os.environ, "CFLAGS": "-O0", **environment},
         capture_output=True, text=True,
     )  # fmt: skip
+
+
+def build(tree: Path, kind: str, **environment: str) -> Path:
+    """Build a ``wheel`` or an ``sdist`` with the tools of this environment; where it is."""
+    out = tree / f"dist-{kind}{len(environment)}"
+    done = try_to_build(tree, kind, out, **environment)
     assert done.returncode == 0, done.stdout + done.stderr
     (built,) = out.iterdir()
     return built
@@ -102,6 +106,36 @@ def test_wheel_of_the_sdist(wheel: Path, sdist: Path, tmp_path: Path) -> None:
     again = build(unpacked, "wheel")
     assert again.name == wheel.name
     assert contents(again) == contents(wheel)
+
+
+def test_without_a_compiler_it_says_what_to_do(tree: Path, tmp_path: Path) -> None:
+    copied = tmp_path / "tree"
+    shutil.copytree(tree, copied, ignore=shutil.ignore_patterns("build", "dist-*", "*.c"))
+    done = try_to_build(copied, "wheel", tmp_path / "out", CC="no-such-compiler")
+    assert done.returncode != 0
+    said = done.stdout + done.stderr
+    assert "fastres could not be compiled" in said
+    assert "apt-get install gcc" in said
+    assert "FASTRES_NO_EXTENSIONS=1" in said
+
+
+def test_the_compiled_modules_have_no_symbols(wheel: Path) -> None:
+    with ZipFile(wheel) as archive:
+        size = sum(info.file_size for info in archive.infolist() if info.filename.endswith(".so"))
+    assert size < 1_000_000
+
+
+def test_the_source_tree_says_what_to_do(tree: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "tree"
+    shutil.copytree(tree, bare, ignore=shutil.ignore_patterns("build", "dist-*", "*.c", "*.so"))
+    done = subprocess.run(
+        [sys.executable, "-c", "import fastres"], cwd=bare, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 1
+    *_, last = done.stderr.splitlines()
+    assert last.startswith("ImportError: the compiled modules of fastres are not in")
+    assert "pip install ." in last
+    assert "FASTRES_IMPL=python" in last
 
 
 def test_pure_wheel(tree: Path, wheel: Path) -> None:
