@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Iterator
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 from amqp.transport import TCPTransport
@@ -87,9 +88,23 @@ def both(impl: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
                     monkeypatch.setattr(module, name, classes[name])
 
 
+class GivenNode:
+    """A broker that is there already: what takes more than its URL is skipped."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.host, self.port = urlsplit(url).hostname, urlsplit(url).port or 5672
+
+    def __getattr__(self, name: str) -> Any:
+        pytest.skip(f"takes a broker that the tests have started (node.{name}), and AMQP_URL is set")
+
+
 @pytest.fixture(scope="session")
-def node() -> Iterator[Node]:
-    """The broker of the tests that leave it as it is."""
+def node() -> Iterator[Any]:
+    """The broker of the tests that leave it as it is: the one at ``AMQP_URL``, if that is set."""
+    if given := os.environ.get("AMQP_URL"):
+        yield GivenNode(given)
+        return
     with Node() as node:
         yield node
 
@@ -105,6 +120,8 @@ def redis() -> Redis:
 @pytest.fixture(scope="module")
 def own_node() -> Iterator[Node]:
     """A broker for the tests of a module alone, which may end it."""
+    if os.environ.get("AMQP_URL"):
+        pytest.skip("takes a broker of its own, and AMQP_URL is set")
     with Node() as node:
         yield node
 
