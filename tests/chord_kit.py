@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -32,6 +33,7 @@ from fastres.chords.events import (
 )
 from fastres.chords.reducer import LARGE, Chord
 from fastres.chords.shard import Shard
+from fastres.counts import Counts
 
 PLAN = pack_plan(Plan("application/json", "utf-8", b'"the body"'))
 
@@ -252,7 +254,8 @@ class Lab:
             queue=lambda address: address,
         )
         self.reported: list[tuple[Any, ...]] = []
-        self.backend = SimpleNamespace(reports=SimpleNamespace(add=lambda *report: self.reported.append(report)))
+        reports = SimpleNamespace(add=lambda *report: self.reported.append(report))
+        self.backend = SimpleNamespace(reports=reports, counts=Counts())
         self._posted: list[Publishing] = []
         self._tags: list[int] = []
         self.shard = self._start()
@@ -309,6 +312,12 @@ class Lab:
 
     # -- the joiner
 
+    def is_postponed(self, chord: Chord) -> bool:
+        return False
+
+    def patience(self, chords: list[Chord]) -> float:
+        return 1.0
+
     def notified(self, chord: Chord) -> bool | None:
         return False
 
@@ -326,6 +335,9 @@ class Lab:
         return True
 
     # -- the broker
+
+    def within(self, seconds: float) -> Any:
+        return contextlib.nullcontext()
 
     def channel(self) -> Any:
         return SimpleNamespace(tx_select=lambda: None, events=defaultdict(set))

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
     from fastres.chords.reducer import Chord
 
-__all__ = ("Bodies", "BodyProducer", "Failed")
+__all__ = ("Away", "Bodies", "BodyProducer", "Failed")
 
 #: How many results the representation of a body's arguments shows.
 SHOWN = 3
@@ -59,6 +59,10 @@ class Failed(Exception):
         self.body = body
         self.error = ChordError(message)
         self.error.__cause__ = cause
+
+
+class Away(Exception):
+    """The queue of a body is on a node that is down: the body is sent when it is back."""
 
 
 class Values(Sequence[Any]):

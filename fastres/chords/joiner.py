@@ -15,11 +15,13 @@ from collections import deque
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from amqp.exceptions import NotFound
+
 from fastres.amqp.connector import abandon, drop, establish
 from fastres.amqp.rabbitmq import RabbitMQ, session_of
-from fastres.amqp.session import is_open
+from fastres.amqp.session import is_open, says_no_queue
 from fastres.cancelling import revoke_rest
-from fastres.chords.bodies import USERS, Bodies, BodyProducer, Failed
+from fastres.chords.bodies import USERS, Away, Bodies, BodyProducer, Failed
 from fastres.chords.forks import busy
 from fastres.chords.reducer import LARGE
 from fastres.chords.shard import Shard, Where, refusal_of
@@ -42,6 +44,8 @@ PAUSE = 0.5
 GATHER, LONGEST_GATHER, PACE = 0.005, 0.05, 20e-6
 #: Seconds after which a broker that does not answer is taken to be gone.
 PATIENCE = 30.0
+#: The same for a body that was not taken before; and seconds until it is tried again, at first and at most.
+SHORT_PATIENCE, POSTPONED, LONGEST_POSTPONED = 5.0, 5.0, 60.0
 #: Seconds between two attempts to connect, the first and the longest.
 FIRST_RETRY, LONGEST_RETRY = 0.2, 10.0
 #: Seconds between two looks at chords that have grown old, and at how the shards are shared out.
@@ -86,6 +90,9 @@ class Joiner:
         self._refused: dict[str, str] = {}
         #: Chords that have failed, each time that they were sent, and whether their errbacks have been told.
         self._notified: dict[tuple[str, str], bool] = {}
+        #: Chords whose body the broker has not taken in time, each time that they were sent: when it is tried
+        #: again, on the monotonic clock, and how many seconds that was.
+        self._postponed: dict[tuple[str, str], tuple[float, float]] = {}
         #: Shards, and events to be written into them again.
         self._unwritten: deque[tuple[str, list[bytes]]] = deque()
         #: Those whose body has come back: there was no queue for it.
@@ -226,6 +233,8 @@ class Joiner:
 
     def _complain(self, exc: Exception) -> None:
         firing, self.firing = self.firing, []
+        if isinstance(exc, TimeoutError) and firing:
+            self.postpone(firing, f"it was not taken in time ({exc})")
         channel_errors = getattr(self._connection, "channel_errors", ())
         limit = SIZE_LIMIT.search(getattr(exc, "reply_text", None) or "")
         if limit is not None:
@@ -244,6 +253,24 @@ class Joiner:
 
     # -- what the shards ask for: see Caller
 
+    def postpone(self, chords: list[Chord], why: str) -> None:
+        for chord in chords:
+            key = chord.id, chord.run
+            seconds = min(2 * self._postponed.get(key, (0.0, POSTPONED / 2))[1], LONGEST_POSTPONED)
+            self._postponed[key] = time.monotonic() + seconds, seconds
+        logger.warning(
+            "The body of chord %s waits, and so do those of %d others that were sent with it: %s. Its queue has "
+            "no majority, or its node is down or stands still. It is tried again; other chords go first.",
+            chords[0].id, len(chords) - 1, why,
+        )  # fmt: skip
+
+    def is_postponed(self, chord: Chord) -> bool:
+        return self._postponed.get((chord.id, chord.run), (0.0, 0.0))[0] > time.monotonic()
+
+    def patience(self, chords: list[Chord]) -> float:
+        again = any((chord.id, chord.run) in self._postponed for chord in chords)
+        return SHORT_PATIENCE if again else PATIENCE
+
     def call(self, chord: Chord) -> list[Publishing]:
         assert self._bodies is not None
         if chord.id in self._refused:
@@ -258,8 +285,14 @@ class Joiner:
         try:
             self._bodies.call(chord, self._producer)
         except Failed as failed:
-            if self._producer.broken is not None:
-                raise ConnectionResetError(repr(self._producer.broken)) from failed
+            broken = self._producer.broken
+            if broken is not None:
+                raise (TimeoutError if isinstance(broken, TimeoutError) else ConnectionResetError)(
+                    repr(broken)
+                ) from failed
+            cause = failed.error.__cause__
+            if isinstance(cause, NotFound) and not says_no_queue(cause):
+                raise Away(cause.reply_text) from failed
             raise
         return list(self._publishings or ())
 
@@ -336,5 +369,7 @@ class Joiner:
     def forget(self, chord: Chord) -> None:
         if chord.terms is not None and chord.terms.revoke and len(chord.parts) < (chord.total or 0):
             self._aside(partial(self._revoke_rest, chord.id))
-        self._unrouted.discard((chord.id, chord.run))
-        self._notified.pop((chord.id, chord.run), None)
+        key = chord.id, chord.run
+        self._unrouted.discard(key)
+        self._notified.pop(key, None)
+        self._postponed.pop(key, None)

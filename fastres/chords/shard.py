@@ -12,7 +12,7 @@ from kombu.utils.uuid import uuid
 
 from fastres.amqp.publishing import Publishing
 from fastres.amqp.session import LARGEST_PREFETCH, all_up_to
-from fastres.chords.bodies import Failed
+from fastres.chords.bodies import Away, Failed
 from fastres.chords.events import CONTENT_TYPE, PERSISTENT, Event, write_event
 from fastres.chords.reducer import Reducer
 from fastres.chords.status import answer_to
@@ -82,7 +82,17 @@ class Caller(Protocol):
 
         Raises:
             Failed: its errbacks are to be notified.
+            Away: the queue of its body is on a node that is down.
         """
+
+    def is_postponed(self, chord: Chord) -> bool:
+        """Whether a chord is to wait, whose body the broker has not taken in time."""
+
+    def postpone(self, chords: list[Chord], why: str) -> None:
+        """Let others go first: it may be the queue of these that does not answer, and no other."""
+
+    def patience(self, chords: list[Chord]) -> float:
+        """Seconds that the broker may take for the bodies of these."""
 
     def notified(self, chord: Chord) -> bool | None:
         """Whether a chord has failed and its errbacks were notified; None: they are about to be."""
@@ -225,15 +235,22 @@ class Shard:
         # A commit that a queue refuses is done in part: it is known of which chords if all go to that queue.
         batches: dict[Where, Batch] = {}
         for chord in chords:
+            if joiner.is_postponed(chord):
+                continue
             try:
                 notified = joiner.notified(chord)
                 if notified is None:
                     continue
-                found = [] if notified else joiner.call(chord)
+                with self._session.within(joiner.patience([chord])):
+                    found = [] if notified else joiner.call(chord)
             except Failed as failed:
                 joiner.notify(chord, failed)
                 continue
+            except Away as away:
+                joiner.postpone([chord], str(away))
+                continue
             except joiner.lost:
+                joiner.firing = [chord]
                 raise
             except Exception as exc:
                 self._give_up(chord, exc)
@@ -253,8 +270,9 @@ class Shard:
 
     def _finish(self, batch: Batch, where: Where = frozenset()) -> None:
         """Publish bodies and acknowledge what they were joined from, in one transaction."""
-        self._joiner.firing = [chord for chord, _ in batch.chords]
-        self._send_before(batch)
+        self._joiner.firing = firing = [chord for chord, _ in batch.chords]
+        with self._session.within(self._joiner.patience(firing)):
+            self._send_before(batch)
         self._joiner.firing = chords = [chord for chord, _ in batch.chords]
         if not chords:
             return

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import amqp
 import pytest
 from backend_kit import (
     CUT_GREETINGS,
@@ -24,10 +25,11 @@ from backend_kit import (
     store,
     store_group,
     store_member,
+    until,
 )
 from celery import uuid
 from celery.result import GroupResult
-from chord_kit import Unrun, begun, results_of
+from chord_kit import Unrun, begun, finish, results_of
 from rabbitmq_node import Node
 from workers import JoinerProcess
 
@@ -139,6 +141,40 @@ def test_the_node_of_a_queue_stands_still(
     threads[0].join(60)
     assert got["there"] == [0, 1, 2]
     assert app.AsyncResult(lone).get(timeout=ENOUGH) == "there"
+
+
+@on_classic_queues("a body is taken by the majority")
+@pytest.mark.timeout(300)
+def test_the_node_of_a_bodys_queue_stands_still(nodes: list[Node], make_app: MakeApp) -> None:
+    """Its chord waits for it, and no other does for longer than the joiner needs to notice."""
+    first, second = nodes[0].start(), nodes[1].start()
+    options = {"namespace": uuid()}
+    app, other = (make_app(first.url, result_backend_transport_options=options) for _ in range(2))
+    here, there = Broker(first.url), Broker(second.url)
+    with JoinerProcess(first.url, result_backend_transport_options=options) as joiner:
+        stuck, others = Unrun(app, there), Unrun(other, here)
+        waiting = stuck.begin(2, name="stuck")
+        finish(stuck, waiting[:1])
+        with standing_still(second):
+            finish(stuck, waiting[1:])
+            time.sleep(1)
+            for number in range(3):
+                finish(others, others.begin(3, name=number))
+                # 30 seconds, and then the others go first.
+                assert others.wait(1, 60)[0][0] == number
+            assert "other chords go first" in joiner.log()
+
+        def called() -> list[Any]:
+            # The nodes find out that one was away, and close their connections.
+            with contextlib.suppress(OSError, amqp.AMQPError):
+                stuck.reconnect()
+                return stuck.called()
+            return []
+
+        ((name, _),) = until(called, 120, 0.5)
+        assert name == "stuck"
+    here.close()
+    there.close()
 
 
 # -- three nodes, everything on quorum queues
