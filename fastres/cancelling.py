@@ -36,36 +36,36 @@ class _Found:
         self.awaited: dict[str, None] = {}
 
     def visit(self, result: Any) -> None:
-        if not isinstance(result, ResultSet):
+        if isinstance(result, ResultSet):
+            self._visit_members(result)
+        else:
             self.awaited[result.id] = None
-            self._visit_parents(result)
-            return
-        if isinstance(result, GroupResult):
-            self.groups.append(result.id)
-            self._visit_parents(result)
+        # There may be many: not by recursion.
+        before = result.parent if isinstance(result, (AsyncResult, GroupResult)) else None
+        while before is not None:
+            if isinstance(before, GroupResult):
+                self.headers.append(before.id)
+                self._visit_members(before)
+            else:
+                kin = ids.parse(before.id)
+                if kin is None or kin.kind != ids.Kind.STEP:
+                    # A step of a group's member is known by its kin, and there may be a million.
+                    self.tasks.append(before.id)
+            before = before.parent
+
+    def _visit_members(self, results: ResultSet) -> None:
+        if isinstance(results, GroupResult):
+            self.groups.append(results.id)
         # Those of a group that was sent in bulk have neither groups nor chains among them.
-        plain = getattr(result, "task_ids", None)
+        plain = getattr(results, "task_ids", None)
         if plain is not None:
             self.awaited.update(dict.fromkeys(plain))
             return
-        for member in result.results:
+        for member in results.results:
             if isinstance(member, ResultSet) or member.parent is not None:
                 self.visit(member)
             else:
                 self.awaited[member.id] = None
-
-    def _visit_parents(self, result: Any) -> None:
-        before = result.parent
-        if isinstance(before, GroupResult):
-            self.headers.append(before.id)
-            # The parents of a group are those of what comes before it.
-            self.visit(before)
-        elif before is not None:
-            kin = ids.parse(before.id)
-            if kin is None or kin.kind != ids.Kind.STEP:
-                # A step of a group's member is known by its kin, and there may be a million.
-                self.tasks.append(before.id)
-            self._visit_parents(before)
 
 
 def cancel(result: Any) -> None:
@@ -135,13 +135,17 @@ def _tell_waits(backend: Any, group_ids: list[str], task_ids: list[str]) -> None
         # Those of a small chord are among others'.
         if not _is_on_page(group_id) and named.pop(addresses.rkey(member), None):
             _put_notice(backend, member, True)
+    alone = []
     for of_queue in named.values():
         kin = ids.parse(of_queue[0])
         if kin is None:
-            for task_id in of_queue:
-                backend.store_result(task_id, TaskRevokedError(REASON), states.REVOKED)
+            alone += of_queue
         else:
             _put_notice(backend, ids.new_id(kin.kin, kin.kind), of_queue)
+    # Each has a queue of its own, where a result that has come is not to be followed by another one.
+    for task_id, meta in backend.layout.look_at_all(alone).items():
+        if meta is None or meta["status"] not in states.READY_STATES:
+            backend.store_result(task_id, TaskRevokedError(REASON), states.REVOKED)
 
 
 def _is_on_page(group_id: str) -> bool:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from backend_kit import Broker, MakeApp, group_of, in_thread, page_ids, queue_of, store_member, until
+from backend_kit import Broker, MakeApp, group_of, in_thread, page_ids, queue_of, store, store_member, until
 from celery import Celery, chain, chord, group
 from celery.exceptions import ChordError, ImproperlyConfigured, TaskRevokedError
 from proj import add, echo, gated, noted_errback, record, tsum
@@ -205,6 +205,18 @@ def test_in_an_event_loop(app: Celery, gate: Path, tmp_path: Path) -> None:
     asyncio.run(main())
 
 
+def test_a_long_chain_before_a_group(app: Celery) -> None:
+    before = None
+    for task_id in page_ids(3000):
+        before = app.AsyncResult(task_id, parent=before)
+    held = group_of(app, 2)
+    held.parent = before
+    body = app.AsyncResult(*page_ids(1), parent=held)
+    fastres.cancel(body)
+    with pytest.raises(TaskRevokedError):
+        body.get(timeout=2, follow_parents=False)
+
+
 def test_a_chord_that_is_over_stays_as_it_is(app: Celery) -> None:
     sent = chord(adds(10))(tsum.s())
     assert app.AsyncResult(sent.id).get(timeout=SECONDS) == 90
@@ -262,9 +274,11 @@ def test_each_of_a_small_group_only(make_app: MakeApp) -> None:
 
 def test_ids_of_the_users_own(make_app: MakeApp, broker: Broker) -> None:
     app = make_app()
-    held = app.GroupResult("my-group", [app.AsyncResult("my-task-1"), app.AsyncResult("my-task-2")])
+    names = [f"my-task-{number}-{time.time()}" for number in range(3)]
+    held = app.GroupResult("my-group", [app.AsyncResult(name) for name in names])
+    store(app, names[2], "why it failed", "FAILURE")
     fastres.cancel(held)
-    assert [make_app().AsyncResult(each).state for each in ("my-task-1", "my-task-2")] == ["REVOKED"] * 2
+    assert [make_app().AsyncResult(name).state for name in names] == ["REVOKED", "REVOKED", "FAILURE"]
     for each in held:
         each.forget()
 
