@@ -50,6 +50,8 @@ def pytest_configure(config: pytest.Config) -> None:
     if CELERY < (5, 7):
         # The producers of its own backends are left to the garbage collector.
         config.addinivalue_line("filterwarnings", "ignore:unclosed:ResourceWarning")
+        # Its Redis backend calls what newer clients of Redis warn of.
+        config.addinivalue_line("filterwarnings", "ignore:Call to deprecated setex:DeprecationWarning")
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:

@@ -326,7 +326,8 @@ def do_everything(app: Celery, members: int = 3) -> None:
     (lone,) = page_ids(1)
     store(app, lone, "lone")
     result = app.AsyncResult(lone)
-    assert result.state == "SUCCESS"
+    # Without confirms it may be looked for, over another connection, before the broker has it.
+    until(lambda: result.state == "SUCCESS", SECONDS)
     assert result.get(timeout=SECONDS) == "lone"
     held = group_of(app, members)
     store_group(app, held)
