@@ -1,15 +1,41 @@
-"""Chords: what happens to one is an event in a log, and whoever reads the log joins it.
+"""Chords: the tasks of a header publish events to a log, and a joiner consumes the log.
 
-| file         | what it is                                                                   |
+| file         | what it contains                                                             |
 | ------------ | ---------------------------------------------------------------------------- |
-| events.py    | the messages of the log                                                      |
-| log.py       | sends them: the size of a chord, its parts, tasks that were added to it      |
-| reducer.py   | what is known of the open chords, and how it is kept in the broker           |
-| bodies.py    | the messages that a joined chord goes on with                                |
-| lazy.py      | results by reference                                                         |
-| shard.py     | reads one queue of the log, and commits what follows                         |
-| joiner.py    | reads all of them                                                            |
-| forks.py     | lets a process fork beside the joiner                                        |
-| worker.py    | runs the joiner in a worker's main process                                   |
-| status.py    | asks the joiners for their open chords                                       |
+| events.py    | the format of the messages in the log                                        |
+| log.py       | publishes events: the size of a chord, its parts, tasks added to it          |
+| reducer.py   | the state of the open chords, as the sum of their events                     |
+| shard.py     | consumes one queue of the log, and commits                                   |
+| joiner.py    | the thread that consumes all queues of the log                               |
+| bodies.py    | the messages that a complete chord sends: its body, or its errbacks          |
+| routes.py    | the queues of the application that a chord belongs to                        |
+| settle.py    | chords that need not succeed as a whole                                      |
+| lazy.py      | bodies that get the results of their header by reference                     |
+| status.py    | questions about open chords, and the answers of joiners                      |
+| tracing.py   | continues the traces of OpenTelemetry and Sentry                             |
+| forks.py     | lets a process fork while its joiner runs                                    |
+
+The states of a chord in its joiner::
+
+    size event ----+
+    parts ---------+--> held --> complete --> committed
+    added tasks ---+     | ^        |  |
+    cancellation --+     v |        |  +--> failed: errbacks are called in a thread, then committed
+                       merged       +-----> postponed: its queue does not take the body; tried again later
+
+- *held*: its messages are delivered and not acknowledged.
+- *merged*: many small messages are replaced by one with the same content, in one commit, to spare the broker.
+- *complete*: all parts are there, or its terms are met, its deadline is over, or it was cancelled.
+- *committed*: the body is published and all its messages are acknowledged, in one transaction.
+
+Invariants:
+
+- An event is acknowledged only in the commit that makes it unnecessary: whenever a joiner dies, the next one gets
+  all events of the open chords again.
+- Events may arrive in any order, and several times: the state of a chord does not depend on either.
+- A chord does not become complete while a merge of its events is in flight: otherwise the merged message would
+  arrive after the commit, and belong to no chord.
+- A joiner commits no chord before it has read what was in the queue when it started: an event that adds a task may
+  be behind the last part.
+- No exception of a user's code reaches the loop of the joiner.
 """
