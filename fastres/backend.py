@@ -314,8 +314,8 @@ class AMQPBackend(Waiting, Celery31, Backend):  # type: ignore[misc]
             self.chords.begin(chord_id, body, results)
         elif terms_of(body) is not None:
             raise ImproperlyConfigured(
-                "fastres.settle() needs chords that are joined without celery.chord_unlock: the option "
-                "chord_unlock off, and a broker with single active consumers, RabbitMQ 3.8 or later, or LavinMQ"
+                "fastres.settle() needs a broker with single active consumers, RabbitMQ 3.8 or later, or LavinMQ, "
+                "and the option chord_unlock off: celery.chord_unlock joins chords that succeed as a whole"
             )
         else:
             super().apply_chord(header_result_args, body, **kwargs)

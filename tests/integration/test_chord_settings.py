@@ -277,7 +277,7 @@ def test_chords_that_are_left_to_chord_unlock(upgraded: Worker) -> None:
         (shard,) = ask(app.backend, SECONDS)
         assert shard.open is not None
         assert shard.open.count == 0
-        with pytest.raises(ImproperlyConfigured, match="the option chord_unlock off"):
+        with pytest.raises(ImproperlyConfigured, match="and the option chord_unlock off"):
             chord(adds(3))(fastres.settle(tsum.s()))
 
 
