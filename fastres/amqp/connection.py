@@ -298,7 +298,7 @@ class Link:
         abandon(self._connection)
         for end in self._wakeup or ():
             end.close()
-        self.__init__(self._connect, self._retry_policy, self._heartbeat)  # type: ignore[misc]
+        self.__init__(self._connect, self._retry_policy, self._heartbeat, self._counts)  # type: ignore[misc]
 
     @contextlib.contextmanager
     def exclusively(self, deadline: float | None = None, ring: bool = True) -> Iterator[None]:
