@@ -100,20 +100,21 @@ def test_three_processes_poll_a_member(app: Celery, tmp_path: Any) -> None:
     gate = tmp_path / "gate"
     sent = group([gated.s(str(gate), 7), add.s(1, 1)]).apply_async()
     code = """
-        import json, time
+        import json, os, time
         seen, end = [], time.monotonic() + 20
         while (not seen or seen[-1] != "SUCCESS") and time.monotonic() < end:
             state = app.AsyncResult(%r).state
             if not seen or seen[-1] != state:
                 seen.append(state)
+                open(%r + str(os.getpid()), "w").close()
             time.sleep(0.02)
         for _ in range(20):
             seen.append(app.AsyncResult(%r).state)
         print(json.dumps(seen))
     """
     ours = sent.results[0].id
-    pollers = [start_python(code % (ours, ours), app) for _ in range(3)]
-    time.sleep(1.5)
+    pollers = [start_python(code % (ours, str(tmp_path / "looked-"), ours), app) for _ in range(3)]
+    until(lambda: len(list(tmp_path.glob("looked-*"))) == 3)
     gate.touch()
     for poller in pollers:
         out, err = poller.communicate(timeout=60)
