@@ -10,6 +10,7 @@ from itertools import islice
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from amqp.exceptions import NotFound
 from celery import states
 from celery._state import _task_stack
 from celery.app.task import Context
@@ -26,6 +27,7 @@ from kombu.utils.uuid import uuid
 
 from fastres._impl import in_order, listed
 from fastres.amqp.publishing import Publishing
+from fastres.amqp.session import says_no_queue
 from fastres.chords.events import JSON, REFERENCE, UTF8, Part, pack_part, unpack_part, unpack_plan
 from fastres.chords.lazy import HeaderResults, wants_reference
 from fastres.chords.reducer import id_of
@@ -179,6 +181,11 @@ class BodyProducer(Producer):  # type: ignore[misc]
             return super().publish(body, **options)
         except self._breaks as exc:
             self.broken = exc
+            raise
+        except NotFound as exc:
+            # Seen here and not by its type later: tasks and signals of users may raise the same.
+            if not says_no_queue(exc):
+                self.broken = exc
             raise
 
     def _publish(

@@ -19,7 +19,7 @@ from amqp.exceptions import NotFound
 
 from fastres.amqp.connector import abandon, drop, establish
 from fastres.amqp.rabbitmq import RabbitMQ, session_of
-from fastres.amqp.session import is_open, says_no_queue
+from fastres.amqp.session import is_open
 from fastres.cancelling import revoke_rest
 from fastres.chords.bodies import USERS, Away, Bodies, BodyProducer, Failed
 from fastres.chords.forks import busy
@@ -286,13 +286,12 @@ class Joiner:
             self._bodies.call(chord, self._producer)
         except Failed as failed:
             broken = self._producer.broken
+            if isinstance(broken, NotFound):
+                raise Away(broken.reply_text) from failed
             if broken is not None:
                 raise (TimeoutError if isinstance(broken, TimeoutError) else ConnectionResetError)(
                     repr(broken)
                 ) from failed
-            cause = failed.error.__cause__
-            if isinstance(cause, NotFound) and not says_no_queue(cause):
-                raise Away(cause.reply_text) from failed
             raise
         return list(self._publishings or ())
 
