@@ -125,6 +125,7 @@ BROKEN = {
     "socket.timeout": socket.timeout("timed out"),
     "amqp": amqp.exceptions.RecoverableConnectionError("theirs"),
     "AccessRefused": amqp.exceptions.AccessRefused("theirs"),
+    "NotFound": amqp.exceptions.NotFound("theirs"),
     "kombu": kombu.exceptions.OperationalError("theirs"),
     "celery": celery.exceptions.TimeoutError("theirs"),
     "fastres": fastres.BrokerUnreachable("theirs"),

@@ -78,7 +78,9 @@ def test_an_exception_that_cannot_be_shown(app: Celery) -> None:
     others_are_joined()
 
 
-@pytest.mark.parametrize("how", ["ConnectionError", "kombu", "AccessRefused", "SystemExit", "own"])
+@pytest.mark.parametrize(
+    "how", ["ConnectionError", "TimeoutError", "kombu", "AccessRefused", "NotFound", "SystemExit", "own"]
+)
 def test_what_sending_the_body_raises(app: Celery, how: str, tmp_path: Any) -> None:
     body = unsent.s(how=how).on_error(chord_errback.s(folder=str(tmp_path)))
     result = chord(adds(2))(body)
