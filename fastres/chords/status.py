@@ -26,6 +26,8 @@ __all__ = ("Open", "OpenChord", "ShardStatus", "answer_to", "ask", "ask_about")
 SHOWN = 100
 #: Seconds between two looks for an answer.
 INTERVAL = 0.01
+#: Seconds that the broker may take to answer, at least.
+LEAST_LIMIT = 5.0
 SUCCESS, REVOKED = b"SUCCESS", b"REVOKED"
 
 
@@ -142,7 +144,10 @@ def _ask(
 ) -> tuple[ShardStatus, bytes | None]:
     """Ask a shard's joiner. Returns: what the broker says of the shard, and the answer."""
     address = backend.addresses.chords(number)
-    state = session_of(connection).declare(backend.addresses.queue(address))
+    session = session_of(connection)
+    # A broker that stands still is not waited for without an end.
+    session.limit(max(timeout, LEAST_LIMIT))
+    state = session.declare(backend.addresses.queue(address))
     status = ShardStatus(address.name, state.consumers, state.messages, None)
     if not state.consumers:
         return status, None

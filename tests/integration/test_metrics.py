@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -144,6 +145,18 @@ def test_without_a_broker_there_is_an_answer_all_the_same() -> None:
     with Exporter("amqp://guest:guest@127.0.0.1:1//") as exporter:
         assert exporter.scrape() == {"fastres_up": 0}
         assert "cannot be asked about chords" in exporter.log()
+
+
+def test_a_broker_that_stands_still_is_not_waited_for(own_node: Node) -> None:
+    with Exporter(own_node.url) as exporter:
+        assert exporter.scrape()["fastres_up"] == 1
+        pid = int(own_node.ctl("eval", "os:getpid().").strip().strip('"'))
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            assert exporter.scrape() == {"fastres_up": 0}
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        until(lambda: exporter.scrape()["fastres_up"] == 1)
 
 
 def test_a_port_that_is_taken_and_a_signal(worker: Worker) -> None:
