@@ -14,9 +14,8 @@ from kombu.utils.json import loads
 from measure import memory
 from rabbitmq_node import Leashed
 from runs import Bench, Case, Process, Run, environment
+from sends import SENDS, SendRun
 from workloads import body_of, part_of
-
-from fastres.chords.status import ask
 
 HERE = Path(__file__).parent
 #: What runs beside the measured process, as arguments of `celery`.
@@ -28,6 +27,8 @@ COUNTED = ("small", "alone", "group", "chains")
 
 
 def run_of(bench: Bench, case: Case) -> Run:
+    if case.how in SENDS:
+        return SendRun(bench, case)
     return (ChordRun if case.how in CHORDS else Run)(bench, case)
 
 
@@ -48,7 +49,7 @@ class ChordRun(Run):
         if arguments:
             self._beside = Beside(self, arguments).start()
         if case.how == "refer":
-            ask(self.peer.app.backend, PATIENCE)
+            self.peer.app.backend.asker.status(PATIENCE)
             self._joiner_before = self._joiner_memory("VmRSS")
             self._fill_header()
         if case.how in FIRED:

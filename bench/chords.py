@@ -12,11 +12,10 @@ from uuid import NAMESPACE_OID, uuid5
 import kombu
 from celery import Celery, Signature, Task, chain, chord, group
 from kombu.utils.json import dumps, loads
-from peers import PEERS, WARM, Action, Fastres, Job, Peer, Redis
+from peers import WARM, Action, Fastres, Job, Peer, Redis
 from workloads import part_of, request_of, task_ids
 
 import fastres
-from fastres.chords.status import ask
 
 #: What is measured with a worker beside.
 WORKED = ("chord", "small", "round_trip", "alone", "group", "chains")
@@ -227,7 +226,7 @@ class FastresChords(Chords, Fastres):
     def gather(self, group_id: str, count: int) -> None:
         end = time.monotonic() + PATIENCE
         while True:
-            [shard] = ask(self.app.backend, PATIENCE)
+            [shard] = self.app.backend.asker.status(PATIENCE)
             there = {chord.id: chord.parts for chord in shard.open.chords} if shard.open else {}
             if there.get(group_id) == count and not shard.waiting:
                 break
@@ -326,7 +325,3 @@ CHORD_PEERS: dict[str, type[Chords]] = {
     "fastres, not kept": FastresUnkeptChords,
     "Celery redis": RedisChords,
 }
-
-
-def peer_of(job: Job) -> Peer:
-    return (CHORD_PEERS if job.how in CHORDS else PEERS)[job.peer](job)

@@ -9,8 +9,8 @@ import resource
 import sys
 import time
 
-from chords import peer_of
 from peers import Job
+from sends import peer_of
 
 
 def main() -> None:

@@ -32,6 +32,12 @@ two prefork children, with RabbitMQ for the tasks of either backend. The body of
 result ends the time; many chords are sent one after the other, until the bodies of all are in their queue.
 """
 
+SENDING = """\
+Tasks of two small arguments, which no worker takes. Celery's group makes signatures from a generator;
+`apply_many` takes the arguments from one. rabbitmq-c publishes copies of the message that `apply_many` sends, with
+confirms in windows of 20,000, as many as `apply_many` has on the way.
+"""
+
 #: What is measured of chords: the method, what the table calls it, of what, the measure, its unit and its digits.
 CHORD_ROWS = (
     ("part", "storing a result without chord", "results", "stored", "µs of CPU", 0),
@@ -60,6 +66,15 @@ SINGLE_ROWS = (
     ("group", "queues declared by a group", "tasks", "queues", "queues", 0),
     ("chains", "queues declared by a group of chains of two", "chains", "queues", "queues", 0),
 )
+SEND_ROWS = (
+    ("send_group", "CPU of Celery's `group.apply_async`", "tasks", "cpu", "µs per task", 1),
+    ("send_group", "the group until its last task is in the queue", "tasks", "each", "ms per task", 3),
+    ("send", "CPU of `apply_many`; of rabbitmq-c with the same bytes", "tasks", "cpu", "µs per task", 1),
+    ("send", "`apply_many` until its last task is in the queue", "tasks", "rate", "tasks per s", 0),
+    ("send", "memory that the sender grows by", "tasks", "growth", "MB", 1),
+    ("send_chord", "a chord until its last task is in the queue", "tasks", "wall", "s", 2),
+)
+SEND_PEERS = {"Celery redis": "Celery redis", "fastres": "fastres", "rabbitmq-c": "rabbitmq-c"}
 SINGLE_PEERS = {"Celery redis": "Celery redis", "fastres": "fastres"}
 CHORD_PEERS = {
     "Celery redis": "Celery redis",
@@ -124,6 +139,9 @@ def sections(records: Records, command: str, beside: Records | None) -> Iterable
     yield "## Chords"
     yield CHORDS.strip()
     yield figures(records, CHORD_ROWS, CHORD_PEERS)
+    yield "## Sending"
+    yield SENDING.strip()
+    yield figures(records, SEND_ROWS, SEND_PEERS)
 
 
 def machine(records: Records, command: str) -> str:

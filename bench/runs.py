@@ -23,7 +23,9 @@ from rabbitmq_node import Node, Redis
 from workloads import body_of, lone_ids, new_group, task_ids
 
 HERE = Path(__file__).parent
-LIMIT_MODES = {"rabbitmq-c": "no-ack", "rabbitmq-c, acknowledging": "ack"}
+#: What nothing in this language is faster than.
+LIMIT = "rabbitmq-c"
+LIMIT_MODES = {LIMIT: "no-ack", "rabbitmq-c, acknowledging": "ack"}
 #: What is done with results that are there before.
 FILLED = ("get", "get_many", *LONE)
 #: Seconds that strace may take to begin.

@@ -25,9 +25,9 @@ KNOWN = ROOT / "tests" / "compatibility.toml"
 HEAD = """\
 # Compatibility
 
-What the test suite (units, parity, integration, faults) says on other brokers, Pythons and Celerys: written by
-`ci/matrix --report`, which runs it there. The brokers of `trixie` and `sid` make quorum queues by default,
-`-quorum` is with `queue_type="quorum"` in every application too.
+Results of the test suite (units, parity, integration, faults) on other brokers, Pythons and Celerys.
+`ci/matrix --report` runs the suite there and writes this page. The brokers of `trixie` and `sid` declare quorum queues
+by default; in the rows `-quorum` every application has `queue_type="quorum"` too.
 
 | run | RabbitMQ | Python | Celery | kombu | py-amqp | passed | failed | skipped |
 | --- | --- | --- | --- | --- | --- | --- | --- | --- |

@@ -1,4 +1,4 @@
-"""The one place that chooses the implementation: compiled or Python, all or nothing."""
+"""Chooses the implementation, compiled or Python. No other module does, and the two are never mixed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = (
 )  # fmt: skip
 
 #: The modules that an implementation consists of.
-MODULES = ("aggregate", "decode", "frames")
+MODULES = ("aggregate", "decode", "frames", "publications")
 
 PACKAGES = {"c": "fastres_ext", "python": "fastres._py"}
 
@@ -72,9 +72,9 @@ Aggregate = _modules["aggregate"].Aggregate
 Decoder = _modules["decode"].Decoder
 Delivery = _modules["frames"].Delivery
 Frames = _modules["frames"].Frames
-MessageTemplate = _modules["frames"].MessageTemplate
+MessageTemplate = _modules["publications"].MessageTemplate
 encode = _modules["decode"].encode
 fulfil = _modules["aggregate"].fulfil
 in_order = _modules["aggregate"].in_order
 listed = _modules["aggregate"].listed
-publication = _modules["frames"].publication
+publication = _modules["publications"].publication

@@ -1,4 +1,4 @@
-"""What both implementations, ``fastres._py`` and ``fastres_ext``, satisfy."""
+"""The interfaces of both implementations, ``fastres._py`` and ``fastres_ext``."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Body = bytes | bytearray | memoryview | str
 
 
 class Delivery(Protocol):
-    """A message that was delivered, with what a result needs of its properties."""
+    """A delivered message, with those of its properties that results use."""
 
     channel_id: int
     consumer_tag: str
@@ -62,7 +62,7 @@ class Delivery(Protocol):
 
 
 class Frames(Protocol):
-    """A stream of bytes cut into frames, and put together to deliveries."""
+    """Cuts a stream of bytes into frames, and assembles deliveries."""
 
     #: How many frames were put together to deliveries.
     consumed: int
@@ -89,7 +89,7 @@ class Frames(Protocol):
 
 
 class Publication(Protocol):
-    """A message as the frames of ``Basic.Publish``, its header and its body, in one piece."""
+    """Encodes a message as the frames of ``Basic.Publish``, content header and body, in one ``bytes``."""
 
     def __call__(
         self,
@@ -104,8 +104,9 @@ class Publication(Protocol):
         headers: bytes,
         delivery_mode: int,
         correlation_id: str,
+        expiration: str = "",
     ) -> bytes:
-        """``headers``: a field table as it goes over the wire, empty: none.
+        """``headers``: a field table as it goes over the wire; ``expiration``: milliseconds. Empty: none.
 
         Raises:
             amqp.exceptions.FrameSyntaxError: a name has more than 255 bytes, or no frame can be as small as this.
@@ -113,7 +114,7 @@ class Publication(Protocol):
 
 
 class MessageTemplate(Protocol):
-    """Messages that are the same but for a task's id, its place in a group, a text and the body, as frames.
+    """Encodes messages that differ in the task's id, its place in a group, a text and the body only, as frames.
 
     Args:
         channel_id: of the channel that they are published on.
@@ -158,7 +159,7 @@ ID, PLACE, TEXT, TABLE = 0, 1, 2, 3
 
 
 class Encode(Protocol):
-    """A meta as the body of a message."""
+    """Serializes a meta as the body of a message."""
 
     def __call__(self, meta: Meta, serializer: str) -> tuple[str, str, bytes]:
         """Content type, content encoding and body; whoever decodes it gets what kombu's serializer makes of it.
@@ -169,7 +170,7 @@ class Encode(Protocol):
 
 
 class Decoder(Protocol):
-    """Message to result, refusing what is not accepted and what is no result."""
+    """Decodes messages to results. Refuses content types that are not accepted, and messages that are not results."""
 
     def __init__(self, accept: Iterable[str] | None, max_size: int) -> None:
         """Accept these content types (None: kombu's enabled ones), and bodies of up to ``max_size`` bytes."""
@@ -189,7 +190,7 @@ class Decoder(Protocol):
 
 
 class Aggregate(Protocol):
-    """The task ids that a join waits for, and which of them have come."""
+    """The task ids that a join waits for, and those of them whose results have arrived."""
 
     def __init__(self, task_ids: Iterable[str], ready_states: Iterable[str]) -> None: ...
 
@@ -211,13 +212,13 @@ class Aggregate(Protocol):
 
 
 class Fulfil(Protocol):
-    """Gives a result object the final meta of its task, as ``AsyncResult._maybe_set_cache`` does."""
+    """Sets the final meta of a result object, as ``AsyncResult._maybe_set_cache`` does."""
 
     def __call__(self, result: Any, meta: Meta) -> None: ...
 
 
 class InOrder(Protocol):
-    """The parts of a chord's header in the order of their places."""
+    """Sorts the parts of a chord by their places in the header."""
 
     def __call__(self, parts: Sequence[bytes]) -> list[bytes] | None:
         """Packed parts whose first line is the place; None: one has more than a place there, or none, or one
@@ -226,7 +227,7 @@ class InOrder(Protocol):
 
 
 class Listed(Protocol):
-    """The results in packed parts, as they are, one after the other."""
+    """Joins the serialized results of packed parts, without decoding them."""
 
     def __call__(self, parts: Sequence[bytes]) -> bytes:
         """What is behind the first line of each, with commas between.

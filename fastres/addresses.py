@@ -1,4 +1,4 @@
-"""Where a result lives: the names of queues, and what they are declared with.
+"""The queues of results: their names and their arguments.
 
 | result of                   | address                                                         |
 | --------------------------- | --------------------------------------------------------------- |
@@ -18,11 +18,9 @@ from typing import Any
 from celery.exceptions import ImproperlyConfigured
 
 from fastres import ids
+from fastres.amqp.publishing import milliseconds
 
 __all__ = ("Address", "Addresses")
-
-#: RabbitMQ's longest time, in milliseconds: a larger x-expires is refused.
-MAX_EXPIRES = 2**32 - 1
 
 #: How many states on the way are kept: of a task with a queue of its own, and of all tasks of a kin together.
 STATES_OF_ONE, STATES_OF_ALL = 1, 10_000
@@ -138,7 +136,7 @@ class Addresses:
         if address.is_log:
             arguments["x-single-active-consumer"] = True
         elif self.expires:
-            arguments["x-expires"] = min(max(int(self.expires * 1000), 1), MAX_EXPIRES)
+            arguments["x-expires"] = milliseconds(self.expires)
             if address.of_task is not None:
                 arguments["x-message-ttl"] = arguments["x-expires"]
         if address.max_length is not None:

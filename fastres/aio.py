@@ -1,7 +1,7 @@
-"""Results for asyncio: what is awaited here blocks no event loop, and needs no thread for each wait.
+"""Waiting for results in an event loop: nothing here blocks the loop, or needs a thread for each wait.
 
-One thread of the process reads for all waits, over the connection that the other waits of the process use. What is
-cancelled, as ``asyncio.timeout`` does it, leaves nothing behind.
+One thread of the process reads for all waits, over the connection that other waits of the process use. A cancelled
+wait (``asyncio.timeout``, for example) leaves no consumer and no unacknowledged message behind.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from celery.exceptions import ImproperlyConfigured
 from celery.result import AsyncResult, ResultSet
 
 from fastres.groups import leaves
-from fastres.read.pump import Wait
+from fastres.read.loop_reader import Wait
 from fastres.watching import Progress
 from fastres.watching import progress as progress_of
 
@@ -24,23 +24,23 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterable
 
     from fastres._protocols import Meta
-    from fastres.read.pump import Pump
+    from fastres.read.loop_reader import LoopReader
 
 __all__ = ("as_completed", "get", "join", "progress", "state")
 
 
 async def get(result: Any, timeout: float | None = None, *, propagate: bool = True, app: Any = None) -> Any:
-    """The result of a task, or the results of a group: ``result.get(timeout)``.
+    """Wait for a task or a group and return its result, as ``result.get(timeout)`` does.
 
     Args:
         result: an ``AsyncResult``, a ``GroupResult``, or the id of a task.
-        timeout: seconds, None: for ever.
-        propagate: raise the exception of a task that has failed; otherwise it is returned.
-        app: the application, if ``result`` is an id and its application is not the current one.
+        timeout: seconds; None: no limit.
+        propagate: raise the exception of a failed task. If False, return the exception.
+        app: the application of a task id; default: the current application.
 
     Raises:
-        fastres.ResultsMissing: it did not come in time.
-        Exception: what the task has raised.
+        fastres.ResultsMissing: the result did not arrive before the timeout.
+        Exception: the exception of the task.
     """
     if isinstance(result, ResultSet):
         return await join(result, timeout, propagate=propagate)
@@ -55,14 +55,17 @@ async def get(result: Any, timeout: float | None = None, *, propagate: bool = Tr
 
 
 async def join(results: ResultSet, timeout: float | None = None, *, propagate: bool = True) -> list[Any]:
-    """The results of a group's tasks in its order, those of groups in it in one list with the others.
+    """Wait for all tasks of a group and return their results, in the order of the group.
+
+    The results of groups inside the group are in the same flat list.
 
     Args:
         results: a ``GroupResult`` or ``ResultSet``.
-        timeout: seconds for all of them, None: for ever.
-        propagate: raise the first exception that comes; otherwise each is in its place.
+        timeout: seconds for all tasks; None: no limit.
+        propagate: raise the first exception that arrives. If False, the list has each exception in its place.
 
-    Raises: as :func:`get` does.
+    Raises:
+        Exception: as :func:`get`.
     """
     backend = results.app.backend
     members: list[Any] = []
@@ -92,15 +95,16 @@ async def join(results: ResultSet, timeout: float | None = None, *, propagate: b
 async def as_completed(
     results: Any, timeout: float | None = None, *, propagate: bool = False, app: Any = None
 ) -> AsyncIterator[tuple[str, Any]]:
-    """``(task id, value)`` of tasks as they end; the value of one that has failed is its exception.
+    """Yield ``(task id, value)`` of tasks as they end. The value of a failed task is its exception.
 
     Args:
         results: a ``GroupResult`` or ``ResultSet``, ``AsyncResult`` instances, or task ids.
-        timeout: seconds for all of them, None: for ever.
-        propagate: raise exceptions instead.
-        app: the application, if these are ids and their application is not the current one.
+        timeout: seconds for all tasks; None: no limit.
+        propagate: raise exceptions instead of yielding them.
+        app: the application of task ids; default: the current application.
 
-    Raises: as :func:`get` does.
+    Raises:
+        Exception: as :func:`get`.
     """
     if isinstance(results, ResultSet):
         members: list[Any] = list(leaves(results.results))
@@ -133,7 +137,7 @@ async def as_completed(
             # Not consumed, and out of their queues.
             while not came.empty():
                 pairs.extend(came.get_nowait()[0] or ())
-            _pump(backend).keep(pairs)
+            _loop_reader(backend).keep(pairs)
 
 
 async def state(task: Any, *, app: Any = None) -> str:
@@ -156,13 +160,13 @@ def _value(meta: Meta, propagate: bool) -> Any:
     return meta["result"]
 
 
-def _pump(backend: Any) -> Pump:
-    pump: Pump | None = getattr(backend, "pump", None)
-    if pump is None:
+def _loop_reader(backend: Any) -> LoopReader:
+    reader: LoopReader | None = getattr(backend, "loop_reader", None)
+    if reader is None:
         raise ImproperlyConfigured(
             f"fastres.aio needs result_backend fastres://, where results are found by their ids, not {backend!r}"
         )
-    return pump
+    return reader
 
 
 def _to_loop(told: Callable[[Any], object]) -> Callable[[Any], None]:
@@ -181,19 +185,19 @@ async def _waiting(
     backend: Any, task_ids: Callable[[], Iterable[str]], timeout: float | None
 ) -> AsyncIterator[asyncio.Queue[tuple[Any, BaseException | None]]]:
     """A queue of what comes: lists of task ids and metas with None; at the end None, with an error or None."""
-    pump = _pump(backend)
+    reader = _loop_reader(backend)
     came: asyncio.Queue[tuple[Any, BaseException | None]] = asyncio.Queue()
     tell = _to_loop(came.put_nowait)
     wait = Wait(task_ids, timeout, lambda pairs: tell((pairs, None)), lambda error: tell((None, error)))
-    pump.add(wait)
+    reader.add(wait)
     try:
         yield came
     finally:
-        pump.cancel(wait)
+        reader.cancel(wait)
 
 
 async def _called(backend: Any, function: Callable[[], Any]) -> Any:
-    """What a function returns that the pump's thread calls: it may block."""
+    """What a function returns that the reader's thread calls: it may block."""
     done: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
 
     def told(outcome: tuple[Any, BaseException | None]) -> None:
@@ -214,5 +218,5 @@ async def _called(backend: Any, function: Callable[[], Any]) -> Any:
             outcome = None, exc
         tell(outcome)
 
-    _pump(backend).do(call)
+    _loop_reader(backend).do(call)
     return await done

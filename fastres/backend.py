@@ -1,4 +1,4 @@
-"""``AMQPBackend``: the public API, that of Celery 3.1's class and of Celery 5's backends."""
+"""``AMQPBackend``: the public API, as in Celery 3.1 and as Celery 5 expects it of a result backend."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from fastres._protocols import KEEP, SENT_AT, Meta
 from fastres.addresses import Addresses
 from fastres.amqp.connection import Link
 from fastres.amqp.connector import Connector
+from fastres.chords.asker import Asker
 from fastres.chords.joiner import Joiner
 from fastres.chords.lazy import wants_reference
 from fastres.chords.log import Log
@@ -33,8 +34,8 @@ from fastres.options import Options
 from fastres.processes import attend
 from fastres.read.join import CACHED
 from fastres.read.look import Looks
+from fastres.read.loop_reader import LoopReader
 from fastres.read.pending import Pending
-from fastres.read.pump import Pump
 from fastres.read.reader import Reader
 from fastres.read.wait import Waits
 from fastres.waiting import Waiting
@@ -50,7 +51,7 @@ worker.attend()
 
 
 class AMQPBackend(Waiting, Celery31, Backend):  # type: ignore[misc]
-    """Results as messages, for any process to read: the id of a task says which queue its result is in.
+    """A result backend that keeps results as messages. The id of a task names the queue of its result.
 
     The API is that of ``celery.backends.amqp.AMQPBackend`` of Celery 3.1, on Celery 5.5 and later.
 
@@ -60,10 +61,10 @@ class AMQPBackend(Waiting, Celery31, Backend):  # type: ignore[misc]
         exchange: the exchange that carries results; default: ``result_exchange``, where Celery's default means
             the default exchange, which routes by queue name.
         exchange_type: ``direct`` or ``topic``; default: ``result_exchange_type``.
-        persistent: whether messages survive a restart of the broker; default: ``result_persistent``, or True.
+        persistent: whether results survive a restart of the broker; default: ``result_persistent``, or True.
         serializer: default: ``result_serializer``.
-        auto_delete: delete a queue when all its results were taken. (Queues are not declared auto-delete, which
-            would lose results that come while nobody consumes.)
+        auto_delete: delete a queue when all its results were taken. (Queues are not declared with AMQP's
+            ``auto-delete``, which would lose results that arrive while no consumer is there.)
         expires: seconds or timedelta, default: ``result_expires``.
         url: as in ``result_backend``.
 
@@ -76,6 +77,7 @@ class AMQPBackend(Waiting, Celery31, Backend):  # type: ignore[misc]
     supports_autoexpire = True
     supports_native_join = True
     supports_result_compression = True
+    supports_failure_expires = True
 
     _scheme = "fastres"
     _layout_class: ClassVar[Any] = SharedQueues
@@ -106,12 +108,17 @@ class AMQPBackend(Waiting, Celery31, Backend):  # type: ignore[misc]
             self._cache = LRUCache(limit=CACHED)
         self._connection = connection
         self.connector = Connector(app, self.url, connection, self.options)
+        #: Seconds for which the result of a failed task is kept.
+        self.failure_expires = self._failure_expires()
+        kept = (self.expires, self.failure_expires)
+        #: Seconds for which a queue is kept: as long as any result in it. None: for ever.
+        self._lifetime = max(kept) if all(kept) else None
         is_quorum = self.options.queue_type == "quorum" and self.connector.is_amqp
         self.addresses = Addresses(
             self.options.namespace,
             getattr(exchange, "name", exchange) or conf.result_exchange,
             exchange_type or getattr(exchange, "type", None) or conf.result_exchange_type,
-            self.expires,
+            self._lifetime,
             "quorum" if is_quorum else "classic",
             self.Queue,
             self.Exchange,
@@ -140,10 +147,12 @@ class AMQPBackend(Waiting, Celery31, Backend):  # type: ignore[misc]
         )
         self._pending = Pending()
         #: Reads for event loops, where the id of a task says where its result is.
-        self.pump = Pump(self._waits, self._link) if self.layout.declares else None
+        self.loop_reader = LoopReader(self._waits, self._link) if self.layout.declares else None
         self._groups = Groups(self._publisher, self._encoder, looks, self.addresses, decoder, self.reports)
         #: Sends the events of chords.
         self.chords = Log(self, self._publisher, self.addresses, self.options.chord_shards)
+        #: Asks joiners about chords.
+        self.asker = Asker(self)
         #: Joins the chords, where it is started.
         self.joiner = Joiner(self) if self.layout.joins_chords else None
         if self.layout.declares and self.options.task_ids == "fastres":
@@ -166,10 +175,10 @@ class AMQPBackend(Waiting, Celery31, Backend):  # type: ignore[misc]
         request: Any = None,
         **kwargs: Any,
     ) -> Any:
-        """Send a task's state and result; waits for the broker's confirm unless ``confirm`` is off.
+        """Publish a task's state and result, and wait for the broker's confirm unless the option ``confirm`` is off.
 
         Raises:
-            fastres.errors.ResultTooLarge: the broker does not take a message of this size.
+            fastres.ResultTooLarge: the message exceeds the broker's limit.
             kombu.exceptions.EncodeError: the result cannot be serialized.
             fastres.BrokerUnreachable: the broker could not be reached within ``retry_policy``.
         """
@@ -188,32 +197,45 @@ class AMQPBackend(Waiting, Celery31, Backend):  # type: ignore[misc]
             meta["group_index"] = request.group_index
         keep = self.options.keep_chord_results and chord and not by_reference
         correlation_id = getattr(request, "correlation_id", None) or task_id
-        message = self._encoder.encode(meta, correlation_id, {KEEP: True} if keep else None)
+        message = self._encoder.encode(
+            meta, correlation_id, {KEEP: True} if keep else None, self._expiration(state)
+        )
         self._publisher.publish(address, message, declare=self.layout.declares)
         return result
 
+    def _failure_expires(self) -> float | None:
+        seconds = self.app.conf.get("result_failure_expires") if self.supports_failure_expires else None
+        kept: float | None = self.expires if seconds is None else self.prepare_expires(seconds)
+        return kept
+
+    def _expiration(self, state: str) -> float | None:
+        """Seconds after which the broker drops a result of this state, None: when its queue expires."""
+        seconds = self.failure_expires if state == states.FAILURE else self.expires
+        return None if not seconds or seconds == self._lifetime else seconds
+
     def mark_as_revoked(self, task_id: str, reason: str = "", request: Any = None, **more: Any) -> None:
-        """As in Celery; nothing for a task that was cancelled with its whole group."""
+        """As in Celery, but store nothing for a task that was cancelled with its group."""
         if not worker.is_told_already():
             super().mark_as_revoked(task_id, reason, request, **more)
 
     def put_notice(self, meta: Meta) -> None:
-        """Put a notice of cancellation where the result of its ``task_id`` would be."""
+        """Publish a notice of cancellation to the queue of the result of its ``task_id``."""
         message = self._encoder.encode(meta, meta["task_id"], {KEEP: True})
         self._publisher.publish(self.addresses.result(meta["task_id"]), message, declare=True)
 
     def in_one_write(self) -> contextlib.AbstractContextManager[None]:
-        """What this thread stores, and sends to joiners, is sent at the end, with one wait for all confirms."""
+        """A context at whose end this thread's results and chord events are published together."""
         return self._publisher.together()
 
     def unconfirmed(self) -> int:
-        """How many messages of this process wait for the broker's confirm."""
+        """The number of messages of this process that the broker has not confirmed."""
         return self._publisher.unconfirmed()
 
     def check_writing(self) -> None:
-        """Do what storing a result takes, without one.
+        """Check connection and permissions for storing results, without storing one.
 
-        Raises: what :meth:`store_result` would.
+        Raises:
+            Exception: as :meth:`store_result`.
         """
         self._publisher.check(self.addresses.chords(0) if self.layout.declares else None)
 
@@ -225,7 +247,7 @@ class AMQPBackend(Waiting, Celery31, Backend):  # type: ignore[misc]
         store_result: bool = True,
         state: str = states.SUCCESS,
     ) -> None:
-        """As in Celery; the result of a chord's part is sent to its group and to its chord in one write."""
+        """As in Celery. The result of a chord's header task and its part are published in one write."""
         together = self.in_one_write() if request and request.chord else contextlib.nullcontext()
         with together:
             super().mark_as_done(task_id, result, request, store_result, state)
@@ -243,7 +265,7 @@ class AMQPBackend(Waiting, Celery31, Backend):  # type: ignore[misc]
     # -- looking
 
     def get_task_meta(self, task_id: str, backlog_limit: int = 1000, cache: bool = True) -> Meta:
-        """The latest state of a task, which stays in its queue.
+        """Return the latest state of a task, and leave it in its queue.
 
         Raises:
             BacklogLimitExceeded: a queue that fastres did not make has more than ``backlog_limit`` states.
@@ -263,7 +285,7 @@ class AMQPBackend(Waiting, Celery31, Backend):  # type: ignore[misc]
 
     @contextlib.contextmanager
     def many_at_once(self, task_ids: Collection[str]) -> Iterator[None]:
-        """What this thread asks of these tasks is looked up now, and what it stores is sent at the end."""
+        """A context that looks up all these tasks at its begin, and stores their states in one write at its end."""
         self._known.metas = self.layout.look_at_all(task_ids)
         try:
             with self.in_one_write():
@@ -278,7 +300,7 @@ class AMQPBackend(Waiting, Celery31, Backend):  # type: ignore[misc]
         return self.get_task_meta(task_id, cache=False)
 
     def task_result_exists(self, task_id: str) -> bool:
-        """Whether there is any state of this task."""
+        """Whether the broker has a state of this task."""
         return bool(self.get_task_meta(task_id)["status"] != states.PENDING)
 
     def reload_task_result(self, task_id: str) -> None:
@@ -286,7 +308,7 @@ class AMQPBackend(Waiting, Celery31, Backend):  # type: ignore[misc]
         self._cache[task_id] = self.get_task_meta(task_id, cache=False)
 
     def group_progress(self, group_id: str) -> int:
-        """How many results of a group have come: one passive declare."""
+        """Return the number of results of a group that have arrived, by one passive declaration."""
         return self.layout.progress(group_id)
 
     # -- groups
@@ -307,7 +329,7 @@ class AMQPBackend(Waiting, Celery31, Backend):  # type: ignore[misc]
     # -- chords
 
     def apply_chord(self, header_result_args: Any, body: Any, **kwargs: Any) -> Any:
-        """Called before the header of a chord is sent: a joiner will join it, or ``celery.chord_unlock``."""
+        """Called by Celery before the header of a chord is sent: announces the chord to the joiners."""
         self.ensure_chords_allowed()
         chord_id, results = header_result_args
         if not self.options.chord_unlock and self.chords.supported():
@@ -321,26 +343,27 @@ class AMQPBackend(Waiting, Celery31, Backend):  # type: ignore[misc]
             super().apply_chord(header_result_args, body, **kwargs)
 
     def set_chord_size(self, group_id: str, chord_size: int) -> None:
-        """Called before the last task of a chord's header is sent."""
+        """Called by Celery before the last task of a chord's header is sent."""
         self.chords.size(group_id, chord_size)
 
     def add_to_chord(self, chord_id: str, result: Any) -> None:
-        """Called by a task of a chord's header before it sends another one.
+        """Called by a header task of a chord before it sends another header task.
 
-        Raises: NotImplementedError: ``celery.chord_unlock`` joins this chord.
+        Raises:
+            NotImplementedError: ``celery.chord_unlock`` joins this chord.
         """
         if not self.layout.joins_chords:
             super().add_to_chord(chord_id, result)
         self.chords.add(chord_id, result.id)
 
     def on_chord_part_return(self, request: Any, state: str, result: Any, **kwargs: Any) -> None:
-        """Called when a task of a chord's header has returned or raised, or was revoked."""
+        """Called by Celery when a header task of a chord has ended: publishes its part."""
         self.chords.part(request, state, result)
 
     # -- the rest
 
     def as_uri(self, include_password: bool = False) -> str:
-        """The URL of the results' broker; the password is hidden unless asked for."""
+        """Return the URL of the results' broker, without the password unless ``include_password`` is true."""
         url: str = self.url or f"{self._scheme}://"
         if include_password:
             return url
@@ -349,18 +372,20 @@ class AMQPBackend(Waiting, Celery31, Backend):  # type: ignore[misc]
         return shown[:-1] if shown.endswith(":///") else shown
 
     def revive(self, channel: Any) -> None:
-        """Start again after a connection was lost: the next use opens a new one."""
+        """Close the connections; the next call opens new ones. For API compatibility with Celery 3.1."""
         self.close()
 
     def close(self) -> None:
-        """Close this process's connections; results that nobody has taken stay in their queues."""
+        """Close this process's connections. Results stay in their queues."""
         self._link.reset()
+        self.asker.close()
         self._publisher.close()
 
     def after_fork(self) -> None:
-        """Called in a forked child: the connections, and what came over them, are the parent's."""
+        """Called in a forked child: abandon the parent's connections and its state."""
         self._link.abandon()
         self._publisher.abandon()
+        self.asker.abandon()
         if self.joiner is not None:
             self.joiner.abandon()
         self.layout.forget_all()
@@ -368,7 +393,7 @@ class AMQPBackend(Waiting, Celery31, Backend):  # type: ignore[misc]
         self._pending.clear()
 
     def at_exit(self) -> None:
-        """Called at the end of the process: what it has published is confirmed before."""
+        """Called at the end of the process: wait for outstanding confirms, then close."""
         self._publisher.close()
 
     def __reduce__(self, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:

@@ -1,7 +1,7 @@
-"""Cancelling groups and chords: one message for the workers, one for each joiner, one for each queue of results.
+"""Cancelling groups and chords: one message to the workers, one to each joiner, one to each queue of results.
 
-The message in a queue of results is the notice of cancellation: whoever waits there, or looks, for a task without
-a result is told that it was revoked. It goes away with the queue.
+The message in a queue of results is a notice of cancellation. Readers of the queue that wait for a task without a
+result, or look up its state, learn from it that the task was revoked. The notice expires with the queue.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ REASON = "cancelled"
 
 
 class _Found:
-    """What belongs to a result that is cancelled: ids."""
+    """The ids of groups, headers and tasks that belong to a cancelled result."""
 
     def __init__(self) -> None:
         self.groups: list[str] = []
@@ -69,13 +69,12 @@ class _Found:
 
 
 def cancel(result: Any) -> None:
-    """Have no more tasks of a group or a chord begin, and whoever waits for it be told at once.
+    """Cancel a group or a chord: no more of its tasks begin, and every process that waits for it is told at once.
 
-    However large it is, this is one message for the workers, one for each chord in it, and one for each queue of
-    results, as a rule one in all; nothing is stored for each task. Tasks that run already are not stopped. The
-    errbacks of a chord are called once, with a ``ChordError``; its body is not called. ``get()`` of whatever has
-    no result yet raises ``TaskRevokedError``, in every process, and its state is ``REVOKED``. What is complete
-    stays as it is.
+    For any size, this sends one message to the workers, one for each chord, and one to each queue of results,
+    which is usually one queue. Nothing is stored for each task. Running tasks are not stopped. The errbacks of a
+    chord are called once, with a ``ChordError``; its body is not called. For tasks without a result, ``get()``
+    raises ``TaskRevokedError`` in every process, and the state is ``REVOKED``. Stored results stay.
 
     Args:
         result: a ``GroupResult``, or the ``AsyncResult`` of a chord or of a chain with a group in it.
@@ -115,7 +114,7 @@ def revoke_rest(backend: Any, group_id: str) -> None:
 
 def _backend_of(app: Any) -> Any:
     backend = app.backend
-    if getattr(backend, "pump", None) is None:
+    if getattr(backend, "loop_reader", None) is None:
         raise ImproperlyConfigured(
             f"cancel() needs result_backend fastres://, where results are found by their ids, not {backend!r}"
         )

@@ -1,4 +1,4 @@
-"""The hooks that give Celery's tasks their ids, so that the results that are read together live together.
+"""Hooks that generate the ids of Celery's tasks, so that results that are read together are in one queue.
 
 Celery decides a task's id in two places: ``Signature.freeze`` (canvas) and ``Celery.send_task`` (tasks that are
 sent by themselves). The hooks put ids there (see ``fastres.ids``), for the applications they are installed for:
@@ -44,7 +44,7 @@ ATTRIBUTE = "fastres_task_ids"
 
 
 class _Frozen(threading.local):
-    """What is being frozen around a signature."""
+    """The group or chord that is being frozen around a signature."""
 
     #: The id of the innermost group.
     group_id: str | None = None
@@ -55,7 +55,7 @@ _all: WeakSet[TaskIds] = WeakSet()
 
 
 class TaskIds:
-    """The ids of the tasks that a process sends with one application.
+    """Generates the ids of the tasks that a process sends with one application.
 
     Args:
         expires: seconds that results are kept for, None: for ever.

@@ -21,7 +21,6 @@ from kombu.exceptions import OperationalError
 
 import fastres as package
 from fastres.amqp.connector import establish
-from fastres.chords.status import ask
 from fastres.doctor import Checkup, Failed, examine, shards_of
 from fastres.watching import line_of, watched
 
@@ -99,7 +98,7 @@ def status(ctx: Any, timeout: float, interval: float | None, as_json: bool) -> N
     backend = _backend_with_chords(ctx.obj.app)
     while True:
         with _in_one_line(backend):
-            shards = ask(backend, timeout)
+            shards = backend.asker.status(timeout)
         if interval and not as_json:
             click.clear()
         if as_json:

@@ -1,4 +1,4 @@
-"""What only the class of Celery 3.1 had."""
+"""Methods that only the class of Celery 3.1 had."""
 
 from __future__ import annotations
 

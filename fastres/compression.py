@@ -1,4 +1,4 @@
-"""Compressed bodies: unpacked, up to a limit."""
+"""Decompresses bodies up to a size limit."""
 
 from __future__ import annotations
 

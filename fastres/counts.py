@@ -1,4 +1,4 @@
-"""What a process has done with results and chords, in numbers: always counted, shown by ``fastres.metrics``."""
+"""Counters of a process. They always count; ``fastres.metrics`` exports them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ BOUNDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0
 
 
 class Latency(msgspec.Struct):
-    """How long something took, each time."""
+    """A histogram of durations."""
 
     #: How often, by bucket; of all of them, how many seconds.
     buckets: list[int] = msgspec.field(default_factory=lambda: [0] * (len(BOUNDS) + 1))
@@ -25,7 +25,7 @@ class Latency(msgspec.Struct):
 
 
 class JoinerCounts(msgspec.Struct):
-    """The numbers of a joiner."""
+    """The counters of a joiner."""
 
     #: From a write of bodies or events to the broker's answer.
     commits: Latency = msgspec.field(default_factory=Latency)
@@ -35,7 +35,7 @@ class JoinerCounts(msgspec.Struct):
 
 
 class Counts(msgspec.Struct):
-    """The numbers of a backend in one process. Threads that count at the same moment may lose one."""
+    """The counters of a backend in one process. Threads that count at the same moment may lose an increment."""
 
     #: Messages that were published: results, states, parts of chords.
     published: int = 0

@@ -1,4 +1,4 @@
-"""What ``celery fastres doctor`` looks at."""
+"""The checks of ``celery fastres doctor``."""
 
 from __future__ import annotations
 
@@ -22,7 +22,6 @@ import fastres as package
 from fastres import ids
 from fastres.amqp.connector import establish
 from fastres.amqp.rabbitmq import RabbitMQ, session_of
-from fastres.chords.status import ask
 from fastres.management import limits
 
 if TYPE_CHECKING:
@@ -41,11 +40,11 @@ ALIASES = ("fastres", "fastress", "amqp", "amqps", "fastres-rpc", "fastress-rpc"
 
 
 class Failed(Exception):
-    """A check failed that the next ones depend on."""
+    """A check failed that later checks depend on."""
 
 
 class Checkup:
-    """Runs checks, tells their outcome, and remembers whether one failed.
+    """Runs checks, prints their outcomes, and remembers failures.
 
     Args:
         out: Celery's context of a command, which prints.
@@ -240,7 +239,7 @@ def _tell_of_chords(backend: Any, session: Session, check: Checkup) -> None:
             joiners = [0 if shard is None else shard.consumers for shard in shards]
             say(f"{min(joiners)} workers or joiners at {', '.join(shards_of(backend))}")
         own = backend.app.conf.task_default_queue
-        for shard in ask(backend, PATIENCE):
+        for shard in backend.asker.status(PATIENCE):
             theirs = shard.open.queue if shard.open is not None else ""
             if theirs and theirs != own:
                 check.warn(

@@ -1,4 +1,4 @@
-"""The exceptions of fastres: one leaf module, so that both implementations raise the same ones."""
+"""The exceptions of fastres. A leaf module, so that both implementations raise the same classes."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ TIMED_OUT = "delivery acknowledgement"
 
 
 class Error(Exception):
-    """The root of what fastres raises; each is also what Celery, kombu or py-amqp raise in its place."""
+    """The base of all exceptions of fastres. Each is also an instance of what Celery, kombu or py-amqp raise."""
 
 
 class BrokerUnreachable(Error, OperationalError):  # type: ignore[misc]
-    """There was no connection to be had for as long as was asked for."""
+    """The broker could not be reached, or did not respond, within the given time."""
 
 
 class AccessRefused(Error, amqp.exceptions.AccessRefused):  # type: ignore[misc]
@@ -45,7 +45,7 @@ class AccessRefused(Error, amqp.exceptions.AccessRefused):  # type: ignore[misc]
 
 
 class ConsumerTimeout(Error, amqp.exceptions.PreconditionFailed):  # type: ignore[misc]
-    """Something was held without an acknowledgement for longer than the broker's ``consumer_timeout``."""
+    """Messages were unacknowledged for longer than the broker's ``consumer_timeout``."""
 
 
 class QueueGone(Error, OperationalError):  # type: ignore[misc]
@@ -53,11 +53,11 @@ class QueueGone(Error, OperationalError):  # type: ignore[misc]
 
 
 class MessageRefused(Error, amqp.exceptions.MessageNacked):  # type: ignore[misc]
-    """The broker has refused to keep a message."""
+    """The broker has refused a message."""
 
 
 class TasksNotSent(Error, OperationalError):  # type: ignore[misc]
-    """The broker did not keep some of the tasks that were sent in bulk.
+    """The broker has refused some of the tasks of ``fastres.apply_many``, or had no queue for them.
 
     Args:
         text: what it says.
@@ -72,11 +72,11 @@ class TasksNotSent(Error, OperationalError):  # type: ignore[misc]
 
 
 class ResultsMissing(Error, TimeoutError):  # type: ignore[misc]
-    """Not all results came in time; the text says what is known of why."""
+    """Not all results arrived before the timeout. The message says what is known about the reason."""
 
 
 class ResultsGone(Error, LookupError):
-    """Results that are asked for once are not in their queue: they expired, or somebody took them."""
+    """Results that can be read once are not in their queue: they expired, or were read before."""
 
 
 class BacklogLimitExceeded(Error):
@@ -84,19 +84,19 @@ class BacklogLimitExceeded(Error):
 
 
 class MalformedResult(Error, DecodeError):  # type: ignore[misc]
-    """A message that decodes, but is no result: it lacks a field that every Celery result has."""
+    """A message that can be decoded, but lacks a field that every Celery result has."""
 
 
 class MalformedEvent(Error, DecodeError):  # type: ignore[misc]
-    """A message in the log of the chords that is no event of a chord."""
+    """A message in the log of the chords is not an event."""
 
 
 class NewerEvent(Error):
-    """A message in the log of the chords that a newer fastres has written."""
+    """An event in the log of the chords was published by a newer fastres."""
 
 
 class OversizedResult(Error, DecodeError):  # type: ignore[misc]
-    """A compressed result that unpacks to more than the limit."""
+    """A compressed result decompresses to more than the limit."""
 
 
 class ResultTooLarge(Error, EncodeError):  # type: ignore[misc]
@@ -117,8 +117,8 @@ def refusal(exc: Exception, broker: str) -> Exception:
     if isinstance(exc, amqp.exceptions.AccessRefused):
         # The broker names the queue and the user.
         return AccessRefused(
-            f"the broker {broker} says: {exc.reply_text}. README lists the permissions that clients and workers "
-            "need, for `rabbitmqctl set_permissions`"
+            f"the broker {broker} says: {exc.reply_text}. `celery -A proj fastres doctor` prints the "
+            "permissions that clients and workers need, for `rabbitmqctl set_permissions`"
         )
     if isinstance(exc, amqp.exceptions.PreconditionFailed) and TIMED_OUT in (exc.reply_text or ""):
         return ConsumerTimeout(

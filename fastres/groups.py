@@ -1,4 +1,4 @@
-"""Groups that are saved, each in a queue of its own."""
+"""Saving and restoring groups, each in a queue of its own."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ SAVED_PER_MESSAGE = 50_000
 
 
 class Saved(NamedTuple):
-    """A group that was saved: Celery's ``as_tuple`` in two parts."""
+    """A saved group: the two parts of Celery's ``as_tuple``."""
 
     identity: Any
     children: list[Any]
 
 
 class Groups:
-    """Saves groups, each in a queue of its own, for any process to restore.
+    """Saves groups, each in a queue of its own. Any process can restore them.
 
     Args:
         publisher: publishes what is saved.

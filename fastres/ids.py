@@ -62,18 +62,18 @@ _RANDOM = (1 << 60) - 1
 
 
 class Kind(IntEnum):
-    """What the result of a kin id is to the others of its kin."""
+    """The role of a kin id among the ids of its kin."""
 
-    #: One of a group's results, which are read together.
+    #: A member of a group: its results are read together.
     MEMBER = 0
-    #: What a task inside of a member's chain returns, which nobody joins.
+    #: A task inside a member's chain, whose result no join reads.
     STEP = 1
-    #: One of the lone tasks, or of the small chords, that a process sent one after the other.
+    #: A lone task, or a task of a small chord, of a process that sent several one after the other.
     PAGE = 2
 
 
 class Kin(NamedTuple):
-    """What a kin id says."""
+    """The parts of a kin id."""
 
     #: 60 bits.
     kin: int

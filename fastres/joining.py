@@ -1,4 +1,4 @@
-"""Joining a group on other terms than that all of it succeeds: what ``fastres.settle`` is for chords."""
+"""Joining a group when not all tasks succeed, or not all are waited for: ``fastres.settle`` for groups."""
 
 from __future__ import annotations
 
@@ -28,26 +28,27 @@ def join(
     revoke: bool = False,
     timeout: float | None = None,
 ) -> list[Any]:
-    """The results of a group's tasks, in its order.
+    """Wait for enough tasks of a group and return their results, in the order of the group.
 
-    What is read is taken from the broker, as by ``GroupResult.get``; what is not waited for stays there.
+    Takes the results that it reads from the broker, as ``GroupResult.get`` does. Other results stay there.
 
     Args:
-        results: a ``GroupResult`` or ``ResultSet``; those of groups in it are in one list with the others.
-        settle: have the exception of each task that has failed, or was revoked, in its place. Otherwise the first
-            is raised, or is left out where ``first`` is given.
-        tolerate: ``settle`` so many of them, or a share below 1 of all, and raise the next one.
-        first: return as soon as so many have succeeded, with what has come until then. Where all have come and
-            fewer have succeeded, the last failure is raised.
-        deadline: seconds after which what has come is returned.
-        revoke: have the tasks that have not begun when ``first`` or ``deadline`` ends the wait not begin any more:
+        results: a ``GroupResult`` or ``ResultSet``. The results of groups inside it are in the same flat list.
+        settle: return the exceptions of failed and revoked tasks in their places. If False, the first exception is
+            raised, or left out if ``first`` is given.
+        tolerate: as ``settle``, for at most this number of tasks, or this share of all tasks (a float below 1). One
+            failure more is raised.
+        first: return when this number of tasks has succeeded, with the results that have arrived by then. If all
+            tasks have ended and fewer have succeeded, the last exception is raised.
+        deadline: seconds after which the results that have arrived are returned.
+        revoke: when ``first`` or ``deadline`` ends the wait, cancel the tasks that have not begun:
             :func:`fastres.cancel`.
         timeout: seconds after which an exception is raised.
 
     Raises:
-        fastres.ResultsMissing: not all came before the timeout.
-        Exception: what a task has raised.
-        ValueError: ``tolerate``, ``first`` or ``deadline`` is out of its range.
+        fastres.ResultsMissing: not enough results arrived before the timeout.
+        Exception: the exception of a task.
+        ValueError: ``tolerate``, ``first`` or ``deadline`` is out of range.
     """
     terms = checked(tolerate=tolerate, first=first, deadline=deadline)
     leaves = list(leaves_of(results.results))

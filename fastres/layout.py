@@ -1,4 +1,4 @@
-"""How results are laid out over queues: where one is written, and how it is waited for, looked at and forgotten.
+"""The layout of results over queues: where a result is stored, awaited, looked up and forgotten.
 
 One class for each alias: ``SharedQueues`` of ``fastres://``, ``Mailbox`` of ``fastres-rpc://``.
 """
@@ -28,7 +28,7 @@ __all__ = ("Layout", "Mailbox", "SharedQueues")
 
 
 class SharedQueues:
-    """The queue of a result is a function of its task's id: any process that has the id writes and reads it there.
+    """The queue of a result is a function of the task's id, so that any process that has the id can read it.
 
     Args:
         app: the Celery application.
@@ -117,7 +117,7 @@ class SharedQueues:
 
 
 class Mailbox:
-    """Results in the reply queue of the client that sent the task: nobody else can read them.
+    """Results are in the reply queue of the client that sent the task, and no other process can read them.
 
     Args: those of ``SharedQueues``.
     """

@@ -1,4 +1,4 @@
-"""The logger of fastres, and the book in which it counts what it reported."""
+"""The logger of fastres, and the counters of reported messages."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ REMEMBERED = 10_000
 
 
 class Reports:
-    """Messages that are no result anybody can use: each is logged and counted once."""
+    """Reports messages that are not usable results: each is logged and counted once."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()

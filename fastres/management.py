@@ -1,4 +1,4 @@
-"""What RabbitMQ's management API tells of policies, which AMQP does not."""
+"""Reads policies from RabbitMQ's management API; AMQP does not show them."""
 
 from __future__ import annotations
 

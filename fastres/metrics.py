@@ -1,4 +1,4 @@
-"""Numbers for Prometheus, in its own library: ``pip install fastres[metrics]``."""
+"""Collectors for Prometheus, which need ``pip install fastres[metrics]``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from celery import current_app
 from celery.exceptions import ImproperlyConfigured
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 
-from fastres.chords.status import ask
 from fastres.counts import BOUNDS
 from fastres.logs import logger
 
@@ -36,7 +35,7 @@ def _backend_of(app: Any) -> Any:
 
 
 class ProcessCollector:
-    """What this process has done since it started: a collector for ``prometheus_client``.
+    """A collector for ``prometheus_client``: the counters of this process since its start.
 
     ``REGISTRY.register(ProcessCollector(app))`` in a client or a worker; in the children of a prefork pool, each
     of which has numbers of its own, on the signal ``worker_process_init``, with a port of its own.
@@ -78,7 +77,7 @@ class ProcessCollector:
 
 
 class ChordCollector:
-    """What the joiners of an application know of its chords, and the broker of them: asked at each scrape.
+    """A collector for ``prometheus_client``: open chords and joiners. Each scrape asks the broker and the joiners.
 
     Args: those of ``ProcessCollector``.
     """
@@ -90,7 +89,7 @@ class ChordCollector:
         """Without a broker, ``fastres_up`` is 0 and there is nothing else."""
         shards: list[ShardStatus] = []
         try:
-            shards = ask(self._backend, PATIENCE)
+            shards = self._backend.asker.status(PATIENCE)
         except Exception as exc:
             logger.warning("The broker cannot be asked about chords: %r", exc)
         yield GaugeMetricFamily("fastres_up", "Whether the broker could be asked.", int(bool(shards)))

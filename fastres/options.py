@@ -1,4 +1,4 @@
-"""What ``result_backend_transport_options`` may hold, with defaults and units."""
+"""The options of ``result_backend_transport_options``, with defaults and units."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Options:
     """The options of a backend.
 
     Raises:
-        celery.exceptions.ImproperlyConfigured: an option is unknown, or has a value it cannot have.
+        celery.exceptions.ImproperlyConfigured: an option is unknown, or its value is invalid.
     """
 
     #: Put before every queue name, so that several applications can share a virtual host.

@@ -1,4 +1,4 @@
-"""What backends do when their process forks, and when it ends."""
+"""Notifies backends when their process forks or ends."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ("attend",)
 
 
 class Attended(Protocol):
-    """What is told of both."""
+    """An object that is notified."""
 
     def after_fork(self) -> None:
         """In a forked child: the connections, and what came over them, are the parent's."""

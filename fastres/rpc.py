@@ -1,4 +1,4 @@
-"""``RPCBackend``: results in the reply queue of the client that sent the task, as Celery's ``rpc`` has them."""
+"""``RPCBackend``: results in the reply queue of the client, as with Celery's ``rpc``."""
 
 from __future__ import annotations
 
@@ -16,12 +16,14 @@ joins them cannot read them there. Use fastres://, where any process reads a gro
 
 
 class RPCBackend(AMQPBackend):
-    """Results in the reply queue of the client that sent the task: nobody else can read them.
+    """A result backend that keeps results in the reply queue of the client that sent the task.
 
-    Compatible with Celery's ``rpc`` backend: the one reads what the workers of the other write.
+    No other process can read them. Compatible with Celery's ``rpc`` backend: either reads the results of the other's
+    workers.
     """
 
     persistent = False
+    supports_failure_expires = False
 
     layout: Mailbox
     _scheme = "fastres-rpc"

@@ -1,15 +1,14 @@
-"""Sending a group, or a chord, of many tasks: what Celery sends, made from one of its own messages.
+"""Sending a group or a chord of many tasks: Celery's own messages, made from one of them.
 
-Celery makes the messages of the first two tasks. If they differ in nothing but what is known to differ (ids, the
-place in the group, the arguments), the first is the template for all that follow. If anything else may look at a
-task on its way (an override of ``Task.apply_async``, a receiver of ``before_task_publish``, a router of the
-user's), each task goes Celery's way.
+Celery makes the messages of the first two tasks. If these differ in ids, places in the group and arguments only,
+the first message is the template of all others. If other code may look at each task (an override of
+``Task.apply_async``, a receiver of ``before_task_publish``, a router of the user's), Celery sends the tasks one by
+one.
 """
 
 from __future__ import annotations
 
 import os
-import struct
 import time
 from collections.abc import Callable, Iterator
 from itertools import chain, islice
@@ -23,31 +22,22 @@ from celery import canvas, signals
 from celery.app.routes import MapRoute
 from celery.canvas import Signature, chord, group, maybe_signature
 from celery.exceptions import ImproperlyConfigured
-from celery.utils.saferepr import saferepr
-from kombu.compression import compress
-from kombu.exceptions import EncodeError
-from kombu.serialization import dumps
-from kombu.utils.json import JSONEncoder
 from kombu.utils.uuid import uuid
 from vine import barrier
 
-from fastres._impl import MessageTemplate
-from fastres._protocols import ID, PLACE, TABLE, TEXT
-from fastres._py.frames import BODY, HEADER, LEAD, frame
 from fastres.amqp.session import is_open
 from fastres.backend import AMQPBackend
 from fastres.canvas import ATTRIBUTE
-from fastres.chords.bodies import BodyProducer, is_kombus_json
 from fastres.errors import TasksNotSent, refusal
 from fastres.ids import new_id, parse
 from fastres.write.bulk import AT_ONCE, Bulk
+from fastres.write.template import Sample, Sampler, Template
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from celery.result import AsyncResult, GroupResult
 
-    from fastres.amqp.publishing import Publishing
 
 __all__ = ("apply_many",)
 
@@ -55,14 +45,10 @@ __all__ = ("apply_many",)
 OWN = ("chord", "connection", "group_id", "group_index", "producer", "publisher", "task_id")
 #: Options whose meaning depends on when a task is sent, and for how many seconds a template of such is used.
 TIMES, FRESH = ("countdown", "expires"), 1.0
-#: Headers and properties with times.
-MADE_AT = ("eta", "expires", "expiration")
 #: Seconds after which what has been made is sent, if no more comes: from a slow iterable.
 PROMPT = 0.02
 #: Random ids that are made at once.
 IDS = 512
-#: Texts that are shown as they are: the longest, all together.
-SHORT = 256
 
 
 def apply_many(
@@ -75,28 +61,30 @@ def apply_many(
     confirm: bool = True,
     **options: Any,
 ) -> Any:
-    """Send a group of tasks, or a chord: ``group(task.s(*args) for args in args_iterable)`` at the broker's pace.
+    """Send a group or a chord of many tasks at the broker's pace.
 
-    What arrives is what Celery would have sent. An iterator is sent as it is consumed, in bounded memory.
+    Sends what ``group(task.s(*args) for args in args_iterable).apply_async(**options)`` sends. The tasks are sent while
+    ``args_iterable`` is consumed, in bounded memory.
 
     Args:
-        task: a task, a signature of one, or the name of one.
-        args_iterable: the positional arguments of each task: tuples or lists.
-        kwargs: keyword arguments, the same for all.
-        body: the signature of a chord's body, which gets their results.
-        app: the application, if not the task's own.
-        confirm: wait until the broker has confirmed each of them.
-        options: of each task, as of ``Task.apply_async``: ``queue``, ``priority``, ``expires``, ``countdown``,
+        task: a task, a signature of a task, or the name of a task.
+        args_iterable: the positional arguments of each task, as tuples or lists.
+        kwargs: keyword arguments of all tasks.
+        body: the signature of a chord's body, which gets the results of the tasks.
+        app: the application; default: that of the task.
+        confirm: wait until the broker has confirmed all tasks.
+        options: options of ``Task.apply_async`` for all tasks: ``queue``, ``priority``, ``expires``, ``countdown``,
             ``headers``, ``serializer``, ``ignore_result`` and the others.
 
-    Returns: the ``GroupResult``; with ``body`` the ``AsyncResult`` of the body, whose parent it is.
+    Returns:
+        The ``GroupResult``. With ``body``, the ``AsyncResult`` of the body, whose ``parent`` is the ``GroupResult``.
 
     Raises:
-        fastres.TasksNotSent: the broker refused some, or had no queue for them; the others are sent. With ``body``
-            the chord is never complete then.
-        fastres.BrokerUnreachable: it was not there for as long as ``task_publish_retry_policy`` says.
-        kombu.exceptions.EncodeError: arguments cannot be serialized; the tasks before that one are sent.
-        TypeError: a task does not take these arguments, or an option is one that the group decides on.
+        fastres.TasksNotSent: the broker refused some tasks, or had no queue for them. The others are sent. A chord
+            never completes then.
+        fastres.BrokerUnreachable: the broker could not be reached within ``task_publish_retry_policy``.
+        kombu.exceptions.EncodeError: the arguments of a task cannot be serialized. The tasks before it are sent.
+        TypeError: a task does not take its arguments, or an option is one that the group sets itself.
     """
     for name in OWN:
         if options.get(name) is not None:
@@ -226,9 +214,9 @@ class _Sending:
             patience = app.backend.options.confirm_timeout
             try:
                 with Bulk(connection, self._confirm, patience, _retry_policy(app)) as bulk:
-                    sampler = _Sampler(bulk.session.channel())
+                    sampler = Sampler(bulk.session.channel())
                     samples = [self._sample(sampler, args, place) for place, args in enumerate(first)]
-                    template = _Template(app, bulk, self._signature, samples[0], self._confirm)
+                    template = Template(app, bulk, self._signature, samples[0], self._confirm)
                     alike = template.makes(samples[1])
                     if alike:
                         ids.begin(samples[0].id)
@@ -240,12 +228,12 @@ class _Sending:
                 said = refusal(exc, connection.as_uri())
                 raise said from (None if said is exc else exc)
 
-    def _sample(self, sampler: _Sampler, args: tuple[Any, ...], place: int) -> _Sample:
+    def _sample(self, sampler: Sampler, args: tuple[Any, ...], place: int) -> Sample:
         self._send_one(sampler, args, place)
         return sampler.take(args, place)
 
     def _write(
-        self, bulk: Bulk, template: _Template, sampler: _Sampler, arguments: Iterator[Any], ids: _Ids
+        self, bulk: Bulk, template: Template, sampler: Sampler, arguments: Iterator[Any], ids: _Ids
     ) -> None:
         timed = any(self._signature.options.get(name) is not None for name in TIMES)
         made = flushed = time.monotonic()
@@ -264,9 +252,9 @@ class _Sending:
                 made = flushed
                 if not is_open(sampler.channel):
                     # It went with a connection that broke.
-                    sampler = _Sampler(bulk.session.channel())
+                    sampler = Sampler(bulk.session.channel())
                 sample = self._sample(sampler, _checked(args, place), place)
-                template = _Template(self._app, bulk, self._signature, sample, self._confirm)
+                template = Template(self._app, bulk, self._signature, sample, self._confirm)
             id_ = ids.new()
             try:
                 template.add(id_, place, _checked(args, place))
@@ -292,217 +280,8 @@ class _Sending:
         bulk.finish()
 
 
-class _Sample:
-    """A message that Celery has made for a task."""
-
-    def __init__(self, publishing: Publishing, call: Any, how: tuple[Any, ...], args: Any, place: int) -> None:
-        self.message = publishing.message
-        self.exchange, self.routing_key = publishing.exchange, publishing.routing_key
-        #: Arguments, keyword arguments, and callbacks and the like; how they were serialized.
-        self.call, self.how = call, how
-        self.args, self.place = args, place
-        self.id: str = self.message.properties["correlation_id"]
-        self.headers: dict[str, Any] = self.message.properties["application_headers"]
-        body = self.message.body
-        encoding = self.message.properties.setdefault("content_encoding", "utf-8")
-        self.body: bytes = body.encode(encoding) if isinstance(body, str) else bytes(body)
-
-
-class _Sampler(BodyProducer):
-    """Publishes nothing, and keeps what would have been; queues are declared all the same."""
-
-    def __init__(self, channel: Any) -> None:
-        super().__init__(channel, [])
-        self._call: Any = None
-        self._how: tuple[Any, ...] = ()
-
-    def _prepare(
-        self, body: Any, serializer: Any = None, content_type: Any = None, content_encoding: Any = None,
-        compression: Any = None, headers: Any = None,
-    ) -> Any:  # fmt: skip
-        self._call, self._how = body, (serializer, content_type, content_encoding, compression)
-        return super()._prepare(body, serializer, content_type, content_encoding, compression, headers)
-
-    def take(self, args: Any, place: int) -> _Sample:
-        assert self.publishings is not None
-        (publishing,) = self.publishings
-        self.publishings.clear()
-        return _Sample(publishing, self._call, self._how, args, place)
-
-
-class _Template:
-    """Makes the messages of tasks that differ from a sample in their ids, their places and their arguments."""
-
-    def __init__(self, app: Any, bulk: Bulk, signature: Any, sample: _Sample, confirm: bool) -> None:
-        self._channel_id = bulk.channel.channel_id
-        self._frame_max = bulk.frame_max
-        self._sample = sample
-        self._to = sample.exchange, sample.routing_key
-        self._mandatory = confirm
-        self._own = () if signature.immutable else None
-        self._more = tuple(signature.args)
-        self._show = _Shown(app, None if signature.options.get("argsrepr") is None else "")
-        self._check = _check_of(app, signature)
-        self._kwargs = dict(signature.kwargs)
-        self._encode = _encoder(sample, self._all(sample.args))
-        shown = self._show(self._all(sample.args))
-        pieces, slots, table = _cut(sample, shown)
-        self._messages = MessageTemplate(
-            self._channel_id, self._frame_max, *self._to, self._mandatory, pieces, slots, table
-        )
-        self.size = self._messages.__len__
-        self.take = self._messages.take
-
-    def _all(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """With those of the signature."""
-        return args + self._more if self._own is None else self._more
-
-    def add(self, id_: bytes, place: int, args: tuple[Any, ...]) -> None:
-        """Add a task's message.
-
-        Raises:
-            TypeError: it does not take these arguments.
-            kombu.exceptions.EncodeError: they cannot be serialized.
-        """
-        every = self._all(args)
-        try:
-            if self._check is not None:
-                self._check(*every, **self._kwargs)
-            body = self._encode(every)
-        except TypeError as exc:
-            raise TypeError(f"task {place}: {exc}") from exc
-        except EncodeError as exc:
-            raise EncodeError(f"task {place}: {exc}") from exc
-        self._messages.add(id_, place, self._show(every), body)
-
-    def makes(self, sample: _Sample) -> bool:
-        """Whether this makes another message as Celery has made it, but for what depends on when it was made."""
-        for values, own in (
-            (sample.headers, self._sample.headers),
-            (sample.message.properties, self._sample.message.properties),
-        ):
-            values.update({name: own[name] for name in MADE_AT if own.get(name) and values.get(name)})
-        if (sample.exchange, sample.routing_key) != self._to:
-            return False
-        self.add(sample.id.encode(), sample.place, sample.args)
-        made = self.take()
-        (method,) = struct.unpack_from(">I", made, 3)
-        return bytes(made[method + 8 :]) == _frames(sample, self._channel_id, self._frame_max)
-
-
-def _frames(sample: _Sample, channel_id: int, frame_max: int) -> bytes:
-    """The frames of a message behind that of the method, as py-amqp would write them."""
-    header = LEAD.pack(60, 0, len(sample.body)) + sample.message._serialize_properties()
-    most = frame_max - 8
-    parts = [sample.body[start : start + most] for start in range(0, len(sample.body), most)]
-    return frame(HEADER, channel_id, header) + b"".join([frame(BODY, channel_id, part) for part in parts])
-
-
-def _cut(sample: _Sample, shown: bytes) -> tuple[list[bytes], bytes, int]:
-    """The properties of a message, cut where those of others differ: pieces, slots, and the size of the table."""
-    properties: bytes = sample.message._serialize_properties()
-    id_ = sample.id.encode()
-    found: list[tuple[int, int, int]] = []
-    start = properties.find(id_)
-    while start >= 0:
-        found.append((start, len(id_), ID))
-        start = properties.find(id_, start + len(id_))
-    place = _field("group_index", b"I") + struct.pack(">i", sample.place)
-    start = properties.find(place)
-    if start >= 0:
-        found.append((start + len(place) - 4, 4, PLACE))
-    text = _field("argsrepr", b"S") + struct.pack(">I", len(shown)) + shown
-    start = properties.find(text)
-    texts = 0
-    if start >= 0 and shown:
-        found.append((start + len(text) - len(shown) - 4, 4 + len(shown), TEXT))
-        texts = len(shown)
-    # Flags, content type and content encoding are before the table.
-    start = 2
-    for name in ("content_type", "content_encoding"):
-        start += 1 + len(sample.message.properties[name].encode())
-    (size,) = struct.unpack_from(">I", properties, start)
-    found.append((start, 4, TABLE))
-    pieces, slots, end = [], [], 0
-    for start, length, slot in sorted(found):
-        pieces.append(properties[end:start])
-        slots.append(slot)
-        end = start + length
-    return [*pieces, properties[end:]], bytes(slots), size - texts
-
-
-def _field(name: str, kind: bytes) -> bytes:
-    return bytes([len(name)]) + name.encode() + kind
-
-
-def _encoder(sample: _Sample, args: tuple[Any, ...]) -> Callable[[Any], bytes]:
-    """Serializes what a task is called with.
-
-    Args:
-        args: the positional arguments of the sample.
-    """
-    serializer, content_type, _, compression = sample.how
-    _, kwargs, rest = sample.call
-    if serializer == "json" and not compression and not content_type and is_kombus_json():
-        encode = JSONEncoder().encode
-        begin = b"[" + str(encode(args)).encode()
-        if sample.body.startswith(begin):
-            end = sample.body[len(begin) :]
-
-            def as_json(args: Any) -> bytes:
-                try:
-                    return b"[" + str(encode(args)).encode() + end
-                except Exception as exc:
-                    raise EncodeError(str(exc)) from exc
-
-            return as_json
-
-    def serialize(args: Any) -> bytes:
-        _, encoding, body = dumps((args, kwargs, rest), serializer=serializer)
-        if compression:
-            body, _ = compress(body, compression)
-        return body.encode(encoding) if isinstance(body, str) else bytes(body)
-
-    return serialize
-
-
-class _Shown:
-    """Shows arguments as Celery does in a task's headers.
-
-    Args:
-        app: the application.
-        given: what is shown in any case, None: the arguments.
-    """
-
-    def __init__(self, app: Any, given: str | None) -> None:
-        self._given = None if given is None else given.encode()
-        self._longest = app.amqp.argsrepr_maxsize
-        levels = app.conf.get("task_repr_maxlevels")
-        self._levels = {} if levels is None else {"maxlevels": levels}
-        self._short = min(SHORT, self._longest // 2)
-
-    def __call__(self, args: tuple[Any, ...]) -> bytes:
-        if self._given is not None:
-            return self._given
-        left, shown = self._short, []
-        for value in args:
-            kind = type(value)
-            if kind is int or kind is float or kind is bool or value is None:
-                text = str(value)
-            elif kind is str and len(value) < left:
-                text = "'" + value.replace("'", "\\'") + "'"
-            else:
-                left = 0
-                break
-            left -= len(text)
-            shown.append(text)
-        if left <= 0:
-            return str(saferepr(args, self._longest, **self._levels)).encode("utf-8", "surrogatepass")
-        return ("(" + ", ".join(shown) + (",)" if len(shown) == 1 else ")")).encode("utf-8", "surrogatepass")
-
-
 class _Ids:
-    """The ids of a group's tasks: those of one kin take 8 bytes each."""
+    """The ids of a group's tasks, at 8 bytes for each id of one kin."""
 
     def __init__(self) -> None:
         self._others: list[str] = []
@@ -586,12 +365,6 @@ def _group_result(app: Any, group_id: str, ids: _Ids) -> GroupResult:
 def _retry_policy(app: Any) -> dict[str, Any]:
     policy = dict(app.conf.task_publish_retry_policy or {})
     return policy if app.conf.task_publish_retry else {**policy, "max_retries": 0}
-
-
-def _check_of(app: Any, signature: Any) -> Callable[..., object] | None:
-    """What Celery checks a task's arguments with, None: nothing."""
-    task = app.tasks.get(signature.task)
-    return getattr(task, "__header__", None) if task is not None and task.typing else None
 
 
 def _is_plain(app: Any, signature: Any) -> bool:

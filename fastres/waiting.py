@@ -1,4 +1,4 @@
-"""How a user waits for results: the part of the backend that Celery calls asynchronous."""
+"""Waiting for results: the part of a backend that Celery calls asynchronous."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FIELDS = itemgetter("status", "task_id")
 
 
 class Waiting:
-    """What ``AsyncResult``, ``ResultSet`` and users wait with: a base of the backends."""
+    """The methods that ``AsyncResult``, ``ResultSet`` and users wait with."""
 
     is_async = True
 
@@ -49,15 +49,15 @@ class Waiting:
         """Wait for a task and return its result.
 
         Args:
-            timeout: seconds, None: for ever.
-            cache: take the result from this process's cache if it is there.
+            timeout: seconds; None: no limit.
+            cache: return the result from this process's cache if it is there.
             propagate: raise the exception of a failed task.
-            no_ack: False: leave the result for others even where the option ``take`` is ``"always"``.
+            no_ack: False leaves the result for other readers even if the option ``take`` is ``"always"``.
             on_interval: called about once a second.
 
         Raises:
-            celery.exceptions.TimeoutError: it did not come in time.
-            Exception: what the task raised, with ``propagate``.
+            fastres.ResultsMissing: the result did not arrive before the timeout.
+            Exception: the exception of the task, with ``propagate``.
         """
         meta = self._waits.cached(task_id, READY_STATES) if cache else None
         if meta is None:
@@ -81,20 +81,20 @@ class Waiting:
         max_iterations: int | None = None,
         **kwargs: Any,
     ) -> Iterator[tuple[str, Meta]]:
-        """Yield ``(task_id, meta)`` of many tasks as they become ready; nothing of it is kept here.
+        """Yield ``(task_id, meta)`` of many tasks as they become ready, in constant memory.
 
         Args:
-            timeout: seconds for all of them, None: for ever.
-            no_ack: False: leave the results for others, whatever the option ``take`` is.
-            now: the clock that the timeout is measured with, in seconds.
-            getfields: state and task id of a meta.
-            READY_STATES: the states that are final.
-            on_message: called with every meta that comes, those of states that are not final too.
+            timeout: seconds for all tasks; None: no limit.
+            no_ack: False leaves the results for other readers, whatever the option ``take`` is.
+            now: the clock that measures the timeout, in seconds.
+            getfields: returns state and task id of a meta.
+            READY_STATES: the final states.
+            on_message: called with every meta that arrives, also of states that are not final.
             on_interval: called about once a second, and after each batch.
-            max_iterations: how often to look, None: until all are there.
+            max_iterations: how many times to read; None: until all results have arrived.
 
         Raises:
-            celery.exceptions.TimeoutError: not all came in time.
+            fastres.ResultsMissing: not all results arrived before the timeout.
         """
         results = self._waits.many(
             task_ids,
@@ -125,14 +125,15 @@ class Waiting:
         return self._waits.group(result, timeout, no_ack, on_message=on_message, on_interval=on_interval)
 
     def iter_header(self, group_id: str, count: int) -> Iterator[Meta]:
-        """The metas of so many results of a group, whichever tasks they are of, as they come; each is taken.
+        """Yield and take the metas of ``count`` results of a group, of any of its tasks, as they arrive.
 
-        Raises: fastres.ResultsGone: some of them are not there.
+        Raises:
+            fastres.ResultsGone: there are fewer results.
         """
         return self._waits.header(group_id, count)
 
     def add_pending_result(self, result: Any, weak: bool = False, start_drainer: bool = True) -> Any:
-        """Called when somebody may wait for a result: a callback added with ``then`` fires when it is read."""
+        """Called by Celery before a result is waited for: callbacks added with ``then`` are called when it is read."""
         self._pending.add(result)
         if result._cache is not None and not result.on_ready.ready:
             result.on_ready(result)
@@ -142,13 +143,13 @@ class Waiting:
         return [self.add_pending_result(result, weak) for result in results]
 
     def remove_pending_result(self, result: Any) -> Any:
-        """Called when a result is ready, forgotten, or no longer referred to: it is held by a weak reference."""
+        """Called by Celery when a result is ready, forgotten, or no longer referred to."""
         self.layout.unexpected(result.id)
         self._pending.remove(result)
         return result
 
     def on_result_fulfilled(self, result: Any) -> None:
-        """Called by Celery when nobody waits for a result any more."""
+        """Called by Celery when no wait for a result is left."""
 
     def wait_for_pending(
         self,
@@ -162,7 +163,7 @@ class Waiting:
         on_message: Callable[[Meta], Any] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Wait for an ``AsyncResult``, and return or raise what the task did."""
+        """Wait for an ``AsyncResult``, and return its value or raise its exception."""
         self._ensure_not_eager()
         if result._cache is None:
             meta = self._waits.cached(result.id)

@@ -1,4 +1,4 @@
-"""How far groups and chords are."""
+"""The progress of groups and chords."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from celery import current_app, states
 from celery.exceptions import ImproperlyConfigured
 from celery.result import AsyncResult, GroupResult, ResultSet
 
-from fastres.chords.status import ask_about
 from fastres.groups import leaves
 
 if TYPE_CHECKING:
@@ -28,32 +27,32 @@ WIDTH = 30
 
 
 class Progress(NamedTuple):
-    """How many tasks of a group have ended; None: it is not known."""
+    """How many tasks of a group or a chord have ended. ``None``: unknown."""
 
-    #: They have succeeded, failed or were revoked.
+    #: Tasks that succeeded, failed or were revoked.
     ready: int
     #: All tasks.
     total: int | None
     succeeded: int | None = None
     failed: int | None = None
     revoked: int | None = None
-    #: Whether a joiner waits for more of them: this is a chord, and its body was not called yet.
+    #: Whether this is a chord whose body was not called yet.
     is_open: bool = False
 
 
 def progress(group: Any, *, app: Any = None, timeout: float = PATIENCE) -> Progress:
-    """How far a group or a chord is.
+    """Return the progress of a group or a chord.
 
-    For a chord this is one question to the process that joins it, however many tasks there are; for a group one
-    passive declaration of its queue, which tells how many results there are, and not what they are.
+    The cost does not depend on the number of tasks. A chord costs one question to its joiner. A group costs one
+    passive declaration of its queue, which tells the number of results but not their states.
 
     Args:
-        group: a ``GroupResult``; a chord's ``AsyncResult``; or the id of a group or of a chord's header, which is
-            taken for a chord's first.
-        app: the application, if ``group`` is an id and its application is not the current one.
-        timeout: seconds for a joiner to answer; without an answer a chord is looked at as a group is.
+        group: a ``GroupResult``, the ``AsyncResult`` of a chord, or the id of a group or of a chord's header.
+        app: the application of an id; default: the current application.
+        timeout: seconds to wait for the answer of a joiner. Without an answer, a chord is treated as a group.
 
-    Raises: fastres.BrokerUnreachable: the broker could not be reached.
+    Raises:
+        fastres.BrokerUnreachable: the broker could not be reached.
     """
     if isinstance(group, AsyncResult):
         if not isinstance(group.parent, GroupResult):
@@ -77,7 +76,7 @@ def progress(group: Any, *, app: Any = None, timeout: float = PATIENCE) -> Progr
 def _of_chord(backend: Any, chord_id: str, timeout: float) -> Progress | None:
     if getattr(backend, "joiner", None) is None:
         return None
-    known = ask_about(backend, chord_id, backend.chords.shard(chord_id), timeout)
+    known = backend.asker.chord(chord_id, timeout)
     if known is None:
         return None
     succeeded = known.parts - known.failed - known.revoked

@@ -1,5 +1,5 @@
-"""In the main process of a worker, whatever its pool: whether results can be stored, the joiner, revoking and
-cancelling."""
+"""Hooks in the main process of a worker of any pool: check that results can be stored, start the joiner, revoke,
+cancel."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ KIN = "fastres-kin-{:015x}"
 
 
 class _Dropping(threading.local):
-    """Whether a task is being dropped of which everybody who may wait was told."""
+    """Whether this thread drops a cancelled task, whose waits were told by the notice."""
 
     silently = False
 

@@ -1,5 +1,5 @@
-"""The task ids that a join waits for, and which of them have come; the result objects that are told; and what the
-tasks of a chord's header have returned, in order."""
+"""Aggregation: the task ids that a join waits for, the result objects of the tasks that have ended, and the results
+of a chord's header in order."""
 
 from vine import barrier
 
@@ -132,7 +132,7 @@ def listed(parts):
 
 
 cdef Py_ssize_t result_of(bytes part, const char** result):
-    """The length of what is behind the first line of a part, and where it is."""
+    """The position and the length of a part's result, which follows its first line."""
     cdef const char* text = part
     cdef const char* newline = <const char*>memchr(text, c"\n", PyBytes_GET_SIZE(part))
     if newline == NULL:

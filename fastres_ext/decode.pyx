@@ -1,4 +1,4 @@
-"""Message to result: kombu's registry decides what is accepted and how values come back.
+"""Decodes messages to results. kombu's registry defines which content types are accepted and how they are decoded.
 
 JSON goes by another way where that makes no difference: see ``Decoder._fast``.
 """
@@ -57,7 +57,7 @@ cdef bint is_kombus_json() except -1:
 
 
 cdef bint is_plain(object value, int depth) except -1:
-    """Whether JSON has these values itself, and no encoder of kombu's is asked."""
+    """Whether JSON has a type for all these values, so that no encoder of kombu is needed."""
     cdef double number
     kind = type(value)
     if kind is str or kind is int or value is None or kind is bool:
@@ -142,7 +142,7 @@ cdef class Decoder:
         return <dict>meta
 
     cdef bint _plain_json(self) except -1:
-        """Whether JSON is accepted, and decoded by kombu's own decoder."""
+        """Whether JSON is accepted, and no application has replaced kombu's decoder."""
         if registry._decoders.get("application/json") is not kombu_json:
             return False
         if self._accept is None:
@@ -150,7 +150,7 @@ cdef class Decoder:
         return "application/json" in self._accept or "application/json" in TRUSTED_CONTENT
 
     cdef object _fast(self, bytes body):
-        """A JSON body decoded, None where that is left to kombu.
+        """Decode a JSON body; None: kombu has to decode it.
 
         msgspec makes of JSON what Python's json does, value for value, or refuses it (NaN, infinities, lone
         surrogates, numbers beyond a double, whatever is not JSON): then kombu decides. kombu's own part are the

@@ -20,7 +20,7 @@ from rabbitmq_node import Node
 
 from fastres._impl import Delivery
 from fastres.addresses import Address
-from fastres.chords.bodies import Publishing
+from fastres.amqp.publishing import Publishing
 from fastres.chords.events import (
     WITH_TERMS,
     Event,
@@ -269,8 +269,8 @@ class Lab:
         """Read so many messages at most, and do what follows."""
         self._step(lambda: self._receiver(self.log.deliver(self._room(count))))
 
-    def look_after(self, renewal: float = 0.0, expires: float | None = None) -> None:
-        self._step(lambda: self.shard.look_after(renewal, expires))
+    def maintain(self, renewal: float = 0.0, expires: float | None = None) -> None:
+        self._step(lambda: self.shard.maintain(renewal, expires))
 
     def _step(self, action: Any) -> None:
         try:

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 import pytest
 from amqp.transport import TCPTransport
 from backend_kit import CELERY, Broker, MakeApp, Reports, close
-from celery import Celery
+from celery import Celery, uuid
 from proj import conf_of_run
 from rabbitmq_node import Node, Redis
 
@@ -155,6 +155,12 @@ def make_app(node: Node) -> Iterator[MakeApp]:
 @pytest.fixture
 def app(make_app: MakeApp) -> Celery:
     return make_app()
+
+
+@pytest.fixture
+def quiet(node: Node, make_app: MakeApp) -> Celery:
+    """An application whose tasks nobody runs."""
+    return make_app(node.url, task_default_queue=f"quiet-{uuid()}")
 
 
 @pytest.fixture

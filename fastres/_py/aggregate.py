@@ -1,5 +1,5 @@
-"""The task ids that a join waits for, and which of them have come; the result objects that are told; and what the
-tasks of a chord's header have returned, in order."""
+"""Aggregation: the task ids that a join waits for, the result objects of the tasks that have ended, and the results
+of a chord's header in order."""
 
 from __future__ import annotations
 

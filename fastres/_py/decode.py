@@ -1,4 +1,4 @@
-"""Message to result: kombu's registry decides what is accepted and how values come back."""
+"""Decodes messages to results. kombu's registry defines which content types are accepted and how they are decoded."""
 
 from __future__ import annotations
 

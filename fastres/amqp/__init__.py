@@ -1,1 +1,1 @@
-"""The broker: connections to it, sessions over them, and channels with an owner."""
+"""Access to the broker: connections, sessions and consumers."""

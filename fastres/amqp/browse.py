@@ -1,8 +1,8 @@
-"""Reading queues of RabbitMQ without consuming from them: what is got is given back in the same write.
+"""Reading the messages of a queue without taking them: they are got and requeued in one write.
 
-A message is out of its queue only for the moment between two frames in the broker. The channels are our own on
-py-amqp's socket: a queue that is not there closes the one it was asked on, which is opened again, without waiting,
-by the next write that needs it.
+A message is missing from its queue only between two frames that the broker handles. The channels are fastres's own,
+on py-amqp's socket. If a queue does not exist, the broker closes the channel; the next write that needs the channel
+opens it again, without an extra round trip.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ DECLARE_OK, DELETE_OK, GET_EMPTY, QOS_OK, CLOSE, OPEN_OK = (
 
 
 class Native(Protocol):
-    """A session that reads and writes frames itself: ``RabbitMQ``."""
+    """The part of the session ``RabbitMQ`` that a browser uses."""
 
     @property
     def uri(self) -> str: ...
@@ -74,7 +74,7 @@ class Native(Protocol):
 
 
 class Browser:
-    """Browses over a connection.
+    """Reads queues over a connection without taking messages.
 
     Args:
         native: the session over it.
@@ -205,7 +205,7 @@ class Browser:
 
 
 class Slot:
-    """A channel to browse one queue at a time on."""
+    """A channel on which one queue at a time is read."""
 
     def __init__(self, native: Native) -> None:
         self._native = native

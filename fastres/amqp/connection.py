@@ -1,8 +1,8 @@
-"""The consuming connection of a process: shared by its threads, kept alive over the broker's absences.
+"""The consuming connection of a process. Its threads share it, and it is opened again when it breaks.
 
-One of the threads that wait reads the socket for all of them; the others sleep until it has news, and take over
-when it leaves. Whoever has something to say to the broker interrupts the reader. Nobody holds the connection while
-it only waits for a broker that is away, so that each thread keeps its own timeout.
+One of the waiting threads reads the socket for all of them. The others sleep until that thread notifies them, and one
+of them takes over when it leaves. A thread that has a request for the broker interrupts the reader. While the broker
+cannot be reached, no thread holds the connection, so that each thread keeps its own timeout.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import _thread
 import contextlib
 import math
-import select
 import socket
 import threading
 import time
@@ -22,8 +21,10 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from kombu.utils.compat import detect_environment
 
 from fastres.amqp.connector import abandon, drop, establish
-from fastres.amqp.rabbitmq import RECORD_TIMEOUT, RabbitMQ, session_of
+from fastres.amqp.framed import RECORD_TIMEOUT
+from fastres.amqp.rabbitmq import RabbitMQ, session_of
 from fastres.amqp.session import Busy
+from fastres.amqp.wakeup import Wakeup
 from fastres.errors import BrokerUnreachable
 from fastres.logs import logger
 
@@ -41,11 +42,6 @@ T = TypeVar("T")
 SLICE = 0.05
 #: Messages that kombu reads in one go before they are handed on.
 BATCH = 1000
-#: While many results are awaited, bytes that a read waits for: at most, and for each result, where any has more.
-#: And for how many seconds, likewise. Fewer results than ``FEW`` are read as they come.
-PLENTY, EACH = 1 << 18, 200
-LONGEST_GATHER, GATHER_FOR_EACH = 0.05, 5e-5
-FEW = 50
 #: Seconds after which a broker that does not answer is taken to be gone, and how far over a deadline that may go.
 #: Less than there are between two heartbeats with Celery's ``broker_heartbeat``: each begins py-amqp's waits anew.
 PATIENCE = 25.0
@@ -59,7 +55,7 @@ ATTEMPTS = 5
 
 
 class Subscriber(Protocol):
-    """What consumes through a link."""
+    """An object that consumes through a link."""
 
     def open(self, session: Session) -> None:
         """Subscribe, after the connection was made or made again."""
@@ -72,7 +68,7 @@ class Subscriber(Protocol):
 
 
 class Link:
-    """See the module.
+    """The consuming connection of a process: see the module.
 
     Args:
         connect: returns a kombu connection, not yet established.
@@ -113,7 +109,7 @@ class Link:
         #: Whether somebody calls :meth:`beat`, in the place of a thread, and when it is due.
         self.attended = False
         self._beat_at = 0.0
-        self._wakeup: tuple[socket.socket, socket.socket] | None = None
+        self._wakeup = Wakeup()
 
     @property
     def uri(self) -> str:
@@ -140,7 +136,7 @@ class Link:
                 if session is not None:
                     connection = self._connection
                     try:
-                        with _patiently(session, deadline), self._whole(connection):
+                        with _patiently(session, deadline), self._discarded_if_interrupted(connection):
                             session.hand_back()
                             return operation(session)
                     except connection.connection_errors as exc:
@@ -163,7 +159,7 @@ class Link:
             if session is None:
                 return
             try:
-                with _patiently(session, deadline), self._whole(connection):
+                with _patiently(session, deadline), self._discarded_if_interrupted(connection):
                     if reads:
                         session.hand_back()
                     operation(session)
@@ -232,7 +228,7 @@ class Link:
             self._news.wait_for(lambda: done() or self._reading is None, timeout)
 
     def _read(self, timeout: float, done: Callable[[], bool], deadline: float | None) -> None:
-        self._step_aside()
+        self._let_others_first()
         with self.exclusively(deadline, ring=False):
             # Between the last look and now another thread may have read it, or it came before an answer.
             self._flush()
@@ -242,7 +238,7 @@ class Link:
             if session is not None:
                 connection = self._connection
                 try:
-                    with self._whole(connection):
+                    with self._discarded_if_interrupted(connection):
                         self._drain(session, timeout)
                 except connection.channel_errors:
                     pass  # whoever reads over the channel was told, and opens it again
@@ -254,9 +250,7 @@ class Link:
     def interrupt(self) -> None:
         """Let whoever reads return soon, without waiting for it."""
         with self._count:
-            if self._wakeup is not None:
-                with contextlib.suppress(BlockingIOError):
-                    self._wakeup[1].send(b"\0")
+            self._wakeup.ring()
         with self._news:
             self._news.notify_all()
 
@@ -289,15 +283,12 @@ class Link:
                         stack.enter_context(session.patiently(GOODBYE))
                     drop(connection, broken=False)
             with self._count:
-                wakeup, self._wakeup = self._wakeup, None
-            for end in wakeup or ():
-                end.close()
+                self._wakeup.close()
 
     def abandon(self) -> None:
         """In a forked child: forget the parent's connection, without a word on it."""
         abandon(self._connection)
-        for end in self._wakeup or ():
-            end.close()
+        self._wakeup.close()
         self.__init__(self._connect, self._retry_policy, self._heartbeat, self._counts)  # type: ignore[misc]
 
     @contextlib.contextmanager
@@ -316,10 +307,9 @@ class Link:
                     counted = ring
                     self._wanted += ring
                     # Who is about to read, and was not seen here, looks at what is wanted before it sleeps.
-                    if ring and self._wakeup is not None and self._reading not in (None, me):
-                        with contextlib.suppress(BlockingIOError):
-                            self._wakeup[1].send(b"\0")
-                self._begin_to_talk(me, math.inf if deadline is None else deadline)
+                    if ring and self._reading not in (None, me):
+                        self._wakeup.ring()
+                self._acquire(me, math.inf if deadline is None else deadline)
                 with self._count:
                     self._wanted -= counted
                     counted = False
@@ -341,7 +331,7 @@ class Link:
         while self._deferred:
             self._deferred.popleft()()
 
-    def _begin_to_talk(self, me: int, deadline: float) -> None:
+    def _acquire(self, me: int, deadline: float) -> None:
         with self._silent:
             while self._talking is not None:
                 left = deadline - time.monotonic()
@@ -351,7 +341,7 @@ class Link:
                 self._silent.wait(min(left, UNTOLD))
             self._talking = me
 
-    def _step_aside(self) -> None:
+    def _let_others_first(self) -> None:
         """Let those who wait go first: whoever is first is not served first, and the reader comes back fast."""
         for _ in range(100):
             if not self._wanted:
@@ -430,7 +420,7 @@ class Link:
             drop(connection)
 
     @contextlib.contextmanager
-    def _whole(self, connection: Any) -> Iterator[None]:
+    def _discarded_if_interrupted(self, connection: Any) -> Iterator[None]:
         """Drop the connection after an exception that may have come in the middle of a frame.
 
         It may be a signal's, or that of a greenlet that is killed. The broker takes back what came over it.
@@ -463,7 +453,8 @@ class Link:
                         self._connection.drain_events(timeout=0.0001)
                 elif detect_environment() != "default":
                     session.drain(min(timeout, SLICE))
-                elif self._readable(session, timeout):
+                # Who interrupted the reader that went before is still waiting, and will not do so again.
+                elif self._wakeup.wait(session, lambda: 0 if self._wanted else timeout, self._awaited):
                     # A TLS record that has begun to come is waited for, but not without an end.
                     session.drain(RECORD_TIMEOUT)
         finally:
@@ -473,40 +464,8 @@ class Link:
         for subscriber in list(self._subscribers):
             subscriber.flush()
 
-    def _readable(self, session: RabbitMQ, timeout: float) -> bool:
-        """Whether the broker has sent something, within ``timeout`` seconds or until somebody interrupts."""
-        if session.buffered:
-            return True
-        wakeup, sock = self._wakeup_end(), session.socket
-        poller = select.poll()
-        poller.register(sock, select.POLLIN)
-        poller.register(wakeup, select.POLLIN)
-
-        def poll(seconds: float) -> set[int]:
-            return {fileno for fileno, _ in poller.poll(max(seconds, 0.0) * 1000)}
-
-        # Who interrupted the reader that went before is still waiting, and will not do so again.
-        ready = poll(0 if self._wanted else timeout)
-        awaited = sum(subscriber.awaited() for subscriber in self._subscribers)
-        if ready == {sock.fileno()} and awaited > FEW:
-            # A system call costs more than the messages that it brings, if they are few.
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, min(awaited * EACH, PLENTY))
-            ready = poll(min(awaited * GATHER_FOR_EACH, LONGEST_GATHER, timeout)) | ready
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
-        if wakeup.fileno() in ready:
-            with contextlib.suppress(BlockingIOError):
-                wakeup.recv(4096)
-        return sock.fileno() in ready
-
-    def _wakeup_end(self) -> socket.socket:
-        """The end of the socket pair at which the reader hears that."""
-        if self._wakeup is None:
-            self._wakeup = socket.socketpair()
-            for end in self._wakeup:
-                end.setblocking(False)
-                # A backend need not be closed; an open socket that is dropped would be complained about.
-                weakref.finalize(self, end.close)
-        return self._wakeup[0]
+    def _awaited(self) -> int:
+        return sum(subscriber.awaited() for subscriber in self._subscribers)
 
 
 def _beat(link_ref: weakref.ref[Link], session_ref: weakref.ref[Session], interval: float) -> None:

@@ -1,4 +1,4 @@
-"""Connections to the broker of the results: how they are opened, and left behind in a forked child."""
+"""Opens connections to the broker of the results, and abandons them in forked children."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SOCKET_SETTINGS = {socket.TCP_USER_TIMEOUT: 60_000} if hasattr(socket, "TCP_USER
 
 
 class Connector:
-    """Opens connections: to the URL of the backend, to a given connection's broker, or the application's.
+    """Opens connections to the broker: that of the backend's URL, of a given connection, or of the application.
 
     Args:
         app: the Celery application.

@@ -1,4 +1,4 @@
-"""A channel that something is consumed over, and its owner."""
+"""The owner of a channel that consumes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TAG, CONSUMER = attrgetter("delivery_tag"), attrgetter("consumer_tag")
 
 
 class Consumer:
-    """A channel's owner: what it consumes from, what came and is not acknowledged, and whether it is at its end.
+    """Owns a channel: its queues, its unacknowledged deliveries, and whether it is closing.
 
     What came over another channel will be redelivered, and cannot be acknowledged here.
     """

@@ -1,14 +1,10 @@
-"""RabbitMQ through py-amqp: its connection and channels, and bulk reads and writes past them on its socket."""
+"""Sessions with RabbitMQ: declare, publish, consume, acknowledge, commit and delete, in few round trips."""
 
 from __future__ import annotations
 
-import contextlib
 import re
-import select
 import socket
-import struct
 import time
-from collections import deque
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -17,48 +13,46 @@ import amqp
 from amqp import spec
 from amqp.exceptions import AccessRefused, ChannelError, PreconditionFailed, error_for_code
 from amqp.serialization import dumps
-from kombu.utils.compat import detect_environment
 from kombu.utils.functional import LRUCache
 
-from fastres._impl import Frames, publication
-from fastres._protocols import COMPRESSION
+from fastres._impl import publication
 from fastres.amqp.browse import Browser
-from fastres.amqp.session import Busy, Patience, QueueState, Session, is_open, make_delivery
+from fastres.amqp.framed import (
+    ACKNOWLEDGEMENT,
+    CLOSE_OK,
+    COMMIT_OK,
+    CONSUME_OK,
+    DECLARE_OK,
+    FRAME_END,
+    FRAME_OVERHEAD,
+    METHOD,
+    OPEN_OK,
+    QOS_OK,
+    FramedSession,
+    let_close,
+    method_frame,
+)
+from fastres.amqp.publishing import milliseconds
+from fastres.amqp.session import Busy, QueueState, Session, is_open
 from fastres.amqp.window import Window
 from fastres.logs import logger
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Sequence
+    from collections.abc import Collection, Sequence
 
-    from fastres._protocols import Delivery, Frame
+    from fastres._protocols import Delivery
     from fastres.addresses import Address
     from fastres.amqp.publishing import Publishing
     from fastres.amqp.session import Browsed, Receiver
 
 __all__ = ("RabbitMQ", "session_of")
 
-#: Bytes to read in one system call.
-CHUNK = 1 << 18
 #: Queues that are declared and consumed from in one write: there must be room for the answers.
 PIPELINED = 200
 #: Queues with other arguments that are remembered: each is found out again at the cost of a channel.
 FOREIGN = 10_000
 #: Seconds within which a broker that is there opens a channel, and agrees to the end of one.
 ANSWERS, AGREES = 1.0, 6.0
-#: Seconds that the rest of a TLS record may take to come.
-RECORD_TIMEOUT = 1.0
-#: The type of a method's frame, and the octets of a frame around its payload.
-METHOD, FRAME_OVERHEAD = 1, 8
-#: The octet that ends it, and the frame of an acknowledgement.
-FRAME_END, ACKNOWLEDGEMENT = 0xCE, struct.Struct(">BHIHHQBB")
-#: How the methods begin that answers are awaited with.
-OPEN_OK, CLOSE_OK, DECLARE_OK, CONSUME_OK, ACK, COMMIT_OK, QOS_OK = (
-    struct.pack(">HH", *method)
-    for method in (
-        spec.Channel.OpenOk, spec.Channel.CloseOk, spec.Queue.DeclareOk, spec.Basic.ConsumeOk, spec.Basic.Ack,
-        spec.Tx.CommitOk, spec.Basic.QosOk,
-    )
-)  # fmt: skip
 #: How RabbitMQ words that a queue has a reader who wants to be the only one; permissions have the same code.
 IN_USE = "in exclusive use"
 #: The first RabbitMQ that has single active consumers.
@@ -70,33 +64,19 @@ LIMITED = (4, 0)
 SETTLES = (0.0, 0.005, 0.01, 0.02, 0.05)
 
 
-class RabbitMQ(Session):
-    """RabbitMQ, through py-amqp."""
+class RabbitMQ(FramedSession):
+    """A session with RabbitMQ through py-amqp."""
 
     confirms = True
 
     def __init__(self, connection: Any) -> None:
         super().__init__(connection)
-        self.heartbeat = connection.connection.heartbeat
-        connection.connection.on_blocked = self._on_blocked
-        connection.connection.on_unblocked = self._on_unblocked
         #: Queues that are there with other arguments than ours.
         self._foreign = LRUCache(limit=FOREIGN)
-        #: The channel to publish on, the number of the last message on it, and what is not confirmed.
-        self._publishing_channel: Any = None
-        self._published = 0
-        self._window: Window | None = None
-        #: What the broker has closed it with.
-        self._closed_with: Exception | None = None
-        self._frames = Frames(connection.connection.frame_max)
-        self._receivers: dict[tuple[int, str], Receiver] = {}
-        #: The numbers of the channels over which deliveries come.
-        self._owned: set[int] = set()
         #: The channel of post_confirmed(), how many messages went over it, and which are not confirmed.
         self._posting_channel: Any = None
         self._posted = 0
         self._posts = Window(0, 0)
-        self._poller: Any = None
         self._browser: Browser | None = None
 
     @property
@@ -122,109 +102,6 @@ class RabbitMQ(Session):
             return {**arguments, "x-delivery-limit": -1}
         return arguments
 
-    def _on_blocked(self, reason: str) -> None:
-        self.is_blocked = True
-
-    def _on_unblocked(self) -> None:
-        self.is_blocked = False
-
-    @property
-    def buffered(self) -> bool:
-        """Whether there are bytes to read that the socket does not know of."""
-        return _has_read_ahead(self._connection.connection.transport)
-
-    @property
-    def socket(self) -> Any:
-        sock = self._connection.connection.transport.sock
-        if sock is None:
-            raise ConnectionResetError("the connection was closed")
-        return sock
-
-    def drain(self, timeout: float) -> None:
-        """Read as much as has come, after waiting for it for ``timeout`` seconds, and give it to its receivers.
-
-        Raises: socket.timeout: nothing came.
-        """
-        connection = self._connection.connection
-        transport = connection.transport
-        # What py-amqp has read ahead comes first.
-        data, transport._read_buffer = transport._read_buffer, b""
-        if not data:
-            with transport.having_timeout(timeout):
-                data = self.socket.recv(CHUNK)
-            if not data:
-                raise ConnectionResetError("the broker closed the connection")
-        others = self._receive(data)
-        if others:
-            self.pass_on(others)
-
-    def _receive(self, data: bytes) -> list[Frame]:
-        """Give the deliveries in these bytes to their receivers: what is left are py-amqp's frames."""
-        before = self._frames.consumed
-        others: list[Frame]
-        deliveries, others = self._frames.feed(data)
-        self._connection.connection.bytes_recv += self._frames.consumed - before
-        if len(self._receivers) == len(self._owned) == 1 and deliveries:
-            # Nobody else's: what still comes over a channel that is being left is for nobody.
-            (receiver,) = self._receivers.values()
-            receiver(deliveries)
-            return others
-        # What comes for one receiver is given to it together, whichever of its consumers it came for.
-        before_it: tuple[int, str] | None = None
-        its: Receiver | None = None
-        together: list[Delivery] = []
-        for delivery in deliveries:
-            consumer = delivery.channel_id, delivery.consumer_tag
-            if consumer != before_it:
-                other = self._receivers.get(consumer)
-                if other != its:
-                    if its is not None:
-                        its(together)
-                    its, together = other, []
-                before_it = consumer
-            together.append(delivery)
-        # Without one it was cancelled: the messages go back when its channel is closed.
-        if its is not None:
-            its(together)
-        return others
-
-    def _own(self, channel_id: int) -> None:
-        self._frames.own(channel_id)
-        self._owned.add(channel_id)
-
-    def _disown(self, channel_id: int) -> None:
-        self._frames.disown(channel_id)
-        self._owned.discard(channel_id)
-
-    def pass_on(self, frames: list[Frame]) -> None:
-        """Let py-amqp handle frames; what that sets off may read from the socket, or raise."""
-        self.hand_back()
-        connection = self._connection.connection
-        # A frame may close the connection, which then has none.
-        transport = connection.transport
-        left = deque(frames)
-        try:
-            while left:
-                frame = left.popleft()
-                # Deliveries may come after the end of a channel that both sides have closed at the same time.
-                if not frame[1] or connection.channels is None or frame[1] in connection.channels:
-                    connection.on_inbound_frame(frame)
-        finally:
-            if left:
-                transport._read_buffer = b"".join(_frame(*frame) for frame in left) + transport._read_buffer
-
-    def _declaring_channel(self) -> Any:
-        # py-amqp reads the answers, perhaps in the middle of what is being delivered.
-        self.hand_back()
-        return super()._declaring_channel()
-
-    def hand_back(self) -> None:
-        """Let py-amqp read on from here."""
-        unused = self._frames.unused()
-        if unused:
-            transport = self._connection.connection.transport
-            transport._read_buffer = unused + transport._read_buffer
-
     # -- for the browser
 
     @property
@@ -232,43 +109,6 @@ class RabbitMQ(Session):
         if self._browser is None:
             self._browser = Browser(self)
         return self._browser
-
-    def unopened_channel(self) -> Any:
-        """A channel of py-amqp that is opened by whoever writes the frame."""
-        connection = self._connection.connection
-        return connection.Channel(connection, auto_decode=False)
-
-    def receive(self, channel: Any, receiver: Receiver) -> None:
-        """Give what is got on a channel to a receiver."""
-        self._own(channel.channel_id)
-        self._receivers[channel.channel_id, ""] = receiver
-
-    def restart(self, channel: Any) -> None:
-        """The broker has closed a channel: what had come of a message is dropped."""
-        self._disown(channel.channel_id)
-        self._own(channel.channel_id)
-
-    def write(self, data: bytes) -> None:
-        self._connection.connection.transport.write(data)
-        self._connection.connection.bytes_sent += 1
-
-    @staticmethod
-    def method(channel: Any, signature: tuple[int, int], types: str, arguments: tuple[Any, ...]) -> bytes:
-        """The frame of a method."""
-        return _method(channel, signature, types, arguments)
-
-    def next_frames(self) -> list[Frame]:
-        """Wait for what the broker says next: deliveries go to their receivers, the other frames are returned."""
-        connection = self._connection.connection
-        transport = connection.transport
-        data, transport._read_buffer = transport._read_buffer, b""
-        frames = self._receive(data) if data else []
-        if not frames:
-            data = self.socket.recv(CHUNK)
-            if not data:
-                raise ConnectionResetError("the broker closed the connection")
-            frames = self._receive(data)
-        return frames
 
     def browse(self, asked: Sequence[tuple[str, int]]) -> list[Browsed | None]:
         return self.browser.browse(asked)
@@ -280,14 +120,6 @@ class RabbitMQ(Session):
         if delete and taken and address.is_quorum:
             self._delete_unconditionally(address.name)
         return taken
-
-    def channel(self) -> Any:
-        # The answer is read by py-amqp.
-        self.hand_back()
-        channel = self._connection.channel()
-        # A body that looks like text would come back as str, compressed ones included.
-        channel.auto_decode = False
-        return channel
 
     def declare(self, queue: Any) -> QueueState:
         """Declare a queue, or take the one that is there with other arguments."""
@@ -336,11 +168,12 @@ class RabbitMQ(Session):
         declared = len(frames)
         for message, exchange, routing_key, address, _ in publishings:
             headers = dumps("F", (message.headers,)) if message.headers else b""
+            expiration = "" if message.expiration is None else str(milliseconds(message.expiration))
             frames.append(
                 publication(
                     channel.channel_id, connection.frame_max, exchange, routing_key, address is not None,
                     message.body, message.content_type, message.content_encoding, headers, message.delivery_mode,
-                    message.correlation_id,
+                    message.correlation_id, expiration,
                 )
             )  # fmt: skip
             connection.bytes_sent += 2 - (-len(message.body) // (connection.frame_max - FRAME_OVERHEAD))
@@ -362,56 +195,6 @@ class RabbitMQ(Session):
                 self.declare(queue)
             self.publish(publishings, (), window)
 
-    def wait_for_confirms(self, window: Window, enough: Callable[[], bool]) -> None:
-        """As in ``Session``.
-
-        Raises:
-            amqp.exceptions.ChannelError: the broker has closed the channel.
-        """
-        channel = self._publishing_channel
-        if channel is None:
-            return
-        self._await(channel, {}, enough)
-        closed_with, self._closed_with = self._closed_with, None
-        if closed_with is not None:
-            raise closed_with
-
-    def _publishing_channel_for(self, window: Window) -> Any:
-        if self._publishing_channel is None or not is_open(self._publishing_channel):
-            window.lose()
-            self._publishing_channel = channel = self.channel()
-            self._window, self._published, self._closed_with = window, 0, None
-            channel.confirm_select()
-            channel.events["basic_return"].add(
-                lambda exc, exchange, routing_key, message: window.give_back(routing_key)
-            )
-            channel.events["basic_ack"].add(window.confirm)
-            channel.events["basic_nack"].add(window.refuse)
-            # Not an error of who happens to read it: whoever waits for an answer on this channel is told.
-            channel._callbacks[spec.Channel.Close] = partial(self._on_publishing_closed, channel, window)
-        return self._publishing_channel
-
-    def _on_publishing_closed(self, channel: Any, window: Window, code: int, text: str, *method: int) -> None:
-        if channel.is_open:
-            _let_close(channel)
-            self._closed_with = error_for_code(code, text, method, ChannelError)
-            window.lose(doubtful=True)
-
-    @contextlib.contextmanager
-    def patiently(self, seconds: float) -> Iterator[None]:
-        sock = self.socket
-        before = sock.gettimeout()
-        sock.settimeout(seconds)
-        try:
-            yield
-        finally:
-            # It may have been closed meanwhile.
-            with contextlib.suppress(OSError):
-                sock.settimeout(before)
-
-    def within(self, seconds: float) -> contextlib.AbstractContextManager[None]:
-        return self.patiently(min(seconds, self.socket.gettimeout() or seconds))
-
     def give_up(self, channel: Any) -> None:
         given_up = [] if self._browser is None else self._browser.give_up()
         declaring, self._declaring = self._declaring, None
@@ -427,76 +210,6 @@ class RabbitMQ(Session):
         # What the broker does without asking the node of any queue.
         with self.within(ANSWERS):
             self._declaring_channel()
-
-    def _is_closed(self, channel: Any, channel_id: int) -> None:
-        """The broker has closed a channel that was given up: its number can be used again."""
-        self._disown(channel_id)
-        channel.collect()
-
-    def limit(self, seconds: float) -> None:
-        self.socket.settimeout(seconds)
-
-    def poll(self) -> None:
-        if detect_environment() != "default":
-            with contextlib.suppress(socket.timeout):
-                self._connection.connection.drain_events(timeout=0)
-            return
-        if self._poller is None:
-            self._poller = select.poll()
-            self._poller.register(self.socket, select.POLLIN)
-        while self.buffered or self._poller.poll(0):
-            self.drain(RECORD_TIMEOUT)
-
-    def beat(self) -> None:
-        self._connection.connection.send_heartbeat()
-
-    def _await(
-        self,
-        channel: Any,
-        awaited: dict[bytes, int],
-        enough: Callable[[], bool] = lambda: True,
-        declared: list[QueueState] | None = None,
-        over: Callable[[], bool] = lambda: False,
-    ) -> None:
-        """Read until the broker has answered with so many of these methods; what has come is counted down.
-
-        Args:
-            enough: whether what has come besides is enough.
-            over: whether nothing more is to be awaited.
-            declared: the states of queues that were declared are added to it.
-        """
-        connection = self._connection.connection
-        publishes_on = 0 if self._publishing_channel is None else self._publishing_channel.channel_id
-        patience: Patience | None = None
-        while (any(awaited.values()) or not enough()) and not over():
-            before = self._frames.consumed
-            if channel is self._publishing_channel and not channel.is_open:
-                raise self._closed_with or ConnectionResetError("the channel was closed")
-            frames = self.next_frames()
-            left: list[Frame] = []
-            for number, (kind, channel_id, payload) in enumerate(frames):
-                method = payload[:4] if kind == METHOD else b""
-                if channel_id == channel.channel_id and awaited.get(method):
-                    connection.bytes_recv += 1
-                    awaited[method] -= 1
-                    if method == DECLARE_OK and declared is not None:
-                        declared.append(QueueState(*struct.unpack_from(">II", payload, 5 + payload[4])))
-                elif method == ACK and channel_id == publishes_on and not left and self._window is not None:
-                    # Behind what py-amqp is to handle it has to wait: a message comes back before its confirm.
-                    connection.bytes_recv += 1
-                    self._window.confirm(*struct.unpack_from(">QB", payload, 4))
-                else:
-                    left.append(frames[number])
-            # Confirms that py-amqp handles are answers too; heartbeats, which are on no channel, are none.
-            heard = len(left) < len(frames) or any(channel_id == channel.channel_id for _, channel_id, _ in left)
-            if left:
-                self.pass_on(left)
-            if heard or self._frames.consumed > before:
-                patience = None
-            elif patience is None:
-                patience = Patience(self.socket.gettimeout())
-            else:
-                patience.check()
 
     def consume(
         self,
@@ -542,18 +255,18 @@ class RabbitMQ(Session):
             awaited = {DECLARE_OK: len(part), CONSUME_OK: len(part)}
             frames = []
             if not channel.is_open:
-                frames.append(_method(channel, spec.Channel.Open, "s", ("",)))
+                frames.append(method_frame(channel, spec.Channel.Open, "s", ("",)))
                 awaited[OPEN_OK] = 1
                 channel.is_open = True
             if prefetch and not start:
-                frames.append(_method(channel, spec.Basic.Qos, "lBb", (0, prefetch, False)))
+                frames.append(method_frame(channel, spec.Basic.Qos, "lBb", (0, prefetch, False)))
                 awaited[QOS_OK] = 1
             for queue, tag in part:
                 self._register(channel, tag, receiver, on_cancel)
                 arguments = (0, queue.name, tag, False, False, False, False, None)
                 frames += [
                     self._declaration(channel, queue),
-                    _method(channel, spec.Basic.Consume, "BssbbbbF", arguments),
+                    method_frame(channel, spec.Basic.Consume, "BssbbbbF", arguments),
                 ]
             connection.transport.write(b"".join(frames))
             connection.bytes_sent += len(frames)
@@ -568,7 +281,7 @@ class RabbitMQ(Session):
     def _declaration(self, channel: Any, queue: Any) -> bytes:
         """The frame of a declaration."""
         arguments = (0, queue.name, False, True, False, False, False, self.arguments(queue))
-        return _method(channel, spec.Queue.Declare, "BsbbbbbF", arguments)
+        return method_frame(channel, spec.Queue.Declare, "BsbbbbbF", arguments)
 
     def watch(self, channel: Any, on_close: Callable[[Exception], None]) -> None:
         channel._callbacks[spec.Channel.Close] = partial(self._on_close, channel, on_close)
@@ -578,7 +291,7 @@ class RabbitMQ(Session):
     ) -> None:
         if not channel.is_open:
             return
-        _let_close(channel)
+        let_close(channel)
         number = channel.channel_id
         for consumer in [consumer for consumer in self._receivers if consumer[0] == number]:
             del self._receivers[consumer]
@@ -587,11 +300,6 @@ class RabbitMQ(Session):
         on_close(closed)
         # To whoever waits for an answer on it.
         raise closed
-
-    def _register(self, channel: Any, tag: str, receiver: Receiver, on_cancel: Callable[[str], None]) -> None:
-        self._receivers[channel.channel_id, tag] = receiver
-        channel.callbacks[tag] = lambda raw: receiver([_delivery(raw, tag)])
-        channel.cancel_callbacks[tag] = on_cancel
 
     def acknowledge(self, channel: Any, tags: Sequence[int], all_up_to: int | None) -> None:
         """Acknowledge ``tags``, and everything up to and including ``all_up_to``."""
@@ -650,10 +358,6 @@ class RabbitMQ(Session):
         posts.taken_again(publishings)
         return unrouted, refused
 
-    def wait_on(self, channel: Any, enough: Callable[[], bool]) -> None:
-        """Read, with confirms among it, until what has come is enough."""
-        self._await(channel, {}, enough=enough)
-
     def is_classic(self, queue: Any) -> bool:
         """Whether a queue that is there is a classic one, for sure."""
         arguments = queue.queue_arguments or {}
@@ -686,7 +390,7 @@ class RabbitMQ(Session):
         for tag in tags:
             self._receivers.pop((channel.channel_id, tag), None)
         # The broker may be closing it too, and answers all the same.
-        channel._callbacks[spec.Channel.Close] = partial(_let_close, channel)
+        channel._callbacks[spec.Channel.Close] = partial(let_close, channel)
         channel.send_method(spec.Channel.Close, "BsBB", (0, "", 0, 0))
         # What still comes is read and dropped here: nobody else has a use for it.
         # Of two who close a channel at the same time RabbitMQ may answer neither: its own word is enough.
@@ -705,15 +409,15 @@ class RabbitMQ(Session):
     def delete(
         self, channel: Any, addresses: Sequence[Address], tags: Sequence[str] = (), full: Sequence[Address] = ()
     ) -> None:
-        frames = [_method(channel, spec.Basic.Cancel, "sb", (tag, True)) for tag in tags]
+        frames = [method_frame(channel, spec.Basic.Cancel, "sb", (tag, True)) for tag in tags]
         for empty, those in ((True, addresses), (False, full)):
             frames += [
-                _method(channel, spec.Queue.Delete, "Bsbbb", (0, address.name, True, empty, True))
+                method_frame(channel, spec.Queue.Delete, "Bsbbb", (0, address.name, True, empty, True))
                 for address in those
                 if not address.is_quorum
             ]
         # The broker may close the channel over a queue that is in use: whoever deletes has no further use for it.
-        channel._callbacks[spec.Channel.Close] = partial(_let_close, channel)
+        channel._callbacks[spec.Channel.Close] = partial(let_close, channel)
         if frames:
             channel.connection.transport.write(b"".join(frames))
             channel.connection.bytes_sent += len(frames)
@@ -743,38 +447,6 @@ def session_of(connection: Any) -> Session:
     return RabbitMQ(connection) if connection.transport.driver_name == "py-amqp" else Session(connection)
 
 
-def _has_read_ahead(transport: Any) -> bool:
-    """Whether there are bytes to read that the socket does not know of."""
-    return bool(transport._read_buffer) or (hasattr(transport.sock, "pending") and transport.sock.pending() > 0)
-
-
-def _let_close(channel: Any, *why: Any) -> None:
-    """Agree to the end of a channel.
-
-    Its number is not used again: RabbitMQ 3.10 repeats itself, once a minute, until it has read our answer, and
-    takes a second answer for an error of the protocol.
-    """
-    if channel.is_open:
-        channel.send_method(spec.Channel.CloseOk)
-        # What we said to end it is answered too, or we have not said it yet.
-        channel.is_open = False
-
-
 def _agree(channel: Any, *why: Any) -> None:
     """Answer the broker, which has closed a channel that we have given up."""
     channel.send_method(spec.Channel.CloseOk)
-
-
-def _method(channel: Any, signature: tuple[int, int], types: str, arguments: tuple[Any, ...]) -> bytes:
-    """The frame of a method."""
-    return _frame(METHOD, channel.channel_id, struct.pack(">HH", *signature) + dumps(types, arguments))
-
-
-def _frame(kind: int, channel_id: int, payload: bytes) -> bytes:
-    return struct.pack(">BHI", kind, channel_id, len(payload)) + payload + bytes((FRAME_END,))
-
-
-def _delivery(message: Any, consumer_tag: str = "") -> Delivery:
-    """A message of py-amqp as a delivery."""
-    headers = message.properties.get("application_headers") or {}
-    return make_delivery(message, message.properties, headers, headers.get(COMPRESSION), consumer_tag)

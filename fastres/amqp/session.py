@@ -1,4 +1,4 @@
-"""What fastres says to a broker, over any transport of kombu; ``rabbitmq.py`` is what it says to RabbitMQ."""
+"""Sessions with a broker over any transport of kombu. ``rabbitmq.py`` has the session with RabbitMQ."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ Receiver = Callable[[list["DeliveryProtocol"]], object]
 
 
 class QueueState(NamedTuple):
-    """What a declaration answers with."""
+    """The reply to a declaration."""
 
     messages: int
     consumers: int
 
 
 class Browsed(NamedTuple):
-    """What a queue held."""
+    """The content of a queue that was read without taking it."""
 
     state: QueueState
     #: Its first messages.
@@ -61,11 +61,11 @@ class Browsed(NamedTuple):
 
 
 class Busy(Exception):
-    """Another process reads this queue, and it takes one reader at a time."""
+    """The queue has an exclusive consumer, of another process."""
 
 
 class Session:
-    """Any transport of kombu, with what its virtual channels offer: one instance per connection."""
+    """A session over any transport of kombu, with the operations that its channels offer. One for each connection."""
 
     #: Whether the broker confirms what it has stored, and returns what it could not route.
     confirms = False
@@ -361,7 +361,7 @@ def says_no_queue(exc: Any) -> bool:
 
 
 class Patience:
-    """Waits for an answer no longer than for so many seconds from now, None: for ever.
+    """A limit on the wait for a reply, in seconds from now; None: no limit.
 
     A socket's own timeout is begun anew by everything that comes, the broker's heartbeats too.
     """

@@ -1,4 +1,4 @@
-"""What was published and is not confirmed: kept, and sent again when a connection breaks."""
+"""The unconfirmed messages of a connection: kept in order to publish them again when the connection breaks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ("Window",)
 
 
 class Window:
-    """The publishings that a broker has not confirmed, in the order in which they were sent.
+    """Unconfirmed publishings, in the order in which they were sent.
 
     Args:
         depth: how many there may be.

@@ -7,11 +7,13 @@
 | reducer.py   | the state of the open chords, as the sum of their events                     |
 | shard.py     | consumes one queue of the log, and commits                                   |
 | joiner.py    | the thread that consumes all queues of the log                               |
-| bodies.py    | the messages that a complete chord sends: its body, or its errbacks          |
+| bodies.py    | what a complete chord does: calls its body, or its errbacks                  |
+| producer.py  | makes the message of a body, with the results of the header in it            |
 | routes.py    | the queues of the application that a chord belongs to                        |
 | settle.py    | chords that need not succeed as a whole                                      |
 | lazy.py      | bodies that get the results of their header by reference                     |
-| status.py    | questions about open chords, and the answers of joiners                      |
+| status.py    | the answers of joiners to questions about open chords                        |
+| asker.py     | asks joiners                                                                 |
 | tracing.py   | continues the traces of OpenTelemetry and Sentry                             |
 | forks.py     | lets a process fork while its joiner runs                                    |
 

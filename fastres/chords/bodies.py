@@ -1,35 +1,27 @@
-"""What a joined chord goes on with: its body's messages, or the failure that its errbacks are told."""
+"""Calls the bodies of joined chords, and the errbacks of failed ones."""
 
 from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Sequence
 from hashlib import sha1
-from itertools import islice
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from amqp.exceptions import NotFound
 from celery import states
 from celery._state import _task_stack
 from celery.app.task import Context
 from celery.canvas import _chain, chord, group, maybe_signature
 from celery.exceptions import ChordError
-from kombu import Producer, Queue
-from kombu.exceptions import DecodeError, OperationalError
-from kombu.serialization import loads, prepare_accept_content, registry
+from kombu.exceptions import DecodeError
+from kombu.serialization import loads, prepare_accept_content
 from kombu.utils.encoding import safe_repr
 from kombu.utils.functional import maybe_list
-from kombu.utils.json import dumps as kombu_json_dumps
-from kombu.utils.json import loads as kombu_json_loads
-from kombu.utils.uuid import uuid
 
-from fastres._impl import in_order, listed
-from fastres.amqp.publishing import Publishing
-from fastres.amqp.session import says_no_queue
+from fastres._impl import in_order
 from fastres.chords.events import JSON, REFERENCE, UTF8, Part, pack_part, unpack_part, unpack_plan
 from fastres.chords.lazy import HeaderResults, wants_reference
+from fastres.chords.producer import Values, filled
 from fastres.chords.reducer import id_of
 from fastres.chords.routes import ROUTES, redirected
 from fastres.chords.settle import Failure, failure_json, refusal_of_terms
@@ -41,176 +33,23 @@ from fastres.logs import logger
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from fastres.chords.producer import BodyProducer
     from fastres.chords.reducer import Chord
 
-__all__ = ("Away", "Bodies", "BodyProducer", "Failed")
+__all__ = ("Bodies", "Failed")
 
-#: How many results the representation of a body's arguments shows.
-SHOWN = 3
 #: What is raised by what is the user's, and ends nothing but a chord: ``SystemExit`` is raised by tasks too.
 USERS = (Exception, SystemExit, KeyboardInterrupt)
-#: Seconds after which a broker that does not confirm a body is taken to be gone.
-PATIENCE = 30.0
 
 
 class Failed(Exception):
-    """A chord whose body cannot be called: the error that its errbacks are told."""
+    """A chord failed: the error with which its errbacks are called."""
 
     def __init__(self, body: Any, message: str, cause: BaseException | None = None) -> None:
         super().__init__(message)
         self.body = body
         self.error = ChordError(message)
         self.error.__cause__ = cause
-
-
-class Away(Exception):
-    """The queue of a body is on a node that is down: the body is sent when it is back."""
-
-
-class Values(Sequence[Any]):
-    """The results of a header as its body's argument: serialized as they came, decoded only if somebody looks.
-
-    Args:
-        tree: packed parts whose results are JSON, and lists of such.
-    """
-
-    def __init__(self, tree: list[Any]) -> None:
-        self._tree = tree
-        #: Stands for the results, while a message is serialized, until their own bytes are put in its place.
-        self._token: str | None = None
-
-    def __len__(self) -> int:
-        return len(self._tree)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self._value(self._tree[index])
-
-    def _value(self, item: Any) -> Any:
-        return (
-            [self._value(inner) for inner in item] if isinstance(item, list) else kombu_json_loads(listed([item]))
-        )
-
-    def __repr__(self) -> str:
-        shown = ", ".join(map(repr, islice(self, SHOWN)))
-        return f"[{shown}]" if len(self) <= SHOWN else f"[{shown}, ... {len(self)} results]"
-
-    def __json__(self) -> Any:
-        return self._token or list(self)
-
-    def __reduce__(self) -> Any:
-        return list, (list(self),)
-
-    def serialize(self, body: Any) -> bytes:
-        """A message's body, which may hold these results, as JSON."""
-        self._token = uuid()
-        token = f'"{self._token}"'
-        try:
-            text: str = kombu_json_dumps(body)
-        finally:
-            self._token = None
-        around = text.replace(token, f"[{token}]").encode().split(token.encode())
-        return self._json(self._tree).join(around) if len(around) > 1 else around[0]
-
-    def _json(self, tree: list[Any]) -> bytes:
-        """JSON of a list, without its brackets."""
-        try:
-            flat: bytes = listed(tree)
-        except TypeError:
-            # There are lists in it.
-            items = (b"[%b]" % self._json(item) if isinstance(item, list) else listed([item]) for item in tree)
-            return b",".join(items)
-        return flat
-
-
-class BodyProducer(Producer):  # type: ignore[misc]
-    """Publishes tasks; the results of a header are put into their arguments as they are.
-
-    Args:
-        channel: a channel.
-        publishings: where messages are put instead of being published; what they need is declared all the same.
-        is_classic: whether a queue that is there is known to be a classic one.
-    """
-
-    values: Values | None = None
-
-    def __init__(
-        self,
-        channel: Any,
-        publishings: list[Publishing] | None = None,
-        is_classic: Callable[[Any], bool] = lambda queue: False,
-    ) -> None:
-        super().__init__(channel, auto_declare=False)
-        self.publishings = publishings
-        self._is_classic = is_classic
-        #: Queues of which it is known, by their name.
-        self._classic: dict[str, bool] = {}
-        #: What the connection broke with, while something was to be published: no error of the user's.
-        self.broken: Exception | None = None
-        self._breaks = (*channel.connection.client.recoverable_connection_errors, OperationalError)
-
-    def _prepare(
-        self, body: Any, serializer: Any = None, content_type: Any = None, content_encoding: Any = None,
-        compression: Any = None, headers: Any = None,
-    ) -> Any:  # fmt: skip
-        if self.values is not None and not content_type:
-            if serializer == "json" and is_kombus_json():
-                body = self.values.serialize(body)
-                content_type, content_encoding = JSON, UTF8
-            else:
-                body = self._with_list(body)
-        return super()._prepare(body, serializer, content_type, content_encoding, compression, headers)
-
-    def _with_list(self, body: Any) -> Any:
-        """The body of a task's message, with a list where the results are."""
-
-        def plain(args: Any) -> list[Any]:
-            return [list(arg) if isinstance(arg, Values) else arg for arg in args]
-
-        if isinstance(body, dict):
-            return {**body, "args": plain(body["args"])}
-        args, *rest = body
-        return (plain(args), *rest)
-
-    def publish(self, body: Any, **options: Any) -> Any:
-        if self.publishings is not None:
-            # Nothing is sent yet: there is nothing to try again.
-            options["retry"] = False
-        else:
-            options["confirm_timeout"] = PATIENCE
-        try:
-            return super().publish(body, **options)
-        except self._breaks as exc:
-            self.broken = exc
-            raise
-        except NotFound as exc:
-            # Seen here and not by its type later: tasks and signals of users may raise the same.
-            if not says_no_queue(exc):
-                self.broken = exc
-            raise
-
-    def _publish(
-        self, body: Any, priority: Any, content_type: Any, content_encoding: Any, headers: Any, properties: Any,
-        routing_key: Any, mandatory: Any, immediate: Any, exchange: Any, declare: Any, *rest: Any, **more: Any,
-    ) -> Any:  # fmt: skip
-        if self.publishings is None:
-            return super()._publish(
-                body, priority, content_type, content_encoding, headers, properties, routing_key, mandatory,
-                immediate, exchange, declare, *rest, **more,
-            )  # fmt: skip
-        for entity in declare or ():
-            self.maybe_declare(entity)
-        message = self.channel.prepare_message(body, priority, content_type, content_encoding, headers, properties)
-        # A transaction on a quorum queue ends well when the queue is full and has dropped the message.
-        queue = next((entity for entity in declare or () if _leads_to(entity, exchange, routing_key)), None)
-        confirm = queue is None or not self._knows_as_classic(queue)
-        self.publishings.append(Publishing(message, exchange, routing_key, confirm=confirm))
-        return None
-
-    def _knows_as_classic(self, queue: Queue) -> bool:
-        known = self._classic.get(queue.name)
-        if known is None:
-            known = self._classic[queue.name] = self._is_classic(queue)
-        return known
 
 
 class Bodies:
@@ -316,8 +155,8 @@ class Bodies:
             self._check_terms(body, chord, parts)
             tree = _pruned(tree, parts)
         if all(part.content_type == JSON and part.content_encoding == UTF8 for part in parts.values()):
-            return Values(_filled(tree, lambda task_id: pack_part(_as_value(parts[task_id]))))
-        return _filled(tree, lambda task_id: self._decode_value(task_id, parts[task_id]))
+            return Values(filled(tree, lambda task_id: pack_part(_as_value(parts[task_id]))))
+        return filled(tree, lambda task_id: self._decode_value(task_id, parts[task_id]))
 
     def _decode_value(self, task_id: str, part: Part) -> Any:
         value = self._decode(task_id, part)
@@ -425,16 +264,6 @@ def _pruned(tree: list[Any], parts: dict[str, Part]) -> list[Any]:
     ]
 
 
-def _leads_to(entity: Any, exchange: str, routing_key: str) -> bool:
-    """Whether this is the queue that gets what is published like that, as far as the application knows."""
-    if not isinstance(entity, Queue):
-        return False
-    if not exchange:
-        return bool(entity.name == routing_key)
-    where = entity.exchange.name, entity.exchange.type, entity.routing_key
-    return where == (exchange, "direct", routing_key)
-
-
 def _tasks_of(body: Any) -> Iterator[Any]:
     """A body, and the tasks in it if it is a group: what errbacks may be linked to."""
     yield body
@@ -462,11 +291,6 @@ def _fingerprint(errback: Any) -> str:
     return sha1(repr(what).encode()).hexdigest()[:16]
 
 
-def is_kombus_json() -> bool:
-    encoder = registry._encoders.get("json")
-    return encoder is not None and encoder[2] is kombu_json_dumps
-
-
 def _in_order(parts: dict[str, Part]) -> list[str]:
     """Task ids by their place in the header, those that were added without one behind."""
     return sorted(parts, key=lambda task_id: (parts[task_id].place is None, parts[task_id].place or 0))
@@ -478,11 +302,6 @@ def _leaves(tree: list[Any]) -> Iterator[str]:
             yield from _leaves(item)
         else:
             yield item
-
-
-def _filled(tree: list[Any], of: Callable[[str], Any]) -> list[Any]:
-    """A tree of task ids with something else in the place of each."""
-    return [_filled(item, of) if isinstance(item, list) else of(item) for item in tree]
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
-"""The messages of a chord's log.
+"""The format of the events of chords, the messages of the log.
 
-Every event is a piece of knowledge about one chord, and knowledge adds up: pieces may come in any order, more than
-once, and merged into larger ones. A message is one line of JSON, the head, then bytes:
+Each event adds knowledge about one chord. Events may arrive in any order, more than once, and merged into larger
+events. A message is one line of JSON, the head, followed by bytes:
 
 | bytes                | what it is                                                                     |
 | -------------------- | ------------------------------------------------------------------------------ |
@@ -52,7 +52,7 @@ UTF8 = "utf-8"
 
 
 class Terms(msgspec.Struct, omit_defaults=True, gc=False):
-    """On which other terms a chord ends: see ``fastres.settle``."""
+    """The terms on which a chord ends: see ``fastres.settle``."""
 
     tolerate: int | float | None = None
     first: int | None = None
@@ -100,7 +100,7 @@ class Event(msgspec.Struct, omit_defaults=True, gc=False):
 
 
 class Part(NamedTuple):
-    """What a task of a chord's header has returned or raised."""
+    """The result or the exception of a header task."""
 
     #: Its place in the header.
     place: int | None
@@ -113,7 +113,7 @@ class Part(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What a chord is joined for; serialized."""
+    """The body of a chord and the structure of its header, serialized."""
 
     content_type: str
     content_encoding: str

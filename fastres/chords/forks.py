@@ -1,4 +1,4 @@
-"""A process that forks beside a thread: the fork waits until the thread holds nothing that a child would miss."""
+"""Forking a process whose joiner runs: the fork waits until the joiner's thread holds no lock that a child needs."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Joins chords: one thread and one connection read the shards, and commit what follows.
+"""Joins chords: a thread with one connection consumes the shards of the log, and commits bodies and errbacks.
 
-What a chord goes on with, and the acknowledgement of what it was joined from, are one transaction. The broker lets
-one joiner at a time read a shard; the others stand by.
+A chord's body and the acknowledgement of its events are one transaction. The broker delivers a shard to one joiner at
+a time; the other joiners stand by.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ from fastres.amqp.connector import abandon, drop, establish
 from fastres.amqp.rabbitmq import RabbitMQ, session_of
 from fastres.amqp.session import is_open
 from fastres.cancelling import revoke_rest
-from fastres.chords.bodies import USERS, Away, Bodies, BodyProducer, Failed
+from fastres.chords.bodies import USERS, Bodies, Failed
 from fastres.chords.forks import busy
+from fastres.chords.producer import Away, BodyProducer
 from fastres.chords.reducer import LARGE
 from fastres.chords.shard import Shard, Where, refusal_of
 from fastres.errors import Error, NewerEvent
 from fastres.logs import logger
-from fastres.write.publisher import SIZE_LIMIT
+from fastres.write.writer import SIZE_LIMIT
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -192,7 +193,7 @@ class Joiner:
                     next_round = time.monotonic() + ROUND
                     self._write_back()
                     for shard in shards:
-                        shard.look_after(options.chord_renewal, expires)
+                        shard.maintain(options.chord_renewal, expires)
                     if self._connection.heartbeat:
                         self._connection.heartbeat_check()
                 if len(shards) > 1 and time.monotonic() >= next_long_round:

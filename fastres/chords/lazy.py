@@ -1,4 +1,4 @@
-"""A chord's results by reference: for headers whose results are too large for one message."""
+"""Passing a header's results to the body by reference, for results that are too large for one message."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ LAZY = "fastres-lazy"
 
 
 class HeaderResults:
-    """What the body of a chord gets in the place of its header's results: they are read when they are asked for.
+    """The results of a chord's header, as the body gets them with :func:`lazy`: read when they are iterated over.
 
-    Iterating yields the results one by one, as they come from the broker and not in the order of the header,
-    without holding them all, and takes them out of their queue; :meth:`in_order` has them in the header's order.
+    Iterating yields the results one by one, in the order in which the broker delivers them, in constant memory, and
+    takes them from their queue. :meth:`in_order` yields them in the order of the header.
 
     Args:
-        group_id: the id of the header's group, which says where they are.
-        size: how many there are.
-        elsewhere: ids of tasks in the header that say otherwise: those that the user chose.
+        group_id: the id of the header's group, which names the queue of the results.
+        size: the number of results.
+        elsewhere: ids of header tasks whose results are in other queues: ids that the user chose.
     """
 
     def __init__(self, group_id: str, size: int, elsewhere: Sequence[str] = ()) -> None:
@@ -40,13 +40,14 @@ class HeaderResults:
         return self._size
 
     def __iter__(self) -> Iterator[Any]:
-        """Raises: fastres.ResultsGone: some of them are not there any more."""
+        """Raises: fastres.ResultsGone: some results were read before, or have expired."""
         return (meta["result"] for meta in self._metas())
 
     def in_order(self) -> Iterator[Any]:
-        """The results in the order of the header. Those that come before their turn are held.
+        """Yield the results in the order of the header. Results that arrive before their turn are kept in memory.
 
-        Raises: fastres.ResultsGone: some of them are not there any more.
+        Raises:
+            fastres.ResultsGone: some results were read before, or have expired.
         """
         return (meta["result"] for meta in in_order(self._metas(), lambda meta: meta.get("group_index")))
 
@@ -69,10 +70,10 @@ register_type(
 
 
 def lazy(body: Any) -> Any:
-    """A chord's body that gets its header's results by reference, as :class:`HeaderResults`.
+    """Return a signature of a chord's body that gets the header's results as a :class:`HeaderResults`.
 
-    ``chord(header)(fastres.lazy(body))`` joins headers whose results together are over the broker's limit for a
-    message. Chord results have to be kept (``keep_chord_results``, the default).
+    ``chord(header)(fastres.lazy(body))`` joins headers whose results together exceed the broker's limit for a
+    message. It needs the option ``keep_chord_results``, which is on by default.
 
     Args:
         body: the signature of a task.

@@ -1,4 +1,4 @@
-"""The sending side of a chord's log: its size and body, what its tasks return, and tasks that are added to it."""
+"""Publishes the events of chords: size and body, parts, and tasks that are added."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ BEGUN = 10_000
 
 
 class Log:
-    """Sends the events of chords.
+    """Publishes the events of chords.
 
     Args:
         backend: the backend of the chords.

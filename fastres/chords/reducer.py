@@ -1,7 +1,7 @@
-"""What is known of the open chords, and which messages hold it in the broker.
+"""The state of the open chords, and the messages in the broker that contain it.
 
-The reducer reads events in any order and as often as they come: what it knows of a chord is the sum of them. All
-of it is in messages that were delivered and not acknowledged, so that it outlives the process. A message that
+The reducer accepts events in any order, and repeatedly: the state of a chord is the sum of its events. All of it is in
+delivered, unacknowledged messages, so that it outlives the process. A message that
 waits for its acknowledgement is dear in the broker's memory (6 kB), so those of a chord are merged: ``MERGED``
 parts into one batch, ``FEW`` batches into a larger one, up to ``LARGE`` bytes.
 """
@@ -47,7 +47,7 @@ def id_of(key: int | str) -> str:
 
 
 class Held(NamedTuple):
-    """A message that was delivered and is not acknowledged."""
+    """A delivered, unacknowledged message."""
 
     tag: int
     #: When it was delivered, on the monotonic clock.
@@ -61,7 +61,7 @@ class Held(NamedTuple):
 
 
 class Chord:
-    """What is known of a chord."""
+    """The state of a chord."""
 
     __slots__ = (
         "added", "at", "born", "closed", "context", "counted", "failed", "first", "held", "id", "last", "needed",
@@ -155,7 +155,7 @@ class Chord:
 
 
 class Merge(NamedTuple):
-    """Messages to be replaced by others that say the same."""
+    """Messages that are to be replaced by merged ones with the same content."""
 
     chord: Chord
     bodies: list[bytes]
@@ -163,7 +163,7 @@ class Merge(NamedTuple):
 
 
 class Reducer:
-    """See the module.
+    """The state of the open chords: see the module.
 
     Args:
         largest: bytes from which a message is not merged any more.

@@ -1,7 +1,7 @@
-"""Where the tasks go that follow a chord: where the worker of its last part sends them, whoever joins it.
+"""Routes of the tasks that follow a chord: those of the worker that ran the last part, not those of the joiner.
 
-Two applications that share a virtual host, and a namespace, join each other's chords. Each part says which queues
-its own application uses; the joiner sends there what its own application would send elsewhere.
+Two applications that share a virtual host and a namespace join each other's chords. Each part contains the queues of
+its application, and the joiner sends the body and the errbacks there.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ DESTINATION = ("queue", "exchange", "routing_key")
 
 
 class Routes:
-    """What an application says of the tasks that follow a chord.
+    """The routes of an application, as parts contain them.
 
     Args:
         app: the application.

@@ -1,4 +1,4 @@
-"""Chords that end on other terms than "all tasks of the header have succeeded"."""
+"""Chords whose body is called although tasks have failed, or before all tasks have ended."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ FAILURE = "fastres.failure"
 
 
 class Failure:
-    """An exception among the results of a header: the body gets the exception itself.
+    """Serializes an exception among the results of a header. The body receives the exception.
 
     Args:
-        error: what the task has raised.
+        error: the exception of the task.
     """
 
     def __init__(self, error: BaseException) -> None:
@@ -63,24 +63,25 @@ def settle(
     deadline: float | None = None,
     revoke: bool = False,
 ) -> Any:
-    """A chord's body that is called whatever becomes of the header.
+    """Return a signature of a chord's body that is called even if tasks of the header fail.
 
-    ``chord(header)(fastres.settle(body))`` calls it with a list that has, in the order of the header, the value of
-    each task that has succeeded and the exception of each that has failed or was revoked. It composes with
+    ``chord(header)(fastres.settle(body))`` calls the body with a list in the order of the header: the value of each
+    task that succeeded, and the exception of each task that failed or was revoked. Combines with
     :func:`fastres.lazy`.
 
     Args:
-        body: the signature of a task, or of a group.
-        tolerate: how many tasks may fail, or a share of them if it is a float below 1; more fail the chord. None:
-            all may.
-        first: call the body as soon as so many tasks have succeeded, with those that have come until then. The
-            chord fails if all have come, and fewer have succeeded.
-        deadline: seconds after the chord was sent, to about two, at which the body is called with what has come by
-            then, whatever else was asked for but ``tolerate``.
-        revoke: have the tasks that have not begun by then not begin any more: where ``first`` or ``deadline`` ends
-            the wait. Otherwise they run, and what they return is dropped.
+        body: the signature of a task or a group.
+        tolerate: how many tasks may fail, as a number, or as a share of the header (a float below 1). More failures
+            fail the chord. None: all tasks may fail.
+        first: call the body when this number of tasks has succeeded, with the results that have arrived by then.
+            The chord fails if all tasks have ended and fewer have succeeded.
+        deadline: seconds after sending, precise to about two, at which the body is called with the results that have
+            arrived, unless more tasks have failed than ``tolerate`` allows.
+        revoke: when ``first`` or ``deadline`` ends the chord, cancel the tasks that have not begun. If False, they
+            run, and their results are dropped.
 
-    Raises: ValueError: one of these is out of its range.
+    Raises:
+        ValueError: an argument is out of range.
     """
     terms = checked(tolerate=tolerate, first=first, deadline=deadline, revoke=revoke)
     # Without what has its default.

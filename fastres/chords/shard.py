@@ -1,4 +1,4 @@
-"""One shard of the log as its joiner reads it: events in, bodies and merged events out, in transactions."""
+"""A shard of the log: consumes events, and commits bodies and merged events in transactions."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from kombu.utils.uuid import uuid
 
 from fastres.amqp.publishing import Publishing
 from fastres.amqp.session import LARGEST_PREFETCH, all_up_to
-from fastres.chords.bodies import Away, Failed
+from fastres.chords.bodies import Failed
 from fastres.chords.events import CONTENT_TYPE, PERSISTENT, Event, write_event
+from fastres.chords.producer import Away
 from fastres.chords.reducer import Reducer
 from fastres.chords.status import answer_to
 from fastres.errors import MessageRefused
@@ -45,7 +46,7 @@ Where = frozenset[tuple[str, str]]
 
 
 class Batch:
-    """Chords that are fired in one commit, with the messages that they go on with."""
+    """Complete chords of one commit, with the messages to publish."""
 
     def __init__(self) -> None:
         self.chords: list[tuple[Chord, list[Publishing]]] = []
@@ -61,7 +62,7 @@ class Batch:
 
 
 class Caller(Protocol):
-    """What calls the bodies of the chords of all shards, and notifies their errbacks: the joiner."""
+    """The interface of the joiner that shards use: calls bodies and errbacks."""
 
     backend: Any
     addresses: Addresses
@@ -111,7 +112,7 @@ class Caller(Protocol):
 
 
 class Shard:
-    """One shard, on a channel of its own: what is lost with the channel comes again from the broker.
+    """One shard, on a channel of its own. If the channel breaks, the broker delivers its events again.
 
     Args:
         prefetch: messages that the broker sends ahead. It counts for each consumer, and cannot be changed for one
@@ -352,7 +353,7 @@ class Shard:
         )
         self.reducer.forget(chord, time.monotonic())
 
-    def look_after(self, renewal: float, expires: float | None) -> None:
+    def maintain(self, renewal: float, expires: float | None) -> None:
         """Write anew what has been held for long, and drop what has expired."""
         now, wall = time.monotonic(), time.time()
         # Not before all was read: nothing that is old may be missing because it was not.

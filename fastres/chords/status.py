@@ -1,33 +1,23 @@
-"""Which chords are open: the joiners know, and are asked through the shards that they read."""
+"""The status of open chords: what a joiner answers to questions about them."""
 
 from __future__ import annotations
 
-import time
-from contextlib import closing
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import amqp
 import msgspec
-from kombu.utils.uuid import uuid
 
-from fastres.amqp.connector import establish
-from fastres.amqp.rabbitmq import session_of
-from fastres.chords.events import CONTENT_TYPE, Event, state_of, write_event
+from fastres.chords.events import Event, state_of
 from fastres.counts import JoinerCounts
 
 if TYPE_CHECKING:
     from fastres.chords.reducer import Chord, Reducer
     from fastres.chords.shard import Caller
 
-__all__ = ("Open", "OpenChord", "ShardStatus", "answer_to", "ask", "ask_about")
+__all__ = ("Open", "OpenChord", "ShardStatus", "answer_to")
 
 #: How many chords are told one by one.
 SHOWN = 100
-#: Seconds between two looks for an answer.
-INTERVAL = 0.01
-#: Seconds that the broker may take to answer, at least.
-LEAST_LIMIT = 5.0
 SUCCESS, REVOKED = b"SUCCESS", b"REVOKED"
 
 
@@ -65,7 +55,7 @@ class Open(msgspec.Struct):
 
 
 class ShardStatus(msgspec.Struct):
-    """What there is to tell of a shard."""
+    """The status of a shard."""
 
     queue: str
     #: How many joiners read it or stand by.
@@ -109,60 +99,3 @@ def answer_to(event: Event, reducer: Reducer, joiner: Caller) -> bytes:
         return msgspec.json.encode(describe(reducer, joiner))
     chord = reducer.chords.get(event.about)
     return msgspec.json.encode(None if chord is None else describe_chord(chord))
-
-
-def ask_about(backend: Any, chord_id: str, shard: int, timeout: float) -> OpenChord | None:
-    """Ask the joiner of a shard about a chord; None: it knows nothing of it, or there is no joiner."""
-    connection = backend.connector.open()
-    establish(connection)
-    with closing(connection):
-        body = _ask(backend, connection, shard, timeout, Event(about=chord_id))[1]
-    try:
-        return None if body is None else msgspec.json.decode(body, type=OpenChord)
-    except msgspec.ValidationError:
-        # Null, or the answer of a joiner that is older than this question.
-        return None
-
-
-def ask(backend: Any, timeout: float) -> list[ShardStatus]:
-    """Ask the joiners of all shards, and wait for each answer for ``timeout`` seconds."""
-    connection = backend.connector.open()
-    establish(connection)
-    with closing(connection):
-        return [_status(backend, connection, number, timeout) for number in range(backend.options.chord_shards)]
-
-
-def _status(backend: Any, connection: Any, number: int, timeout: float) -> ShardStatus:
-    status, body = _ask(backend, connection, number, timeout, Event())
-    if body is not None:
-        status.open = msgspec.json.decode(body, type=Open)
-    return status
-
-
-def _ask(
-    backend: Any, connection: Any, number: int, timeout: float, question: Event
-) -> tuple[ShardStatus, bytes | None]:
-    """Ask a shard's joiner. Returns: what the broker says of the shard, and the answer."""
-    address = backend.addresses.chords(number)
-    session = session_of(connection)
-    # A broker that stands still is not waited for without an end.
-    session.limit(max(timeout, LEAST_LIMIT))
-    state = session.declare(backend.addresses.queue(address))
-    status = ShardStatus(address.name, state.consumers, state.messages, None)
-    if not state.consumers:
-        return status, None
-    channel = connection.channel()
-    question.ask = f"{address.name}.{uuid()}"
-    channel.queue_declare(question.ask, exclusive=True)
-    message = amqp.Message(write_event(question), content_type=CONTENT_TYPE)
-    channel.basic_publish(message, "", address.name)
-    end = time.monotonic() + timeout
-    answer = None
-    while answer is None and time.monotonic() < end:
-        got = channel.basic_get(question.ask, no_ack=True)
-        if got is None:
-            time.sleep(INTERVAL)
-        else:
-            answer = got.body if isinstance(got.body, bytes) else got.body.encode()
-    channel.queue_delete(question.ask)
-    return status, answer

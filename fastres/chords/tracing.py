@@ -1,4 +1,4 @@
-"""What is sent for a chord continues the trace of its last part: OpenTelemetry's and Sentry's, where used."""
+"""The body of a chord continues the trace of its last part, with OpenTelemetry and Sentry."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""The read path: joins, waits and looks."""
+"""The read path: joins, waits, and reading without taking."""

@@ -1,4 +1,4 @@
-"""What a process reads queues of tasks and of groups with, for as long as a join waits for them."""
+"""Consumers of the queues of tasks and groups, for as long as a join waits for their results."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ KEPT = attrgetter("keep")
 
 
 class Feed(Inbox):
-    """Results of tasks, for as long as a join waits for them.
+    """Consumes the results of tasks for as long as a join waits for them.
 
     It begins by taking what comes: messages are acknowledged when they have been handed over, so that a lost
     connection loses none. With the first message that somebody else may want, or if nothing is to be taken, it
@@ -88,11 +88,11 @@ class Feed(Inbox):
         self._stuck = 0
         #: The latest state of each task that has one and no result.
         self._latest_state: dict[str, Delivery] = {}
-        #: While sharing: states that were told, when the queues were opened, how many messages they had then, when
-        #: the last came, and whether all of them have come.
+        #: While sharing: states that were told; how many messages of the queues are still to come that were there
+        #: when they were opened; when the first of what is held came, or began to come, and when the last.
         self._reported: set[int] = set()
-        self._opened = 0.0
         self._backlog = 0
+        self._began: float | None = None
         self._came = 0.0
         #: Queues of single tasks whose result was taken.
         self._finished: list[Address] = []
@@ -115,9 +115,11 @@ class Feed(Inbox):
             super()._open(session)
             if self.consumer is None:
                 self._exclusive, self.shares, self._prefetch = True, False, self._prefetch_to_take
-        self._opened = self._came = time.monotonic()
+        self._came = time.monotonic()
+        # What is not there yet takes no time to read.
+        self._began = self._came if self._backlog else None
         if self.shares and self.consumer is not None and self._backlog:
-            self.due = self._opened + HOLD
+            self.due = self._came + HOLD
 
     def act(self, session: Session) -> None:
         if self.due is None or time.monotonic() < self.due:
@@ -134,7 +136,7 @@ class Feed(Inbox):
         return self.shares and self._backlog > 0 and time.monotonic() < self._came + HOLD
 
     def give_back(self, session: Session) -> None:
-        took = max(0.0, self._came - self._opened)
+        took = 0.0 if self._began is None else max(0.0, self._came - self._began)
         self._leave()
         self.due = time.monotonic() + max(PAUSE, min(took * REST, LONGEST_PAUSE))
 
@@ -267,6 +269,8 @@ class Feed(Inbox):
         """Offer what others may want too."""
         self._backlog = max(0, self._backlog - count)
         self._came = time.monotonic()
+        if self._began is None:
+            self._began = self._came
         self.due = self._came + HOLD if self._backlog or self.due is None else self.due
         finals: dict[str, Arrival] = {}
         news: list[Arrival] = []

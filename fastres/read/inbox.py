@@ -1,4 +1,4 @@
-"""Inboxes consume from queues, and offer what comes to the joins that wait for it: what they have in common."""
+"""The base of inboxes, which consume queues and offer results to the joins that wait for them."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ MARK = itemgetter(0)
 
 
 class Context:
-    """What the inboxes of a process share.
+    """The objects that the inboxes of a process share.
 
     Args:
         link: the consuming connection.
@@ -76,7 +76,7 @@ class Context:
 
 
 class Inbox:
-    """Consumes from some addresses through the link of its process: what feeds and mailboxes have in common."""
+    """Consumes some queues through the link of its process: the base of feeds and of reply inboxes."""
 
     def __init__(self, context: Context, addresses: list[Address], exclusive: bool, prefetch: int) -> None:
         self.context = context

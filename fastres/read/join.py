@@ -1,4 +1,4 @@
-"""A wait for some results: what is still to come, and what came but was not handed over yet."""
+"""Joins: waits for some results."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def cancelled(notice: Meta, awaited: Iterable[str]) -> Iterator[tuple[str, Meta]
 
 
 class Inbox(Protocol):
-    """Where what a join waits for comes in."""
+    """The interface of inboxes that joins use."""
 
     joins: list[Join]
     #: When to :meth:`act`, on the monotonic clock; None: not before something comes.
@@ -80,7 +80,7 @@ class Inbox(Protocol):
 
 
 class Batch(NamedTuple):
-    """Results that came together for a join."""
+    """Results that arrived together for a join."""
 
     #: Where they came from, to be told what was handed over; None: they were looked at, or come a second time.
     inbox: Inbox | None
@@ -91,7 +91,7 @@ class Batch(NamedTuple):
 
 
 class Join:
-    """A wait for some results: what is still to come, and what came but was not handed over yet.
+    """A wait for some results: the missing ones, and those that have arrived but were not handed over yet.
 
     Args:
         task_ids: the tasks.

@@ -1,9 +1,9 @@
-"""Looks: reading without taking. The state of a task, a group's progress, saved groups; taking single results.
+"""Looks: reading without taking. The state of a task, the progress of a group, saved groups; forgetting results.
 
-A look is one round trip, over a connection of the writers', so that no look waits for another thread's. It
-declares nothing. What it gets is out of its queue for the moment between two frames in the broker, and whoever
-looks in that moment, or while a wait holds the messages, sees too little: a result that is missing from a queue
-that may be held by somebody is looked for again.
+A look is one round trip over a connection of the publisher, so that no look waits for another thread. It declares no
+queue. The messages are missing from their queue between two frames that the broker handles. A reader that looks in
+that moment, or while a wait holds the messages, sees too few of them; therefore a look repeats itself if a result is
+missing from a queue that another reader may hold.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ REMEMBERED = 1000
 
 
 class Snapshot:
-    """What a queue held when it was read."""
+    """The content of a queue at the last look."""
 
     def __init__(self, address: Address) -> None:
         self.address = address
@@ -89,7 +89,7 @@ class Snapshot:
 
 
 class Looks:
-    """Looks at queues.
+    """Reads queues without taking messages.
 
     Args:
         publisher: whose connections they go over.

@@ -1,4 +1,4 @@
-"""The result objects of a process that somebody may wait with, and how they learn their result."""
+"""The result objects of a process, which are fulfilled when their results are read."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ("Pending",)
 
 
 class Pending:
-    """Result objects by task id, for as long as anybody refers to them."""
+    """Result objects by task id, held by weak references."""
 
     def __init__(self) -> None:
         #: The first of each id, and those beyond it.

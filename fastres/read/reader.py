@@ -1,4 +1,4 @@
-"""The read path: results out of their queues and into the joins that wait for them, over any transport."""
+"""Reads results from their queues for the joins that wait for them, over any transport."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The reply queues of a client, which ``fastres-rpc://`` reads its results from."""
+"""The inbox of a client's reply queues, for ``fastres-rpc://``."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ UNCLAIMED = 8192
 
 
 class ReplyInbox(Inbox):
-    """The reply queues of a client: all its results come here, whoever waits for them.
+    """Consumes the reply queues of a client, for all its results.
 
     Nobody else reads these queues, so what came is acknowledged at once and kept here until it is asked for.
     """

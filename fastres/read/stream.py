@@ -1,4 +1,4 @@
-"""Reading all results of a queue once, one after the other, whatever tasks they are of: flat memory."""
+"""Reads all results of a queue once, one by one, in constant memory."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PATIENCE = 10.0
 
 
 class Stream(Inbox):
-    """The results of a group of which only the size is known: one reader at a time takes them.
+    """Takes the results of a group of which only the size is known. One reader at a time.
 
     Each is acknowledged when the next one is asked for, so that a process that ends loses none.
 

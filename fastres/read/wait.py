@@ -1,4 +1,4 @@
-"""What a user waits with: results of one task, of many, of a group, each handed over once."""
+"""Waits for the result of a task, of many tasks, or of a group. Each result is handed over once."""
 
 from __future__ import annotations
 

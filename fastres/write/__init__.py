@@ -1,1 +1,1 @@
-"""The write path: results and events to their queues, confirmed by the broker."""
+"""The write path: publishes results, events and tasks, with confirms."""

@@ -1,4 +1,4 @@
-"""Messages that are sent by the thousand over one channel, confirmed in windows."""
+"""Publishes many messages over one channel, with confirms for windows of them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ COMPLAINTS = 60.0
 
 
 class Chunk(NamedTuple):
-    """Messages that are written together."""
+    """Messages that are written together, as frames."""
 
     #: How many messages were sent before them, and with them.
     before: int
@@ -35,7 +35,7 @@ class Chunk(NamedTuple):
 
 
 class Bulk:
-    """Sends messages that are frames already; a context manager.
+    """Publishes messages that are encoded as frames; a context manager.
 
     Args:
         connection: a kombu connection to RabbitMQ; whoever gives it closes it.

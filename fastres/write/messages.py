@@ -1,4 +1,4 @@
-"""Results as messages."""
+"""Encodes results as messages."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LONGEST_CORRELATION_ID = 63
 
 
 class Encoder:
-    """Makes messages of results.
+    """Encodes results as messages.
 
     Args:
         serializer: the name of one of kombu's.
@@ -47,8 +47,17 @@ class Encoder:
                     f"there are {', '.join(sorted(encoders()))}"
                 ) from None
 
-    def encode(self, meta: Meta, correlation_id: str, headers: dict[str, Any] | None = None) -> Message:
+    def encode(
+        self,
+        meta: Meta,
+        correlation_id: str,
+        headers: dict[str, Any] | None = None,
+        expiration: float | None = None,
+    ) -> Message:
         """A message.
+
+        Args:
+            expiration: seconds after which the broker drops it; None: when its queue expires.
 
         Raises:
             kombu.exceptions.EncodeError: the serializer does not take a value.
@@ -60,7 +69,9 @@ class Encoder:
         # Only the body has room for any id.
         if len(correlation_id) > LONGEST_CORRELATION_ID or not correlation_id.isprintable():
             correlation_id = ""
-        return Message(body, content_type, content_encoding, correlation_id, self._delivery_mode, headers or {})
+        return Message(
+            body, content_type, content_encoding, correlation_id, self._delivery_mode, headers or {}, expiration
+        )
 
 
 def plain_meta(result: Any, state: str, traceback: Any, request: Any, children: list[Any], zone: tzinfo) -> Meta:

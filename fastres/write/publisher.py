@@ -1,33 +1,30 @@
-"""Publishes: a declaration where one is due and a message are one write, confirmed by the broker."""
+"""Publishes messages with confirms. A message and the declaration of its queue are one write."""
 
 from __future__ import annotations
 
 import contextlib
-import re
-import socket
 import threading
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakSet
 
-from amqp.exceptions import NotFound, PreconditionFailed
+from amqp.exceptions import NotFound
 from kombu.utils.functional import retry_over_time
 from kombu.utils.uuid import uuid
 
-from fastres.amqp.connector import abandon, drop, establish
+from fastres.amqp.connector import abandon
 from fastres.amqp.publishing import Message, Publishing
-from fastres.amqp.rabbitmq import session_of
 from fastres.amqp.session import says_no_queue
 from fastres.amqp.window import Window
-from fastres.errors import BrokerUnreachable, MessageRefused, QueueGone, ResultTooLarge, refusal
+from fastres.errors import BrokerUnreachable, ResultTooLarge, refusal
 from fastres.logs import logger
+from fastres.write.writer import Writer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from fastres.addresses import Address, Addresses
-    from fastres.amqp.session import Session
     from fastres.counts import Counts
     from fastres.options import Options
 
@@ -35,35 +32,15 @@ __all__ = ("Publisher",)
 
 T = TypeVar("T")
 
-#: Queues that a connection remembers to have declared.
-DECLARED = 10_000
-#: A declaration is made again after this many seconds at the latest: it also keeps a queue from expiring.
-DECLARED_FOR = 60.0
 #: Bodies from this size, in bytes, are confirmed whatever the option says: it is how their refusal is noticed.
 LARGE = 1 << 20
 
-#: Seconds that the broker may take for it in all once it has said that an alarm of its memory, or of its disk,
-#: holds everything back.
-BLOCKED = 300.0
-#: Seconds after each time that a quorum queue has refused a message, which may be because it is not yet made.
-MADE = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
 
-#: Why it may take longer.
-ALARM = "an alarm (memory, disk) makes it wait"
-SILENCE = "it stands still, or lacks something that it does not tell of: file handles, disk, most of its nodes"
-
-#: Bytes of messages that may wait for their confirm on one connection.
-WINDOW_SIZE = 16 << 20
-#: How often the confirms that have come are read while more is published: after how many messages, and seconds.
-POLL_EVERY, POLLED = 64, 0.1
 #: Seconds between two looks at what is not confirmed, and since something was added to it.
 WATCHED_EVERY = 0.2
 
 #: Seconds between two looks for a connection that its thread has lost.
 LOST = 1.0
-
-#: How RabbitMQ words the refusal: "message size 300 is larger than configured max size 200".
-SIZE_LIMIT = re.compile(r"message size (\d+)\D+(\d+)")
 
 
 class Publisher:
@@ -331,204 +308,6 @@ class Publisher:
             writer.drop()
 
 
-class Writer:
-    """A connection of the publisher, and what was declared on it."""
-
-    def __init__(self, publisher: Publisher) -> None:
-        self._publisher = publisher
-        self._addresses = publisher.addresses
-        self.connection = publisher.connect()
-        #: What a connection breaks with.
-        self.errors: tuple[type[BaseException], ...] = self.connection.connection_errors
-        #: What the broker says no with, to an operation that has come to its end.
-        self.refusals: tuple[type[Exception], ...] = self.connection.channel_errors
-        #: The same, and what is made of it.
-        self.verdicts: tuple[type[Exception], ...] = (*self.refusals, ResultTooLarge, QueueGone, MessageRefused)
-        #: What is not confirmed, and when the last of it was sent, on the monotonic clock.
-        self.window = Window(publisher.window, WINDOW_SIZE)
-        self.published_at = 0.0
-        self._polled_at = 0.0
-        self._session: Session | None = None
-        #: When each queue was declared, on the monotonic clock.
-        self._declared: dict[str, float] = {}
-
-    def connect(self) -> Session:
-        if self._session is None:
-            establish(self.connection)
-            self._publisher.counts.connected("writer")
-            self._session = session_of(self.connection)
-            self._session.limit(self._publisher.confirm_timeout)
-        return self._session
-
-    def drop(self) -> None:
-        """Leave a connection that broke; :meth:`connect` makes a new one."""
-        # First: numbers of another channel must not come into it.
-        self.window.lose()
-        drop(self.connection)
-        self.connection = self._publisher.connect()
-        self._session = None
-        self._declared.clear()
-
-    def clear(self, address: Address) -> None:
-        """Make sure that there is a queue, and that it is empty."""
-        self.connect().declare(self._addresses.queue(address))
-        self.connect().purge(address.name)
-
-    def publish(self, publishings: list[Publishing], confirm: bool) -> None:
-        """Send messages: they are confirmed then, or kept until they are."""
-        session = self.connect()
-        if self.window:
-            self._make_room(session)
-        if not confirm:
-            self._send(session, publishings)
-        elif len(publishings) == 1:
-            self._send_and_wait(session, publishings)
-        else:
-            try:
-                self._send_and_wait(session, publishings)
-            except PreconditionFailed:
-                # Of several, one may be too large.
-                for publishing in publishings:
-                    self._send_and_wait(session, [publishing])
-
-    def wait_for_confirms(self) -> None:
-        """Wait until everything is confirmed that was sent."""
-        session = self.connect()
-        while self.window:
-            self._send_again(session)
-            self._confirm(session, lambda: not self.window.unconfirmed)
-
-    def _make_room(self, session: Session) -> None:
-        """Read the confirms that have come, now and then; wait for them when too many are awaited."""
-        window, now = self.window, time.monotonic()
-        if window.is_full():
-            self._confirm(session, window.has_room)
-        elif not window.unconfirmed % POLL_EVERY or now - self._polled_at > POLLED:
-            self._polled_at = now
-            session.poll()
-        self._send_again(session)
-
-    def _confirm(self, session: Session, enough: Callable[[], bool]) -> None:
-        # The broker closes the channel over a message, not over the one that is to be sent now.
-        with contextlib.suppress(*self.refusals):
-            self._wait(session, enough)
-
-    def _send_again(self, session: Session) -> None:
-        """Send what came back, or went down with a channel or a connection."""
-        window = self.window
-        if window.again:
-            # Interrupted at any line, they are sent twice rather than not at all.
-            again = list(window.again)
-            try:
-                window.again.clear()
-                for publishing in again:
-                    self._declared.pop(publishing.routing_key, None)
-                window.taken_again(again)
-                self._send(session, again)
-            except BaseException:
-                window.again.extendleft(reversed(again))
-                raise
-        while window.doubtful:
-            publishing = window.doubtful[0]
-            try:
-                window.doubtful.popleft()
-                self._send_and_wait(session, [publishing])
-            except self.verdicts as exc:
-                if isinstance(exc, NotFound) and not says_no_queue(exc):
-                    window.doubtful.appendleft(publishing)
-                    raise
-                logger.error("A result is lost that nobody waited for: %s", refusal(exc, session.uri))
-            except BaseException:
-                window.doubtful.appendleft(publishing)
-                raise
-
-    def _send(self, session: Session, publishings: list[Publishing]) -> None:
-        addresses = [each.address for each in publishings if each.address and self._is_due(each.address)]
-        queues = [self._addresses.queue(address) for address in dict.fromkeys(addresses)]
-        try:
-            session.publish(publishings, queues, self.window)
-        except BaseException:
-            self.window.withdraw(publishings)
-            raise
-        for address in addresses:
-            self._remember(address)
-        self.published_at = time.monotonic()
-
-    def _send_and_wait(self, session: Session, publishings: list[Publishing]) -> None:
-        """Send messages, and wait for their confirms.
-
-        Raises:
-            fastres.errors.ResultTooLarge: the broker does not take a message of this size.
-            fastres.MessageRefused: the broker has refused a message.
-            fastres.QueueGone: there is no queue for a message, although it was declared twice.
-        """
-        window, left = self.window, publishings
-        returned = 0
-        # A quorum queue refuses what comes while another connection has it made.
-        pauses = iter(MADE if any(each.address and each.address.is_quorum for each in left) else ())
-        # A queue may have been deleted or have expired since this connection declared it: the broker then returns
-        # the message, and it is sent again to a new one.
-        while returned < 2:
-            try:
-                self._send(session, left)
-                self._wait(session, lambda: not window.unconfirmed)
-                refused = set(map(id, window.doubtful))
-            except PreconditionFailed as exc:
-                limit = SIZE_LIMIT.search(exc.reply_text or "")
-                if limit is None or len(publishings) > 1:
-                    raise
-                raise _too_large(publishings[0], *limit.groups()) from exc
-            finally:
-                came_back = window.withdraw(left)
-            if not came_back:
-                return
-            left = came_back
-            if not refused.isdisjoint(map(id, came_back)):
-                pause = next(pauses, None)
-                if pause is None:
-                    raise MessageRefused(
-                        f"the broker {session.uri} has refused a message to {left[0].routing_key!r}: the queue is "
-                        "full (a policy with max-length and reject-publish), or not there on enough nodes"
-                    )
-                time.sleep(pause)
-                continue
-            returned += 1
-            for publishing in left:
-                self._declared.pop(publishing.routing_key, None)
-            window.taken_again(left)
-        raise QueueGone(f"queue {left[0].routing_key!r} is deleted as often as it is declared")
-
-    def _wait(self, session: Session, enough: Callable[[], bool]) -> None:
-        start = time.monotonic()
-        while True:
-            try:
-                session.wait_for_confirms(self.window, enough)
-                return
-            except socket.timeout as exc:
-                seconds = time.monotonic() - start
-                if session.is_blocked and seconds < BLOCKED:
-                    continue
-                why = ALARM if session.is_blocked else SILENCE
-                raise BrokerUnreachable(
-                    f"the broker {session.uri} has not taken messages for {seconds:.0f} seconds: {why}"
-                ) from exc
-
-    def _is_due(self, address: Address) -> bool:
-        """Whether a queue is to be declared, for the first time or again."""
-        declared = self._declared.get(address.name)
-        if declared is None:
-            return True
-        expires = self._addresses.expires
-        return time.monotonic() - declared > (min(DECLARED_FOR, expires / 4) if expires else DECLARED_FOR)
-
-    def _remember(self, address: Address) -> None:
-        # A lone task's queue is declared once and never again: the oldest go first.
-        self._declared.pop(address.name, None)
-        self._declared[address.name] = time.monotonic()
-        if len(self._declared) > DECLARED:
-            del self._declared[next(iter(self._declared))]
-
-
 def _perform(operation: Callable[[Writer], T], writer: Writer) -> T:
     try:
         return operation(writer)
@@ -537,11 +316,3 @@ def _perform(operation: Callable[[Writer], T], writer: Writer) -> T:
             raise
         # The node that a queue is on is down: it comes back, as a broker does.
         raise ConnectionResetError(exc.reply_text) from exc
-
-
-def _too_large(publishing: Publishing, size: str, limit: str) -> ResultTooLarge:
-    return ResultTooLarge(
-        f"the result of task {publishing.message.correlation_id} makes a message of {size} bytes, "
-        f"over the broker's limit of {limit} bytes (RabbitMQ's max_message_size): "
-        "store large values elsewhere and return where they are, or raise the limit"
-    )

@@ -15,8 +15,6 @@ from proxy import Proxy
 from rabbitmq_node import Node
 from workers import JoinerProcess, client, start_python
 
-from fastres.chords.status import ask
-
 LONG = 60
 SIZES = [2, 3, 5]
 
@@ -99,7 +97,7 @@ def join_one(unrun: Unrun) -> None:
 
 
 def nothing_is_left(app: Celery, unrun: Unrun) -> None:
-    (shard,) = ask(app.backend, LONG)
+    (shard,) = app.backend.asker.status(LONG)
     assert shard.open is not None
     assert shard.open.count == 0
     assert unrun.called() == [], "no body was sent twice"

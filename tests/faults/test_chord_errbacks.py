@@ -21,7 +21,6 @@ from rabbitmq_node import Node
 from workers import JoinerProcess, client, start_python
 
 from fastres.chords.joiner import NOTIFIERS
-from fastres.chords.status import ask
 
 LONG = 60
 
@@ -73,7 +72,7 @@ def told(folder: Path) -> list[str]:
 def has_failed(app: Celery, unrun: Unrun, body: str) -> None:
     with pytest.raises(ChordError, match="apples"):
         app.AsyncResult(body).get(timeout=LONG)
-    until(lambda: (status := ask(app.backend, LONG)[0].open) is not None and not status.count)
+    until(lambda: (status := app.backend.asker.status(LONG)[0].open) is not None and not status.count)
     assert unrun.called() == []
 
 
@@ -145,7 +144,7 @@ def test_a_joiner_is_connected_again_while_it_tells_an_errback(
         proxy.cut()
         until(lambda: "lost the broker" in cut.log())
         # It has read the shard when it answers.
-        until(lambda: (status := ask(app.backend, LONG)[0].open) is not None and status.count == 1)
+        until(lambda: (status := app.backend.asker.status(LONG)[0].open) is not None and status.count == 1)
         (tmp_path / "gate").touch()
         has_failed(app, unrun, body)
         assert told(tmp_path) == [body]

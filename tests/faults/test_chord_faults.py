@@ -21,8 +21,6 @@ from proxy import Proxy
 from rabbitmq_node import Node
 from workers import JoinerProcess, Worker, client, start_python
 
-from fastres.chords.status import ask
-
 #: How many chords are sent while joiners are killed: 20 times as many where there is time.
 CHORDS = 500 * (20 if os.environ.get("FASTRES_MILLION") else 1)
 #: Seconds that all of it may take.
@@ -71,8 +69,8 @@ def shard(app: Celery) -> str:
 def nothing_is_open(app: Celery) -> None:
     """All that the joiner holds is what came late."""
     # It may be on its way back, after a cut.
-    until(lambda: ask(app.backend, 20)[0].open is not None)
-    (status,) = ask(app.backend, 20)
+    until(lambda: app.backend.asker.status(20)[0].open is not None)
+    (status,) = app.backend.asker.status(20)
     assert status.open is not None
     assert [each for each in status.open.chords if each.total is not None] == []
 
@@ -163,7 +161,7 @@ def test_joiners_are_killed_while_they_merge(app: Celery, unrun: Unrun, tmp_path
 def test_a_standby_takes_over(alive: Node, app: Celery, unrun: Unrun, options: dict[str, Any]) -> None:
     joiners = [JoinerProcess(alive.url, result_backend_transport_options=options) for _ in range(2)]
     with joiners[0] as active, contextlib.ExitStack() as stack:
-        until(lambda: ask(app.backend, 20)[0].joiners == 1)
+        until(lambda: app.backend.asker.status(20)[0].joiners == 1)
         stack.enter_context(joiners[1])
         wait_for_joiners(app, alive, 2)
         requests = begun(unrun, [3] * 20)
@@ -298,7 +296,7 @@ def test_the_broker_goes_and_comes(
 ) -> None:
     sizes = [2, 5, 1200, 10, 3]
     with JoinerProcess(alive.url, result_backend_transport_options=options):
-        until(lambda: ask(app.backend, 20)[0].joiners == 1)
+        until(lambda: app.backend.asker.status(20)[0].joiners == 1)
         requests = begun(unrun, sizes)
         random.shuffle(requests)
         finish(unrun, requests[:-400])

@@ -14,8 +14,6 @@ from chord_kit import Unrun, begun, finish, results_of
 from rabbitmq_node import Node
 from workers import client, start_python
 
-from fastres.chords.status import ask
-
 LONG = 60
 SHARDS = 3
 SIZES = [3] * 40
@@ -73,12 +71,12 @@ def readers(app: Celery, node: Node) -> dict[str, str]:
 
 def joiners(app: Celery) -> list[int]:
     """How many joiners read a shard or stand by, by shard."""
-    return [shard.joiners for shard in ask(app.backend, 0)]
+    return [shard.joiners for shard in app.backend.asker.status(0)]
 
 
 def open_chords(app: Celery) -> list[int]:
     """How many chords are open, by shard."""
-    return [shard.open.count if shard.open else 0 for shard in ask(app.backend, LONG)]
+    return [shard.open.count if shard.open else 0 for shard in app.backend.asker.status(LONG)]
 
 
 def nth(requests: list[Context], index: int) -> list[Context]:

@@ -1,4 +1,4 @@
-"""Policies that operators set for all queues: what each does to results and to chords. README has the table."""
+"""Policies that operators set for all queues: what they do to results and chords. docs/brokers.md lists it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from rabbitmq_node import Node
 from workers import Worker
 
 import fastres
-from fastres.chords.status import ask
 
 SetPolicy = Callable[..., None]
 
@@ -131,7 +130,7 @@ def test_dropped_events_of_the_log_leave_chords_open(own_node: Node, make_app: M
     finish(unrun, unrun.begin(6))
     app.backend.joiner.start()
     try:
-        until(lambda: (shard := ask(app.backend, ENOUGH)[0]).open and shard.open.count == 1)
+        until(lambda: (shard := app.backend.asker.status(ENOUGH)[0]).open and shard.open.count == 1)
         assert unrun.called() == []
     finally:
         app.backend.joiner.stop()

@@ -35,7 +35,6 @@ from rabbitmq_node import Node
 from workers import Worker
 
 import fastres
-from fastres.chords.status import ask
 
 #: Seconds for which the impatient broker lets a message be unacknowledged, and until it has surely noticed.
 HELD, NOTICED = 2, 5
@@ -205,7 +204,7 @@ def test_a_permission_that_lacks(
 
 
 def test_the_least_permissions(node: Node, make_app: MakeApp) -> None:
-    """Those of README."""
+    """Those of docs/operate.md."""
     name = f"user-{uuid()}"
     node.ctl("add_user", name, "secret")
     node.ctl("set_permissions", name, r"^fastres\.", r"^amq\.default$", r"^fastres\.")
@@ -227,7 +226,7 @@ def test_the_least_permissions(node: Node, make_app: MakeApp) -> None:
     joiner = app.backend.joiner
     joiner.start()
     # What waits there may be another test's.
-    assert len(ask(app.backend, ENOUGH)) == 1
+    assert len(app.backend.asker.status(ENOUGH)) == 1
     joiner.stop()
     node.ctl("delete_user", name)
 

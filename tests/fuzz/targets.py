@@ -227,7 +227,7 @@ def publication(data: bytes) -> None:
     exchange, key, content_type, encoding, task_id = names
     headers = source.some()
     args = (exchange, key, mandatory, source.rest(), content_type, encoding, headers, mode, task_id)
-    same(lambda impl: outcome(impl["frames"].publication, channel, frame_max, *args))
+    same(lambda impl: outcome(impl["publications"].publication, channel, frame_max, *args))
 
 
 TARGETS: dict[str, Callable[[bytes], None]] = {

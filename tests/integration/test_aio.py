@@ -177,7 +177,7 @@ def test_timeouts_and_cancelled_waits_leave_nothing(
     assert dict(again.backend.get_many([each.id for each in held][1:], timeout=SECONDS)).keys() == {
         each.id for each in held[1:]
     }
-    assert not app.backend.pump._open
+    assert not app.backend.loop_reader._open
 
 
 def test_many_waits_at_once(app: Celery, run: Callable[[Any], Any], broker: Broker) -> None:
@@ -192,7 +192,7 @@ def test_many_waits_at_once(app: Celery, run: Callable[[Any], Any], broker: Brok
     run(main())
     added = {thread.name for thread in threading.enumerate() if thread.ident not in before}
     # But for those of the loop's executor, which sends.
-    assert {name for name in added if not name.startswith(("asyncio_", "uvloop_"))} <= {"fastres-pump"}
+    assert {name for name in added if not name.startswith(("asyncio_", "uvloop_"))} <= {"fastres-loop-reader"}
 
 
 def test_a_large_group_blocks_no_loop(node: Node, make_app: MakeApp, run: Callable[[Any], Any]) -> None:

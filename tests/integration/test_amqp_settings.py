@@ -16,7 +16,9 @@ from backend_kit import (
     MakeApp,
     in_another_process,
     member_ids,
+    new_ids,
     on_classic_queues,
+    page_ids,
     queue_of,
     request_of,
     store,
@@ -184,6 +186,35 @@ def test_expired(make_app: MakeApp, node: Node) -> None:
     assert app.backend.get_task_meta(task_id)["status"] == "PENDING"
     store(app, task_id, "again")
     assert app.backend.wait_for(task_id, timeout=ENOUGH) == "again"
+
+
+@pytest.mark.parametrize(
+    ("expires", "failure_expires", "gone", "kept"),
+    [(3600, 0.5, "FAILURE", "SUCCESS"), (0.5, 3600, "SUCCESS", "FAILURE"), (0.5, 0, "SUCCESS", "FAILURE")],
+)
+@pytest.mark.parametrize("id_of", [page_ids, lambda count: member_ids(uuid(), count), new_ids])
+def test_result_failure_expires(
+    make_app: MakeApp, broker: Broker, expires: float, failure_expires: float, gone: str, kept: str, id_of: Any
+) -> None:
+    """The results of failed tasks are kept for a time of their own, longer or shorter, wherever they are."""
+    conf = {"result_expires": expires, "result_failure_expires": failure_expires}
+    app, reader = make_app(**conf), make_app(**conf)
+    results = dict(zip((gone, kept), id_of(2)))
+    for state, task_id in results.items():
+        store(app, task_id, KeyError(state) if state == "FAILURE" else 1, state)
+    assert reader.backend.get_task_meta(results[gone])["status"] == gone
+    shared = len({*map(app.backend.rkey, results.values())}) == 1
+    until(lambda: broker.messages(app.backend.rkey(results[gone])) == shared)
+    assert make_app(**conf).backend.get_task_meta(results[gone])["status"] == "PENDING"
+    assert make_app(**conf).backend.get_task_meta(results[kept])["status"] == kept
+
+
+def test_result_failure_expires_unset(make_app: MakeApp, broker: Broker) -> None:
+    """As any result: messages carry no expiration of their own."""
+    app = make_app(result_expires=3600)
+    for state in ("SUCCESS", "FAILURE"):
+        store(app, task_id := uuid(), None, state)
+        assert "expiration" not in broker.look(app.backend.rkey(task_id)).properties
 
 
 # -- result_persistent, result_exchange, result_exchange_type

@@ -20,7 +20,6 @@ from workers import Worker, adds, python
 
 import fastres
 from fastres import aio
-from fastres.chords.status import ask
 
 SECONDS = 20
 
@@ -122,7 +121,7 @@ def test_a_chord(app: Celery, worker: Worker, gate: Path, tmp_path: Path, count:
     with pytest.raises(TaskRevokedError):
         sent.get(timeout=3)
     gate.touch()
-    until(lambda: not any(shard.open and shard.open.count for shard in ask(app.backend, SECONDS)))
+    until(lambda: not any(shard.open and shard.open.count for shard in app.backend.asker.status(SECONDS)))
     noted = tmp_path / "noted"
     # Other tasks on their page are not touched.
     assert [result.get(timeout=SECONDS) for result in lone + after] == [2, 2, 2, 4, 4, 4]
@@ -221,7 +220,7 @@ def test_a_chord_that_is_over_stays_as_it_is(app: Celery) -> None:
     sent = chord(adds(10))(tsum.s())
     assert app.AsyncResult(sent.id).get(timeout=SECONDS) == 90
     fastres.cancel(sent)
-    assert not any(shard.open and shard.open.count for shard in ask(app.backend, SECONDS))
+    assert not any(shard.open and shard.open.count for shard in app.backend.asker.status(SECONDS))
     assert app.AsyncResult(sent.id).get(timeout=SECONDS) == 90
 
 

@@ -32,7 +32,6 @@ from rabbitmq_node import Node, Redis
 from workers import JoinerProcess, Worker, adds, client, python
 
 import fastres
-from fastres.chords.status import ask
 
 SECONDS = 20
 
@@ -141,7 +140,7 @@ def test_the_joiner_of_another_application(node: Node, routed: str, tmp_path: An
         assert "Dependency" in error_of(result)
         until((tmp_path / f"told-{result.id}").exists, SECONDS)
         assert "give each a `namespace` of its own" in joiner.log()
-        (said,) = {shard.open.queue for shard in ask(app.backend, SECONDS) if shard.open is not None}
+        (said,) = {shard.open.queue for shard in app.backend.asker.status(SECONDS) if shard.open is not None}
         assert said == theirs
 
 
@@ -210,7 +209,7 @@ def test_a_body_whose_queue_is_full(
         with pytest.raises(ChordError, match=r"The broker refused the message.*make room there"):
             result.get(timeout=SECONDS)
     assert joined.wait(3) == [(number, [0, 1]) for number in range(3)]
-    until(lambda: all(shard.open and not shard.open.count for shard in ask(app.backend, 5)), SECONDS)
+    until(lambda: all(shard.open and not shard.open.count for shard in app.backend.asker.status(5)), SECONDS)
 
 
 def test_the_broker_is_away_when_parts_are_to_be_written_again(

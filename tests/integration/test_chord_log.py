@@ -12,7 +12,7 @@ from chord_kit import Unrun, finish
 from rabbitmq_node import Node
 from workers import JoinerProcess
 
-from fastres.chords.status import ShardStatus, ask
+from fastres.chords.status import ShardStatus
 
 SECONDS = 15
 NAMESPACE = "of-the-log"
@@ -37,7 +37,7 @@ def unrun(app: Celery, broker: Broker) -> Unrun:
 
 
 def status(app: Celery) -> ShardStatus:
-    (shard,) = ask(app.backend, SECONDS)
+    (shard,) = app.backend.asker.status(SECONDS)
     assert shard.open is not None, "the joiner does not answer"
     return shard
 
@@ -162,7 +162,7 @@ def test_status(app: Celery, unrun: Unrun) -> None:
 
 def test_status_without_a_joiner(make_app: MakeApp) -> None:
     app = make_app(result_backend_transport_options={"namespace": uuid(), "chord_shards": 2})
-    shards = ask(app.backend, 0.5)
+    shards = app.backend.asker.status(0.5)
     assert [(shard.joiners, shard.waiting, shard.open) for shard in shards] == [(0, 0, None)] * 2
 
 
@@ -225,8 +225,11 @@ def test_shards(make_app: MakeApp, node: Node, broker: Broker) -> None:
             unrun.send(2, number)
         requests = unrun.requests(80)
         finish(unrun, requests[::2])
-        until(lambda: sum(shard.open.count for shard in ask(app.backend, SECONDS) if shard.open) == 40, SECONDS)
-        assert all(shard.open and shard.open.count for shard in ask(app.backend, SECONDS)), "all are used"
+        until(
+            lambda: sum(shard.open.count for shard in app.backend.asker.status(SECONDS) if shard.open) == 40,
+            SECONDS,
+        )
+        assert all(shard.open and shard.open.count for shard in app.backend.asker.status(SECONDS)), "all are used"
         finish(unrun, requests[1::2])
         assert sorted(unrun.wait(40)) == [(number, [0, 1]) for number in range(40)]
 

@@ -14,7 +14,6 @@ from rabbitmq_node import Node
 from workers import JoinerProcess, Worker, adds, client, sums
 
 import fastres
-from fastres.chords.status import ask
 
 SECONDS = 15
 SERIALIZERS = ["json", "pickle", "msgpack", "yaml"]
@@ -230,7 +229,7 @@ def test_a_sender_with_more_shards_than_the_workers(node: Node) -> None:
     ):
         results = [chord(adds(3))(tsum.s()) for _ in range(20)]
         until(lambda: "chord_shards" in worker.log(), SECONDS, so="the worker tells of it")
-        shards = ask(app.backend, SECONDS)
+        shards = app.backend.asker.status(SECONDS)
         assert [shard.joiners for shard in shards] == [1, 0, 0, 0]
         queue = worker.conf["task_default_queue"]
         with JoinerProcess(node.url, task_default_queue=queue, result_backend_transport_options=more):
@@ -257,7 +256,7 @@ def test_chords_of_an_older_sender(upgraded: Worker, node: Node) -> None:
         with pytest.raises(ChordError, match="apples"):
             result.get(timeout=SECONDS, follow_parents=False)
         assert upgraded.log().count("Task celery.chord_unlock") >= 3
-        (shard,) = ask(app.backend, SECONDS)
+        (shard,) = app.backend.asker.status(SECONDS)
         assert shard.open is not None
         assert shard.open.count == 0, "the joiner never heard of them"
     # What the upgraded worker sends itself, and so does the client in the end.
@@ -274,7 +273,7 @@ def test_chords_that_are_left_to_chord_unlock(upgraded: Worker) -> None:
     with upgraded.client(result_backend_transport_options=options) as app:
         assert chord(adds(3))(tsum.s()).get(timeout=SECONDS) == 6
         assert upgraded.log().count("Task celery.chord_unlock") > before
-        (shard,) = ask(app.backend, SECONDS)
+        (shard,) = app.backend.asker.status(SECONDS)
         assert shard.open is not None
         assert shard.open.count == 0
         with pytest.raises(ImproperlyConfigured, match="and the option chord_unlock off"):

@@ -27,13 +27,12 @@ from backend_kit import (
     success,
     until,
 )
-from celery import Celery, group, uuid
+from celery import Celery, uuid
 from celery.exceptions import TimeoutError
 from celery.result import AsyncResult
 from kombu import Connection
-from proj import slow
 from rabbitmq_node import Node
-from workers import Worker, client, python, start_python
+from workers import client
 
 from fastres.amqp.rabbitmq import session_of
 
@@ -231,6 +230,27 @@ def test_a_result_is_told_to_its_waiter_at_once(app: Celery, writer: Celery, bro
         assert long_wait.result() == "late"
 
 
+def test_results_of_a_page_come_at_once_after_a_long_wait(app: Celery, writer: Celery, broker: Broker) -> None:
+    """The time before the first of them is no time that reading took, after which others are let read."""
+    ids, seconds = page_ids(6), {}
+
+    def wait(task_id: str) -> None:
+        app.AsyncResult(task_id).get(timeout=SECONDS)
+        seconds[task_id] = time.monotonic()
+
+    with Crowd(len(ids)) as crowd:
+        for task_id in ids:
+            crowd.send(wait, task_id)
+        broker.wait_for_consumer(app.backend.rkey(ids[0]))
+        time.sleep(1.5)
+        stored = {}
+        for task_id in ids:
+            store(writer, task_id, 1)
+            stored[task_id] = time.monotonic()
+            time.sleep(0.1)
+    assert max(seconds[task_id] - stored[task_id] for task_id in ids) < 1
+
+
 def test_many_threads_write_at_once(app: Celery, writer: Celery, node: Node) -> None:
     task_ids = page_ids(100)
     before = connections(node)
@@ -392,96 +412,7 @@ def test_children_of_multiprocessing(app: Celery, writer: Celery, broker: Broker
     answers.close()
 
 
-# -- greenlets
-
-PATCH = {
-    "gevent": "import gevent; from gevent import monkey; monkey.patch_all(); from gevent import spawn, sleep",
-    "eventlet": "import eventlet; eventlet.monkey_patch(); from eventlet import spawn, sleep",
-}
-TICKER = """
-import time
-gaps = []
-def tick():
-    last = time.monotonic()
-    while True:
-        sleep(0.01)
-        now = time.monotonic()
-        gaps.append(now - last)
-        last = now
-spawn(tick)
-"""
-JOIN = {"gevent": "get", "eventlet": "wait"}
-
-
-@pytest.mark.timing
-@pytest.mark.parametrize("hub", ["gevent", "eventlet"])
-def test_waits_do_not_block_the_hub(app: Celery, writer: Celery, broker: Broker, hub: str) -> None:
-    connected, *task_ids = page_ids(51)
-    code = f"""
-        ids = {task_ids!r}
-        waits = [spawn(lambda i=i: app.AsyncResult(i).get(timeout=20)) for i in ids]
-        app.AsyncResult({connected!r}).get(timeout=20)
-        del gaps[:]
-        print("waiting", flush=True)
-        assert [wait.{JOIN[hub]}() for wait in waits] == ids
-        print(max(gaps), len(gaps))
-    """
-    process = start_python(code, app, PATCH[hub] + TICKER)
-    try:
-        broker.wait_for_consumer(*map(app.backend.rkey, task_ids))
-        store(writer, connected, 1)
-        assert process.stdout is not None
-        assert process.stdout.readline().strip() == "waiting", process.stderr and process.stderr.read()
-        time.sleep(1)  # for the ticker to tick
-        for task_id in task_ids:
-            store(writer, task_id, task_id)
-        out, err = process.communicate(timeout=30)
-    finally:
-        process.kill()
-        process.wait()
-    assert process.returncode == 0, err
-    longest, ticks = out.split()
-    assert int(ticks) > 30
-    assert float(longest) < 0.25, "the ticker stood still"
-
-
-@pytest.mark.timing
-@pytest.mark.parametrize("hub", ["gevent", "eventlet"])
-def test_greenlets_join_groups_and_time_out(app: Celery, writer: Celery, hub: str) -> None:
-    groups = {}
-    for held in (group_of(app, 50) for _ in range(5)):
-        store_group(writer, held)
-        groups[held.id] = ids_of(held)
-    code = f"""
-        from celery.result import GroupResult
-        from celery.exceptions import TimeoutError
-        groups = {groups!r}
-        def join(group_id):
-            return GroupResult(group_id, [app.AsyncResult(i) for i in groups[group_id]], app=app).get(timeout=20)
-        def time_out(seconds):
-            start = time.monotonic()
-            try:
-                app.AsyncResult("nothing-" + str(seconds)).get(timeout=seconds)
-            except TimeoutError:
-                return time.monotonic() - start - seconds
-        late = [spawn(time_out, seconds) for seconds in (0.5, 1.0, 1.5)]
-        joins = [spawn(join, group_id) for group_id in groups]
-        print(all(greenlet.{JOIN[hub]}() == list(range(50)) for greenlet in joins),
-              max(greenlet.{JOIN[hub]}() for greenlet in late), max(gaps))
-    """
-    all_there, late, longest = python(code, app, before=PATCH[hub] + TICKER).split()
-    assert all_there == "True"
-    assert float(late) < 0.1 + float(longest)
-    assert float(longest) < 1
-
-
-@pytest.mark.parametrize("pool", ["gevent", "eventlet"])
-def test_a_worker_of_greenlets(node: Node, pool: str) -> None:
-    with Worker(node.url, pool=pool, concurrency=50) as worker, worker.client():
-        start = time.monotonic()
-        result = group(slow.s(1.0, number) for number in range(50)).apply_async()
-        assert result.get(timeout=SECONDS) == list(range(50))
-        assert time.monotonic() - start < 10, "they ran at the same time"
+# -- channels
 
 
 @pytest.mark.usefixtures("both")

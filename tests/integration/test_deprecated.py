@@ -12,8 +12,6 @@ from chord_kit import Unrun, finish
 from rabbitmq_node import Node
 from workers import JoinerProcess
 
-from fastres.chords.status import ask
-
 
 @pytest.mark.parametrize("queue_type", ["classic", "quorum"])
 def test_no_deprecated_feature_is_in_use(own_node: Node, make_app: MakeApp, queue_type: str) -> None:
@@ -41,7 +39,7 @@ def test_no_deprecated_feature_is_in_use(own_node: Node, make_app: MakeApp, queu
         with JoinerProcess(own_node.url, result_backend_transport_options=options):
             finish(unrun, unrun.begin(3))
             assert unrun.wait(1) == [("body", [0, 1, 2])]
-            assert ask(app.backend, ENOUGH)[0].joiners == 1
+            assert app.backend.asker.status(ENOUGH)[0].joiners == 1
     used = own_node.ctl("list_deprecated_features", "--used", "--formatter", "json")
     assert "global_qos" not in used
     assert "transient_nonexcl_queues" not in used

@@ -16,7 +16,6 @@ from rabbitmq_node import Node
 from workers import JoinerProcess, Worker, adds
 
 import fastres
-from fastres.chords.status import ask
 
 SECONDS = 20
 APPLES, PEARS = "OutOfStockError('apples', 4)", "OutOfStockError('pears', 0)"
@@ -94,7 +93,7 @@ def test_the_first_that_succeed_are_enough(app: Celery, tmp_path: Any) -> None:
     gate.touch()
     # What comes late leaves nothing open.
     assert result.parent.get(timeout=SECONDS, propagate=False)[0] == 0
-    until(lambda: all(shard.open and not shard.open.count for shard in ask(app.backend, 5)), SECONDS)
+    until(lambda: all(shard.open and not shard.open.count for shard in app.backend.asker.status(5)), SECONDS)
 
 
 def test_too_few_succeed(app: Celery) -> None:
@@ -135,9 +134,9 @@ def test_another_joiner_knows_the_terms(node: Node, broker: Broker, make_app: Ma
     for count in (1499, 1500):
         with JoinerProcess(node.url, result_backend_transport_options=options) as joiner:
             finish(unrun, requests[1200:count] if count < 1500 else requests[1499:1500])
-            until(lambda: ask(app.backend, 5)[0].open is not None, SECONDS, so=joiner.log())
+            until(lambda: app.backend.asker.status(5)[0].open is not None, SECONDS, so=joiner.log())
             if count == 1499:
-                until(lambda: ask(app.backend, 5)[0].open.chords[0].parts == 1499, SECONDS)
+                until(lambda: app.backend.asker.status(5)[0].open.chords[0].parts == 1499, SECONDS)
                 assert unrun.called() == []
             else:
                 assert unrun.wait(1) == [("body", list(range(1500)))]

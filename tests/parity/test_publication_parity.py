@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from fastres import _impl
 from fastres._protocols import ID, PLACE, TABLE, TEXT
 
-BOTH = [_impl.load(name)["frames"].publication for name in ("python", "c")]
+BOTH = [_impl.load(name)["publications"].publication for name in ("python", "c")]
 
 names = st.text(max_size=60)
 headers = st.dictionaries(st.sampled_from(["compression", "fastres-keep"]), st.text(max_size=5) | st.booleans())
@@ -33,11 +33,12 @@ def frames_in(stream: bytes) -> list[tuple[int, int, bytes]]:
 
 @given(
     st.integers(1, 65535), names, names, st.booleans(), st.binary(max_size=300), names, names, headers,
-    st.sampled_from([1, 2]), names, st.integers(9, 128),
+    st.sampled_from([1, 2]), names, st.sampled_from(["", "1", "4294967295"]), st.integers(9, 128),
 )  # fmt: skip
 def test_frames(
     channel: int, exchange: str, key: str, mandatory: bool, body: bytes, content_type: str, encoding: str,
-    table: dict[str, Any], mode: int, task_id: str, frame_max: int,
+    table: dict[str, Any], mode: int, task_id: str, expiration: str,
+    frame_max: int,
 ) -> None:  # fmt: skip
     encoded = dumps("F", (table,)) if table else b""
     arguments = (
@@ -52,6 +53,7 @@ def test_frames(
         encoded,
         mode,
         task_id,
+        expiration,
     )
     python, c = (publication(*arguments) for publication in BOTH)
     assert c == python
@@ -68,6 +70,7 @@ def test_frames(
         "delivery_mode": mode,
         "correlation_id": task_id,
         **({"application_headers": table} if table else {}),
+        **({"expiration": expiration} if expiration else {}),
     }
     assert all(kind == 3 and number == channel and len(part) <= frame_max - 8 for kind, number, part in bodies)
     assert b"".join(part for _, _, part in bodies) == body
@@ -110,7 +113,7 @@ def test_none_is_no_body(publication: Any, place: int) -> None:
         publication(*arguments)
 
 
-TEMPLATES = [_impl.load(name)["frames"].MessageTemplate for name in ("python", "c")]
+TEMPLATES = [_impl.load(name)["publications"].MessageTemplate for name in ("python", "c")]
 
 
 @given(

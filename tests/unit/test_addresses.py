@@ -10,7 +10,8 @@ import pytest
 from celery import Celery
 from celery.exceptions import ImproperlyConfigured
 
-from fastres.addresses import MAX_EXPIRES, Address, Addresses
+from fastres.addresses import Address, Addresses
+from fastres.amqp.publishing import MAX_EXPIRES
 from fastres.ids import Kind, kin_of, new_id
 
 ID = "0f8fad5b-d9cb-469f-a165-70867728950e"

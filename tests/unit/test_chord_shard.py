@@ -87,7 +87,7 @@ def test_chords_fire_once_wherever_the_joiner_ends(
         elif action == "read":
             lab.step(count)
         elif action == "look":
-            lab.look_after()
+            lab.maintain()
         elif action == "end":
             lab.end()
         elif action == "leave":
@@ -190,10 +190,10 @@ def test_nothing_expires_before_a_shard_was_read_to_its_end() -> None:
     for event in [size_event("d", 2, long_ago), part_event("d", "a", at=long_ago)]:
         lab.log.publish(event)
     lab.step(2)
-    lab.look_after(expires=60)
+    lab.maintain(expires=60)
     lab.finish()
     assert lab.fired == [("c", results("a", "b"))]
-    lab.look_after(expires=60)
+    lab.maintain(expires=60)
     assert not lab.log, "what is not complete has expired"
 
 

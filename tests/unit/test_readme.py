@@ -1,4 +1,4 @@
-"""README says what is so: its commands are there, and are what CI runs; its Python compiles; its options exist."""
+"""README and docs/ say what is so: commands are there, and are what CI runs; Python compiles; options exist."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from fastres.options import Options
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
+PAGES = {path.name: path.read_text() for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
 
 
 def blocks(text: str, language: str) -> list[str]:
@@ -28,7 +29,7 @@ def commands(text: str) -> list[str]:
 
 def test_there_is_something_to_test() -> None:
     assert len(commands(README)) >= 4
-    assert len(blocks(README, "python")) >= 3
+    assert len(blocks(README, "python")) >= 2
 
 
 @pytest.mark.parametrize("text", [README, CONTRIBUTING], ids=["README", "CONTRIBUTING"])
@@ -49,12 +50,24 @@ def test_ci_runs_the_test_command_word_for_word() -> None:
     assert re.search(r"^ +\$check \|\|", run, re.MULTILINE)
 
 
-@pytest.mark.parametrize("block", blocks(README, "python"))
-def test_python_compiles(block: str) -> None:
-    compile(block, "README.md", "exec")
+@pytest.mark.parametrize("page", PAGES)
+def test_python_compiles(page: str) -> None:
+    for block in blocks(PAGES[page], "python"):
+        compile(block, page, "exec")
 
 
 def test_every_option_is_described_and_no_other() -> None:
-    table = README[README.index("## Options") : README.index("Celery's own settings:")]
+    settings = PAGES["settings.md"]
+    table = settings[settings.index("## Options of fastres") : settings.index("## Settings of Celery")]
     described = re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)
     assert sorted(described) == sorted(option.name for option in fields(Options))
+
+
+def test_every_page_is_in_the_site() -> None:
+    listed = {name for block in blocks(PAGES["index.md"], r"\{toctree\}") for name in block.split()}
+    assert {name.removesuffix(".md") for name in PAGES} - {"README", "index"} <= listed
+
+
+def test_readme_is_short() -> None:
+    """A screen and a half."""
+    assert len(README.splitlines()) < 100

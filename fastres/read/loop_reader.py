@@ -1,4 +1,4 @@
-"""The one thread of a process that reads for waits which must not block: those of an event loop."""
+"""The thread that reads for the waits of event loops."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
     from fastres.amqp.connection import Link
     from fastres.read.wait import Waits
 
-__all__ = ("Pump", "Wait")
+__all__ = ("LoopReader", "Wait")
 
 #: Seconds that a read lasts at most.
 INTERVAL = 1.0
 
 
 class Wait:
-    """What somebody waits for, who is told by the pump's thread.
+    """A wait of an event loop. The thread of the loop reader calls its callbacks.
 
     Args:
         task_ids: called in the thread, returns the ids of the tasks, of which there may be many; or their results
@@ -54,8 +54,8 @@ class Wait:
         self.takes = False
 
 
-class Pump:
-    """Reads for many waits, in a thread that starts with the first one.
+class LoopReader:
+    """Reads for many waits, in a thread that starts with the first wait.
 
     Args:
         waits: the backend's.
@@ -87,7 +87,7 @@ class Pump:
             with self._starting:
                 if self._thread is None or not self._thread.is_alive():
                     self._link.attended = True
-                    self._thread = threading.Thread(target=self._run, name="fastres-pump", daemon=True)
+                    self._thread = threading.Thread(target=self._run, name="fastres-loop-reader", daemon=True)
                     self._thread.start()
         self._link.interrupt()
 

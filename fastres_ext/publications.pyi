@@ -1,0 +1,5 @@
+from fastres import _protocols
+
+class MessageTemplate(_protocols.MessageTemplate): ...
+
+publication: _protocols.Publication
