@@ -15,7 +15,7 @@ REPOSITORY = "https://github.com/fastres/fastres/blob/main/"
 PAGES = {"contributing": "CONTRIBUTING.md", "changelog": "CHANGELOG.md"}
 
 project = "fastres"
-author = "the fastres developers"
+author = copyright = "the fastres developers"
 release = version = fastres.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinxcontrib.mermaid"]
@@ -29,10 +29,12 @@ napoleon_use_rtype = False
 
 html_theme = "furo"
 html_title = "fastres"
-html_static_path = ["_static"]
+html_static_path = ["_static", "site.css"]
+html_css_files = ["site.css"]
 # ci/docs puts it there; without it, browsers get it from a network.
-if (ROOT / "docs" / "_static" / "mermaid.min.js").exists():
-    mermaid_use_local = "mermaid.min.js"
+if (ROOT / "docs" / "_static" / "mermaid").exists():
+    mermaid_use_local = "mermaid/mermaid.esm.min.mjs"
+mermaid_height = "auto"
 
 
 def setup(app: Any) -> None:
