@@ -14,7 +14,8 @@ from kombu.utils.json import loads
 from measure import memory
 from rabbitmq_node import Leashed
 from runs import Bench, Case, Process, Run, environment
-from sends import SENDS, SendRun
+from send_runs import SendRun
+from sends import SENDS
 from workloads import body_of, part_of
 
 HERE = Path(__file__).parent

@@ -26,6 +26,8 @@ LONE = ("lone", "done")
 STORES = ("store", "store_lone")
 #: Threads that look at the states of tasks.
 THREADS = 8
+#: The peer that is a C program.
+LIMIT = "rabbitmq-c"
 
 
 @dataclass(frozen=True)
@@ -230,6 +232,6 @@ PEERS: dict[str, type[Peer]] = {
     "Celery redis": Redis,
     "celery-amqp-backend": CeleryAmqpBackend,
     "kombu Consumer": KombuConsumer,
-    "rabbitmq-c": Bare,
+    LIMIT: Bare,
     "rabbitmq-c, acknowledging": Bare,
 }

@@ -18,13 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from filler import Broker, empty_redis, fill_redis
-from peers import LONE, PEERS, STORES, WARM, Job
+from peers import LIMIT, LONE, PEERS, STORES, WARM, Job
 from rabbitmq_node import Node, Redis
 from workloads import body_of, lone_ids, new_group, task_ids
 
 HERE = Path(__file__).parent
-#: What nothing in this language is faster than.
-LIMIT = "rabbitmq-c"
 LIMIT_MODES = {LIMIT: "no-ack", "rabbitmq-c, acknowledging": "ack"}
 #: What is done with results that are there before.
 FILLED = ("get", "get_many", *LONE)

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import struct
-import tempfile
 import time
 from collections.abc import Iterator
-from typing import Any
 
 from celery import chord, group
 from chords import CHORD_PEERS, CHORDS, PATIENCE, Chords, FastresChords, RedisChords
-from peers import PEERS, WARM, Action, Job, Peer
-from runs import LIMIT, Process, Run, environment
+from peers import LIMIT, PEERS, WARM, Action, Job, Peer
 
 import fastres
 
@@ -98,31 +94,3 @@ def peer_of(job: Job) -> Peer:
 
 def pairs(count: int) -> Iterator[tuple[int, str]]:
     return ((number, "x" * 20) for number in range(count))
-
-
-class SendRun(Run):
-    """One process that sends."""
-
-    def prepare(self) -> Process:
-        self.peer = SEND_PEERS[self.case.peer](self.job)
-        self.queues.update(self.peer.queues())
-        self._sample = tempfile.NamedTemporaryFile()  # noqa: SIM115 - closed by close()
-        command = self.command()
-        if self.case.peer == LIMIT:
-            self._write_sample()
-            command = [*command[:2], self.peer.tasks, str(self.case.count), "publish", self._sample.name]
-        return Process(command, environment(self.case.peer))
-
-    def _write_sample(self) -> None:
-        """A task as the others send it: its properties as they go over the wire, and its body."""
-        channel = self.peer.channel
-        fastres.apply_many(self.peer.pair, pairs(1))
-        message: Any = channel.basic_get(self.peer.tasks, no_ack=True)
-        properties = message._serialize_properties()
-        body = message.body.encode() if isinstance(message.body, str) else message.body
-        self._sample.write(struct.pack(">I", len(properties)) + properties + body)
-        self._sample.flush()
-
-    def close(self) -> None:
-        self._sample.close()
-        super().close()

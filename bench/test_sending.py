@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from runs import LIMIT, Case
+from peers import LIMIT
+from runs import Case
 from workloads import Size
 
 pytestmark = pytest.mark.timeout(1800)

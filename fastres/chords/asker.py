@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import amqp
@@ -38,6 +39,8 @@ class Asker:
     def __init__(self, backend: Any) -> None:
         self._backend = backend
         self._connection: Any = None
+        #: Closes the connection of a backend that is dropped without being closed.
+        self._finalizer: Any = None
         self._lock = threading.Lock()
 
     def status(self, timeout: float) -> list[ShardStatus]:
@@ -62,6 +65,7 @@ class Asker:
     def abandon(self) -> None:
         """In a forked child: leave the parent's connection alone."""
         if self._connection is not None:
+            self._finalizer.detach()
             abandon(self._connection)
         self._connection, self._lock = None, threading.Lock()
 
@@ -79,6 +83,8 @@ class Asker:
         try:
             if self._connection is None:
                 self._connection = self._backend.connector.open()
+                self._finalizer = weakref.finalize(self, drop, self._connection)
+                self._finalizer.atexit = False
                 establish(self._connection)
             return operation(session_of(self._connection))
         except BaseException:
@@ -88,6 +94,7 @@ class Asker:
     def _drop(self, broken: bool = True) -> None:
         connection, self._connection = self._connection, None
         if connection is not None:
+            self._finalizer.detach()
             drop(connection, broken)
 
     def _status(self, session: Any, number: int, timeout: float) -> ShardStatus:

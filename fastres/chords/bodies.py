@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 __all__ = ("Bodies", "Failed")
 
-#: What is raised by what is the user's, and ends nothing but a chord: ``SystemExit`` is raised by tasks too.
+#: Exceptions of users' code, which fail a chord and nothing else. Tasks raise ``SystemExit`` too.
 USERS = (Exception, SystemExit, KeyboardInterrupt)
 
 
@@ -62,10 +62,10 @@ class Bodies:
     def __init__(self, backend: Any) -> None:
         self._backend = backend
         self._app = backend.app
-        #: Of a thread that sends what follows a chord: ``publisher``, which Celery's own is replaced with if it is
-        #: there, and ``context``, that of the chord's last part.
+        #: Of a thread that sends body or errbacks: ``publisher``, the producer that replaces Celery's, if there is
+        #: one, and ``context``, the context of the chord's last part.
         self._sending = threading.local()
-        #: Tasks, our queue and theirs, that were told of.
+        #: Redirected tasks that were logged: name, queue of this application, queue of the other one.
         self._redirected: set[tuple[str, str, str]] = set()
         self._intercept(self._app.amqp)
 
@@ -93,7 +93,7 @@ class Bodies:
 
     @contextlib.contextmanager
     def _following(self, chord: Chord, publisher: BodyProducer | None = None) -> Iterator[None]:
-        """What a thread sends in here follows a chord."""
+        """A context in which this thread sends the body or the errbacks of a chord."""
         sending = self._sending
         sending.context = chord.context
         if publisher is not None:
@@ -104,10 +104,10 @@ class Bodies:
             sending.__dict__.clear()
 
     def plan(self, chord: Chord) -> tuple[Any, list[Any] | None]:
-        """The body's signature, and the structure of the header where there are groups in it.
+        """Return the body's signature, and the structure of the header if there are groups in it.
 
         Raises:
-            Exception: what is told of them cannot be read.
+            Exception: the plan of the chord cannot be decoded.
         """
         plan = unpack_plan(chord.plan)
         accept = prepare_accept_content(self._app.conf.accept_content)
@@ -115,11 +115,11 @@ class Bodies:
         return maybe_signature(body, app=self._app), tree
 
     def call(self, chord: Chord, publisher: BodyProducer) -> None:
-        """Publish what a complete chord goes on with.
+        """Publish the body of a complete chord.
 
         Raises:
-            Failed: its errbacks are to be notified.
-            Exception: its plan cannot be read: there is no body that could be notified.
+            Failed: the chord failed, and its errbacks are to be called.
+            Exception: the plan cannot be decoded, so that neither body nor errbacks are known.
         """
         body, tree = self.plan(chord)
         if chord.failed:
@@ -163,12 +163,12 @@ class Bodies:
         return Failure(value) if part.state in states.PROPAGATE_STATES else value
 
     def _check_terms(self, body: Any, chord: Chord, parts: dict[str, Part]) -> None:
-        """Whether a chord with terms of its own goes on.
+        """Check the terms of a chord.
 
         Args:
-            parts: those of it that have failed, and any others.
+            parts: the failed parts of the chord, and any others.
 
-        Raises: Failed: it does not.
+        Raises: Failed: the terms are not met.
         """
         assert chord.terms is not None
         failed = [task_id for task_id, part in parts.items() if part.state in states.PROPAGATE_STATES]
@@ -208,9 +208,9 @@ class Bodies:
         return HeaderResults(chord.id, len(packed), elsewhere)
 
     def fail(self, chord: Chord, failed: Failed) -> None:
-        """Tell a chord's errbacks, everybody who waits for its body, and the chord that it is a part of.
+        """Call the errbacks of a failed chord, store the failure of its body, and fail the chord that it is a part of.
 
-        Celery links the errbacks of a chord to the chords in its header too: each is told once.
+        Celery also links the errbacks of a chord to the chords in its header. Each errback is called once.
         """
         body = failed.body
         notified = set(chord.notified)
@@ -249,7 +249,7 @@ class Bodies:
 
 
 def _as_value(part: Part) -> Part:
-    """A part of JSON as a value for the body: what was raised is one too, on the terms of its chord."""
+    """A JSON part as a value for the body. With ``settle``, an exception is a value too."""
     if part.state not in states.PROPAGATE_STATES:
         return part
     return part._replace(state=states.SUCCESS, result=failure_json(part.result))
@@ -265,7 +265,7 @@ def _pruned(tree: list[Any], parts: dict[str, Part]) -> list[Any]:
 
 
 def _tasks_of(body: Any) -> Iterator[Any]:
-    """A body, and the tasks in it if it is a group: what errbacks may be linked to."""
+    """Yield the body, and the tasks in it if it is a group: the signatures to which errbacks are linked."""
     yield body
     if isinstance(body, group):
         for task in body.tasks:
@@ -286,13 +286,13 @@ def _ends_of(body: Any) -> Iterator[Any]:
 
 
 def _fingerprint(errback: Any) -> str:
-    """Tells errbacks apart, and is the same for copies of one."""
+    """Identifies an errback: equal for copies of the same errback."""
     what = errback["task"], tuple(errback["args"]), sorted(errback["kwargs"].items())
     return sha1(repr(what).encode()).hexdigest()[:16]
 
 
 def _in_order(parts: dict[str, Part]) -> list[str]:
-    """Task ids by their place in the header, those that were added without one behind."""
+    """Task ids by their places in the header; added tasks, which have no place, come last."""
     return sorted(parts, key=lambda task_id: (parts[task_id].place is None, parts[task_id].place or 0))
 
 
@@ -306,7 +306,7 @@ def _leaves(tree: list[Any]) -> Iterator[str]:
 
 @contextlib.contextmanager
 def _as_part(chord: Chord) -> Iterator[None]:
-    """What is published in here comes from the part that came last, which Celery makes the parent of the body."""
+    """A context that publishes as the task of the last part, which Celery makes the parent of the body."""
     context = {key: value for key, value in chord.context.items() if key not in ROUTES}
     custom = context.pop("custom", None)
     request = Context(

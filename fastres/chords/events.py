@@ -65,37 +65,37 @@ class Terms(msgspec.Struct, omit_defaults=True, gc=False):
 class Event(msgspec.Struct, omit_defaults=True, gc=False):
     """The head of an event."""
 
-    #: The id of the chord's header group; empty: this is about none.
+    #: The id of the chord's header group; empty for questions.
     chord: str = ""
-    #: Wall clock, in seconds: when the first and the last thing happened that is told here.
+    #: The times of the first and of the last occurrence in this event, in seconds since the epoch.
     since: float = 0.0
     at: float = 0.0
-    #: How many parts the header has, and a name for this time that the chord is sent.
+    #: The number of parts of the header, and a name for this sending of the chord.
     size: int | None = None
     run: str = ""
-    #: Ids of tasks that were added since.
+    #: Ids of tasks that were added to the header.
     added: list[str] = []
-    #: Errbacks that know already that a part has failed, which was a chord itself.
+    #: Errbacks that were already called, for a part that was a failed chord itself.
     notified: list[str] = msgspec.field(default_factory=list, name="told")
     #: The length of the plan, in bytes.
     plan: int = 0
     #: The task id of the one part in it; or those of several, and the lengths of their parts, in bytes.
     part: str = ""
     parts: list[tuple[str, int]] = []
-    #: The root task of the last part, if that is another one, and what else its request had: ``log.context_of``.
+    #: The root task of the last part, if it is another task, and fields of its request: ``log.context_of``.
     root: str = ""
     context: dict[str, Any] = {}
-    #: On which terms it ends, if not when all has succeeded.
+    #: The terms on which the chord ends, if it has any: ``fastres.settle``.
     terms: Terms | None = None
-    #: Why the chord cannot go on, whatever has come: the broker has refused its body, or it was cancelled.
+    #: Why the chord fails, whatever its parts are: the broker has refused its body, or it was cancelled.
     failed: str = ""
-    #: Names an event that somebody waits to see come back.
+    #: The name of a merged event, by which its joiner recognizes it when it is delivered.
     mark: str = ""
-    #: A queue to which the joiner is to tell its open chords.
+    #: The reply queue of a question about open chords.
     ask: str = ""
-    #: The chord that is asked about, empty: all of them.
+    #: The chord that a question is about; empty: all chords.
     about: str = ""
-    #: Which joiners understand it: those that know this number, or a higher one.
+    #: The version that a joiner must know to understand the event.
     version: int = 1
 
 
@@ -120,7 +120,7 @@ class Plan(NamedTuple):
     content: bytes
 
 
-#: State, content type, content encoding and compression of a part that says none of them.
+#: The defaults of state, content type, content encoding and compression of a part.
 PLAIN = (states.SUCCESS, JSON, UTF8, "")
 
 _head = msgspec.json.Encoder()
@@ -137,7 +137,7 @@ def pack_part(part: Part) -> bytes:
     return b"%b\n%b" % (line.encode(), part.result)
 
 
-#: A part whose result is read from where the results of the chord's header are.
+#: A part whose result is in the queue of the header's results: ``fastres.lazy``.
 REFERENCE = pack_part(Part(None, states.SUCCESS, JSON, UTF8, b"null"))
 
 
@@ -147,7 +147,7 @@ def unpack_part(packed: bytes) -> Part:
     try:
         words = line.decode().split(" ")
         place = None if words[0] == "-" else int(words[0])
-        # Nobody compressed parts at first.
+        # Parts of older versions have no compression.
         rest = words[1:] if len(words) != 4 else [*words[1:], ""]
         state, content_type, content_encoding, compression = rest or PLAIN
     except ValueError:
@@ -167,7 +167,7 @@ def is_success(packed: bytes) -> bool:
 
 
 def place_of(packed: bytes) -> bytes:
-    """The place in the header that a packed part says."""
+    """The place of a packed part in the header."""
     return packed.partition(b"\n")[0].partition(b" ")[0]
 
 

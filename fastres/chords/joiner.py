@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 __all__ = ("Joiner",)
 
-#: Seconds that a read waits at most: how soon a joiner that is told to stop does.
+#: The longest wait of a read, in seconds: a joiner stops within this time.
 PAUSE = 0.5
 #: Seconds between two reads while events come in: the shortest pause, the longest, and how many for each part that
 #: the next chord to be complete lacks. A part that is read by itself is several times as dear as one of many.
@@ -51,7 +51,7 @@ SHORT_PATIENCE, POSTPONED, LONGEST_POSTPONED = 5.0, 5.0, 60.0
 FIRST_RETRY, LONGEST_RETRY = 0.2, 10.0
 #: Seconds between two looks at chords that have grown old, and at how the shards are shared out.
 ROUND, LONG_ROUND = 1.0, 10.0
-#: Threads that tell errbacks.
+#: Threads that call errbacks.
 NOTIFIERS = 8
 
 
@@ -75,10 +75,10 @@ class Joiner:
         self._bodies: Bodies | None = None
         #: The connection that tasks are published with, if it is not this one.
         self._tasks: Any = None
-        #: What is to be published with this one.
+        #: Publishings of the current commit.
         self._publishings: list[Publishing] | None = None
         self._producer: BodyProducer | None = None
-        #: What a connection breaks with.
+        #: The exceptions of a broken connection.
         self.lost: tuple[type[BaseException], ...] = (OSError,)
         #: Chords in the commit that is under way, and whether commits are to hold one chord each: because of some
         #: chord in the last one the broker closed the channel.
@@ -87,18 +87,18 @@ class Joiner:
         self.refusing: set[Where] = set()
         #: Bytes from which messages are not merged any more.
         self.largest = LARGE
-        #: Chords that the broker refused, and how it said so.
+        #: Chords whose body the broker has refused, with its reason.
         self._refused: dict[str, str] = {}
-        #: Chords that have failed, each time that they were sent, and whether their errbacks have been told.
+        #: Failed chords by id and run, and whether their errbacks have been called.
         self._notified: dict[tuple[str, str], bool] = {}
-        #: Chords whose body the broker has not taken in time, each time that they were sent: when it is tried
-        #: again, on the monotonic clock, and how many seconds that was.
+        #: Postponed chords by id and run: when their body is tried again, on the monotonic clock, and the pause
+        #: before that, in seconds.
         self._postponed: dict[tuple[str, str], tuple[float, float]] = {}
         #: Shards, and events to be written into them again.
         self._unwritten: deque[tuple[str, list[bytes]]] = deque()
-        #: Those whose body has come back: there was no queue for it.
+        #: Chords whose body was returned by the broker: there is no queue at its route.
         self._unrouted: set[tuple[str, str]] = set()
-        #: What is to be told, and how many threads tell.
+        #: Calls of errbacks that are due, and the number of threads that work on them.
         self._to_notify: deque[Callable[[], None]] = deque()
         self._notifiers = 0
         self._notifying = threading.Lock()
@@ -128,7 +128,7 @@ class Joiner:
         self.__init__(self.backend)  # type: ignore[misc]
 
     def run(self) -> None:
-        """Join chords until told to stop, over a new connection whenever one breaks."""
+        """Join chords until stopped. Reconnects when the connection breaks."""
         retry = FIRST_RETRY
         while not self._stopping.is_set():
             shards: list[Shard] = []
@@ -182,7 +182,7 @@ class Joiner:
             expires = self.backend.expires
         next_round, next_long_round = 0.0, time.monotonic() + LONG_ROUND
         while not self._stopping.is_set() or self._is_notifying():
-            # What came while a commit was waited for needs no reading.
+            # Events that arrived during the last commit are handled without another read.
             if not any(shard.received for shard in shards):
                 with contextlib.suppress(socket.timeout):
                     self._session.drain(PAUSE)
@@ -210,7 +210,7 @@ class Joiner:
                 time.sleep(min(max(nearest * PACE, GATHER), LONGEST_GATHER))
 
     def _is_notifying(self) -> bool:
-        """Whether a joiner that is to stop waits for errbacks that another one would tell again."""
+        """Whether a joiner that stops waits for running errbacks, which another joiner would call again."""
         return False in self._notified.values() and time.monotonic() < self._stop_at
 
     def _share_out(self, shards: list[Shard]) -> None:
@@ -241,7 +241,7 @@ class Joiner:
         if limit is not None:
             self.largest = min(self.largest, int(limit[2]) // 2)
         if firing and not isinstance(exc, self.lost):
-            # One of them cannot be sent, or is not to the broker's taste: sending them one by one tells which.
+            # One of the bodies cannot be sent, or the broker refuses it. Sending them one by one finds out which.
             self.careful = len(firing) > 1
             if not self.careful:
                 self._refused[firing[0].id] = refusal_of(getattr(exc, "reply_text", None) or repr(exc))
@@ -252,7 +252,7 @@ class Joiner:
         else:
             logger.exception("The joiner of chords starts again: %r", exc)
 
-    # -- what the shards ask for: see Caller
+    # -- called by the shards: see Caller
 
     def postpone(self, chords: list[Chord], why: str) -> None:
         for chord in chords:
@@ -361,7 +361,7 @@ class Joiner:
         key = chord.id, chord.run
         known = key in self._unrouted
         self._unrouted.add(key)
-        # What was declared is remembered by kombu.
+        # kombu remembers declared queues.
         connection = self._tasks or self._connection
         connection.declared_entities.clear()
         return not known

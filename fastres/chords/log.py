@@ -50,7 +50,7 @@ __all__ = ("Log", "shard_of")
 #: The header of a body's signature that says which shard its chord is joined in: sender and workers may differ in
 #: how many there are.
 SHARD = "fastres-shard"
-#: What a request of Celery has.
+#: The fields of a request of Celery.
 CELERYS = frozenset((*vars(Context), "argsrepr", "compression", "kwargsrepr", "lang", "on_failure", "task"))
 #: Chords that were begun, and of which the size is not known yet.
 BEGUN = 10_000
@@ -76,7 +76,7 @@ class Log:
         self._plans = LRUCache(limit=BEGUN)
         self._routes = Routes(backend.app)
         self._supported: bool | None = None
-        #: Shards that joiners with the settings of this process do not read, and that were told of.
+        #: Shards that joiners with this process's settings do not consume, and that were logged.
         self._unread: set[int] = set()
 
     def supported(self) -> bool:
@@ -98,7 +98,7 @@ class Log:
             )
         terms = terms_of(body)
         shard = self.shard(chord_id)
-        # What the tasks of the header carry is this very signature.
+        # The tasks of the header carry this signature.
         body.options["headers"] = {**(body.options.get("headers") or {}), SHARD: shard}
         content_type, content_encoding, content = self._serialize(body, _structure(results))
         content = content.encode(content_encoding) if isinstance(content, str) else content
@@ -205,9 +205,9 @@ class Log:
 
 
 def context_of(request: Any) -> dict[str, Any]:
-    """What the body of a chord, and whatever sees it being sent, may want to know of the request of its last part.
+    """The fields of the last part's request that the body, and receivers of signals, may use.
 
-    That is what JSON can hold of it; a common request has the name of its worker, and no more.
+    Only values that JSON can hold. For most requests this is only the name of the worker.
     """
     context: dict[str, Any] = {}
     if request.hostname:
@@ -217,7 +217,7 @@ def context_of(request: Any) -> dict[str, Any]:
     priority = (request.delivery_info or {}).get("priority")
     if priority:
         context["delivery_info"] = {"priority": priority}
-    # A client's own headers are beside Celery's; SDKs put theirs into one that is named "headers" too.
+    # Headers of clients are beside Celery's. SDKs put theirs into a header named "headers" too.
     custom = {key: value for key, value in vars(request).items() if key not in CELERYS}
     for name, value in (("custom", custom), ("headers", request.headers), ("stamps", request.stamps)):
         if value and (name != "headers" or value != custom):

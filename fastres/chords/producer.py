@@ -91,7 +91,7 @@ class BodyProducer(Producer):  # type: ignore[misc]
 
     Args:
         channel: a channel.
-        publishings: where messages are put instead of being published; what they need is declared all the same.
+        publishings: a list for messages, which are then not published. Queues are declared in any case.
         is_classic: whether a queue that is there is known to be a classic one.
     """
 
@@ -108,7 +108,7 @@ class BodyProducer(Producer):  # type: ignore[misc]
         self._is_classic = is_classic
         #: Queues of which it is known, by their name.
         self._classic: dict[str, bool] = {}
-        #: What the connection broke with, while something was to be published: no error of the user's.
+        #: The exception of a connection that broke while publishing: not an exception of the user's code.
         self.broken: Exception | None = None
         self._breaks = (*channel.connection.client.recoverable_connection_errors, OperationalError)
 
@@ -178,7 +178,7 @@ class BodyProducer(Producer):  # type: ignore[misc]
 
 
 def _leads_to(entity: Any, exchange: str, routing_key: str) -> bool:
-    """Whether this is the queue that gets what is published like that, as far as the application knows."""
+    """Whether this queue receives messages with this route, as far as the application knows."""
     if not isinstance(entity, Queue):
         return False
     if not exchange:

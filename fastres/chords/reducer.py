@@ -86,7 +86,7 @@ class Chord:
         self.plan = b""
         #: Packed parts by compact task id: there may be a million.
         self.parts: dict[int | str, bytes] = {}
-        #: The part that came last, its root task, and what else is known of its request.
+        #: The last part that arrived, its root task, and the context of its request.
         self.last = self.root = ""
         self.context: dict[str, Any] = {}
         #: On which terms it ends, how many tasks are to succeed and have, and whether its deadline has passed.
@@ -172,29 +172,29 @@ class Reducer:
     def __init__(self, largest: int = LARGE) -> None:
         self._largest = largest
         self.chords: dict[str, Chord] = {}
-        #: Chords that have all they take, and of which all that was written is held: what comes back after a chord
-        #: has fired would be all that another joiner knows of it.
+        #: Complete chords with no merge in flight. Firing during a merge would leave an orphan message: the merged
+        #: event would be all that the next joiner knows of the chord.
         self.complete: dict[str, Chord] = {}
         #: Events of no chord, with their delivery tags.
         self.others: list[tuple[int, Event]] = []
-        #: Delivery tags of what is of no use any more.
+        #: Delivery tags of events that are not needed any more.
         self.spent: list[int] = []
         #: Messages that are no events, and why.
         self.refused: list[tuple[Delivery, Exception]] = []
-        #: How many messages are held.
+        #: The number of held messages.
         self.count = 0
-        #: Chords of which there are single events enough to merge.
+        #: Chords with enough single events to merge.
         self._crowded: dict[str, Chord] = {}
-        #: When chords have fired, on the monotonic clock, and the names of their runs.
+        #: Fired chords: the time, on the monotonic clock, and the name of the run.
         self._fired: dict[str, tuple[float, str]] = {}
-        #: Merged events that have not come back yet, by their mark: the chord, and which parts are in it.
+        #: Merged events that were not delivered yet, by their mark: the chord, and the parts in the event.
         self._under_way: dict[str, tuple[Chord, tuple[int | str, ...]]] = {}
         self._marks = map("{}.{}".format, repeat(uuid()), count())
 
     def feed(self, deliveries: Iterable[Delivery], now: float) -> None:
-        """Learn what messages say; ``now`` is the monotonic clock.
+        """Add the events of messages to the state; ``now`` is the monotonic clock.
 
-        Raises: fastres.errors.NewerEvent: all of it is for another joiner.
+        Raises: fastres.errors.NewerEvent: an event needs a newer joiner.
         """
         chords = self.chords
         for delivery in deliveries:
@@ -286,10 +286,10 @@ class Reducer:
         if len(messages) >= FEW and self._is_crowded(messages, level):
             self._crowded[chord.id] = chord
 
-    # -- keeping what is held small
+    # -- merging held messages
 
     def merges(self) -> Iterator[Merge]:
-        """What has become too many messages, merged."""
+        """Merge the messages of chords that have too many."""
         while self._crowded:
             _, chord = self._crowded.popitem()
             if chord.whole:
@@ -299,13 +299,13 @@ class Reducer:
                     yield merge
 
     def tighten(self) -> Iterator[Merge]:
-        """Each chord merged into as few messages as it takes."""
+        """Merge all messages of each chord."""
         for chord in self.chords.values():
             if sum(map(len, chord.held)) > 1 and (merge := self._merge(chord, list(chord.messages()))):
                 yield merge
 
     def renew(self, before: float) -> Iterator[Merge]:
-        """New messages for what was delivered before a time on the monotonic clock."""
+        """Replace messages that were delivered before a time on the monotonic clock."""
         for chord in self.chords.values():
             old = [held for held in chord.messages() if held.since < before]
             if old:
@@ -398,10 +398,10 @@ class Reducer:
             del self._fired[next(iter(self._fired))]
 
     def nearest(self) -> float:
-        """How many parts at least the next chord to be complete lacks; 0 where that takes long to find out.
+        """The least number of parts that any open chord lacks; 0 if there are many open chords.
 
-        A chord's size is told when all its tasks were sent, at any moment: the more parts have come until then,
-        the more it can wait.
+        A chord of unknown size counts with the number of its parts: its size event may arrive at any moment, and the
+        more parts have arrived before, the longer the joiner can wait between two reads.
         """
         if len(self.chords) > FEW_OPEN:
             return 0
@@ -411,18 +411,18 @@ class Reducer:
         )
 
     def open(self) -> list[Chord]:
-        """The chords that are not complete, the oldest first; not those of which but a part has come too late."""
+        """The open chords, the oldest first, without those that consist of late parts only."""
         chords = [chord for chord in self.chords.values() if chord.size is not None or not self._is_late(chord)]
         return sorted(chords, key=lambda chord: chord.since)
 
     def _is_late(self, chord: Chord) -> bool:
-        """Whether what has come of a chord of unknown size has come too late: a part, or a cancellation."""
+        """Whether a chord of unknown size consists of late events only: parts or a cancellation after it was fired."""
         return chord.id in self._fired or (bool(chord.failed) and not chord.parts)
 
-    # -- chords that wait in vain
+    # -- deadlines and expiry
 
     def close_overdue(self, wall: float) -> None:
-        """Chords whose deadline has passed take what has come; ``wall`` is the time, in seconds."""
+        """Close chords whose deadline has passed; ``wall`` is the time, in seconds since the epoch."""
         for chord in self.chords.values():
             terms = chord.terms
             if terms is not None and terms.deadline is not None and terms.deadline <= wall and not chord.closed:
@@ -432,7 +432,7 @@ class Reducer:
                     self.complete[chord.id] = chord
 
     def expired(self, seconds: float | None, now: float, wall: float) -> list[Chord]:
-        """Chords of which nothing was heard for so long, None: never; and late parts of those that have fired.
+        """Chords without a new event for so many seconds (None: no limit), and late parts of fired chords.
 
         Args:
             now: the monotonic clock.

@@ -19,9 +19,9 @@ __all__ = ("ROUTES", "Routes", "redirected")
 
 #: Tasks of which it is remembered where they go.
 REMEMBERED = 1000
-#: What a part says of them.
+#: The fields of a part's context that contain routes.
 ROUTES = ("queue", "queues")
-#: What a signature may say of where it goes.
+#: The options of a signature that determine its route.
 DESTINATION = ("queue", "exchange", "routing_key")
 
 
@@ -38,11 +38,11 @@ class Routes:
 
     @property
     def default(self) -> str:
-        """The queue of tasks that nothing else is said of."""
+        """The default queue of the application's tasks."""
         return str(self._app.conf.task_default_queue)
 
     def of(self, body: Any) -> dict[str, Any]:
-        """``queue``: that of tasks that nothing else is said of; ``queues``: by task name, if it is another one.
+        """``queue``: the default queue; ``queues``: other queues, by task name.
 
         Empty where a router is the user's own, which wants to see the arguments, or does not know a queue.
 
@@ -59,7 +59,7 @@ class Routes:
                 # Two that are sent to different queues go where the joiner sends them.
                 queues[name] = queue if queues.get(name, queue) == queue else None
         except Exception:
-            # Whoever sends them, the joiner, has the same error to report.
+            # The joiner, which sends the tasks, reports the same error.
             return {}
         others = {name: queue for name, queue in queues.items() if queue not in (None, default)}
         if others:
@@ -88,7 +88,7 @@ class Routes:
             yield body["task"], self._queue_of(body["task"], said)
 
     def _queue_of(self, name: str, said: dict[str, Any]) -> str | None:
-        """The name of a task's queue, None: an exchange says so."""
+        """The name of a task's queue; None: an exchange decides."""
         if "exchange" in said or "routing_key" in said:
             return None
         queue = said.get("queue")
@@ -113,8 +113,8 @@ def redirected(
     Args:
         name: the task's.
         options: as that application would send it.
-        context: of the chord's last part: ``queue`` and ``queues``, if its application says so.
-        report: called with the task's name and both queues, ours and the one that counts, if they differ.
+        context: the context of the chord's last part, perhaps with ``queue`` and ``queues``.
+        report: called with the task's name, this application's queue and the one that is used, if they differ.
     """
     ours, default = options.get("queue"), context.get("queue")
     if ours is None or default is None:
@@ -124,5 +124,5 @@ def redirected(
     if theirs == own_name:
         return options
     report(name, own_name, theirs)
-    # It is declared by those who know with which arguments.
+    # Its own application declares the queue, and knows the arguments.
     return {**options, "queue": Queue(theirs), "declare": []}

@@ -84,7 +84,7 @@ def settle(
         ValueError: an argument is out of range.
     """
     terms = checked(tolerate=tolerate, first=first, deadline=deadline, revoke=revoke)
-    # Without what has its default.
+    # Without fields that have their defaults.
     given = msgspec.to_builtins(terms)
     body = maybe_signature(body).clone()
     return body.set(headers={**(body.options.get("headers") or {}), SETTLE: given})
@@ -115,7 +115,7 @@ def allowed_of(terms: Terms, total: int) -> int | None:
 def terms_of(body: Mapping[str, Any]) -> Terms | None:
     """The terms of the chord with this body, as :func:`settle` took them; None: it has none.
 
-    Raises: celery.exceptions.ImproperlyConfigured: they are not what it writes.
+    Raises: celery.exceptions.ImproperlyConfigured: the header was not written by :func:`settle`.
     """
     terms = mark_of(body, SETTLE)
     if terms is None:

@@ -68,7 +68,7 @@ class Caller(Protocol):
     addresses: Addresses
     #: Bytes from which messages are not merged any more.
     largest: int
-    #: What a connection breaks with.
+    #: The exceptions of a broken connection.
     lost: tuple[type[BaseException], ...]
     #: Since when it runs, in seconds since the epoch.
     since: float
@@ -87,7 +87,7 @@ class Caller(Protocol):
         """
 
     def is_postponed(self, chord: Chord) -> bool:
-        """Whether a chord is to wait, whose body the broker has not taken in time."""
+        """Whether a chord waits because the broker has not accepted its body in time."""
 
     def postpone(self, chords: list[Chord], why: str) -> None:
         """Let others go first: it may be the queue of these that does not answer, and no other."""
@@ -139,7 +139,7 @@ class Shard:
         self._caught_up = False
         self._channel = session.channel()
         self._channel.tx_select()
-        #: Exchanges and routing keys of what came back since the last commit: there is no queue.
+        #: Routes of messages that were returned since the last commit: there is no queue.
         self._returned: set[tuple[str, str]] = set()
         self._channel.events["basic_return"].add(self._on_return)
         session.declare(joiner.addresses.queue(address))
@@ -180,14 +180,14 @@ class Shard:
         self.cancelled = True
 
     def work(self) -> bool:
-        """Do what follows from what was received; whether anything was."""
+        """Handle received events. Returns: whether there were any."""
         received, self.received = self.received, []
         self.reducer.feed(received, time.monotonic())
         if received and not self._mark:
             self._mark = uuid()
             self._commit_ours([self._publishing(write_event(Event(mark=self._mark)))], [])
         self._answer()
-        # Not before: a task that was added to a chord may be told of behind its last part.
+        # Not before: the event of an added task may be behind the last part.
         if self._caught_up and self.reducer.complete:
             self._fire(list(self.reducer.complete.values()))
         self._replace(self.reducer.merges())
@@ -195,7 +195,7 @@ class Shard:
         return bool(received)
 
     def _answer(self) -> None:
-        """Deal with what is about no chord, and what is of no use."""
+        """Handle questions, messages that are not events, and events that are not needed any more."""
         reducer = self.reducer
         publishings: list[Publishing] = []
         tags, reducer.spent = reducer.spent, []
@@ -205,7 +205,7 @@ class Shard:
             if event.mark == self._mark:
                 self._caught_up = True
             if event.ask:
-                # Outside of the transaction: RabbitMQ 4 refuses the commit if nobody waits for it any more.
+                # Outside the transaction: RabbitMQ 4 refuses the commit if the reply queue is gone.
                 self._session.answer(event.ask, answer_to(event, reducer, self._joiner))
         refused, reducer.refused = reducer.refused, []
         for delivery, exc in refused:
@@ -231,7 +231,7 @@ class Shard:
         return address
 
     def _fire(self, chords: Iterable[Chord]) -> None:
-        """Publish what complete chords go on with, several in a commit."""
+        """Publish the bodies of complete chords, several in a commit."""
         joiner = self._joiner
         # A commit that a queue refuses is done in part: it is known of which chords if all go to that queue.
         batches: dict[Where, Batch] = {}
@@ -270,7 +270,7 @@ class Shard:
         joiner.careful = False
 
     def _finish(self, batch: Batch, where: Where = frozenset()) -> None:
-        """Publish bodies and acknowledge what they were joined from, in one transaction."""
+        """Publish bodies and acknowledge their events, in one transaction."""
         self._joiner.firing = firing = [chord for chord, _ in batch.chords]
         with self._session.within(self._joiner.patience(firing)):
             self._send_before(batch)
@@ -307,12 +307,12 @@ class Shard:
                     chord.failed = f"There is no queue for its body: {queues}"
                 self._joiner.put_back(self.name, self.reducer.snapshot(chord))
             else:
-                # Of one that has failed there is no body, but it was told.
+                # A failed chord has no body, but its errbacks were called.
                 self._joiner.backend.counts.joiner.bodies += not self._joiner.notified(chord)
                 self._joiner.forget(chord)
 
     def _send_before(self, batch: Batch) -> None:
-        """Publish what the broker is to confirm before the transaction, in which the rest is left.
+        """Publish the messages that need a confirm before the transaction, and leave the others to it.
 
         So is what came back, for which there is no queue. Chords of which something was refused are left out, and
         fail when they are fired again.
@@ -340,7 +340,7 @@ class Shard:
                 batch.chords.append((chord, [each for each in found if id(each) in left]))
 
     def _give_up(self, chord: Chord, exc: Exception) -> None:
-        """There is no body to be called, and nobody to be notified: an operator may want to look at it."""
+        """Neither body nor errbacks are known: keep the events for an operator."""
         address = self._refused_queue()
         logger.error(
             "Chord %s has all its parts, but what to do with them cannot be read; they were put into %s: %r",
@@ -354,7 +354,7 @@ class Shard:
         self.reducer.forget(chord, time.monotonic())
 
     def maintain(self, renewal: float, expires: float | None) -> None:
-        """Write anew what has been held for long, and drop what has expired."""
+        """Renew events that have been held for long, and drop expired chords."""
         now, wall = time.monotonic(), time.time()
         # Not before all was read: nothing that is old may be missing because it was not.
         expired = self.reducer.expired(expires, now, wall) if self._caught_up else []
@@ -440,7 +440,7 @@ class Shard:
 
 
 def refusal_of(text: str) -> str:
-    """Why a chord cannot go on whose body the broker has refused."""
+    """The error of a chord whose body the broker has refused."""
     return (
         f"The broker refused the message with the results of the header: {text}. If they are too large for one "
         "message (RabbitMQ's max_message_size), let the body have them by reference: "

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = ("Open", "OpenChord", "ShardStatus", "answer_to")
 
-#: How many chords are told one by one.
+#: The number of chords that are listed.
 SHOWN = 100
 SUCCESS, REVOKED = b"SUCCESS", b"REVOKED"
 
@@ -25,14 +25,14 @@ class OpenChord(msgspec.Struct):
     """A chord that is not complete."""
 
     id: str
-    #: How many parts have come.
+    #: The number of parts that have arrived.
     parts: int
-    #: How many it takes, None: not known yet.
+    #: The number of parts of the header; None: not known yet.
     total: int | None
     #: When its first and its last event were sent, in seconds since the epoch.
     since: float
     last: float
-    #: How many of them are of tasks that have failed, and that were revoked.
+    #: The number of parts of failed and of revoked tasks.
     failed: int = 0
     revoked: int = 0
 
@@ -43,14 +43,14 @@ class Open(msgspec.Struct):
     count: int
     #: The oldest ones.
     chords: list[OpenChord]
-    #: Since when their joiner runs, in seconds since the epoch, 0: it does not say.
+    #: The start of the joiner, in seconds since the epoch; 0: unknown.
     running_since: float = 0.0
-    #: Where its application sends tasks that nothing else is said of; empty: it does not say.
+    #: The default queue of the joiner's application; empty: unknown.
     queue: str = ""
     #: How many parts of all of them have come, and are to come as far as is known.
     parts: int = 0
     missing: int = 0
-    #: What the joiner has done.
+    #: The counters of the joiner.
     counts: JoinerCounts | None = None
 
 
@@ -62,12 +62,12 @@ class ShardStatus(msgspec.Struct):
     joiners: int
     #: How many events wait to be read.
     waiting: int
-    #: What its joiner says, None: it did not say anything.
+    #: The answer of the joiner; None: there was no answer.
     open: Open | None
 
 
 def describe_chord(chord: Chord) -> OpenChord:
-    """What a joiner knows of an open chord."""
+    """The status of an open chord."""
     count, failed, revoked = chord.counted
     # Parts are only added: there may be a million, which are not counted again each time.
     for packed in islice(chord.parts.values(), count, None):
@@ -94,7 +94,7 @@ def describe(reducer: Reducer, joiner: Caller) -> Open:
 
 
 def answer_to(event: Event, reducer: Reducer, joiner: Caller) -> bytes:
-    """A joiner's answer to somebody who asks; of a chord that is not open it is null."""
+    """The answer of a joiner to a question; null for a chord that is not open."""
     if not event.about:
         return msgspec.json.encode(describe(reducer, joiner))
     chord = reducer.chords.get(event.about)

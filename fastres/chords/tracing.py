@@ -26,7 +26,7 @@ def continued(headers: Mapping[str, Any], attributes: Mapping[str, Any]) -> Iter
     """
     with contextlib.ExitStack() as stack:
         for module, enter in (("opentelemetry.trace", _opentelemetry), ("sentry_sdk", _sentry)):
-            # Who has not imported it does not trace.
+            # An application that has not imported the SDK does not trace.
             if module in sys.modules:
                 try:
                     enter(sys.modules[module], stack, headers, attributes)
@@ -51,6 +51,6 @@ def _sentry(
 ) -> None:
     if "sentry-trace" in headers:
         stack.enter_context(sentry_sdk.isolation_scope())
-        # Sentry gives headers to what is sent in a transaction, and to nothing else.
+        # Sentry only adds headers to messages that are sent in a transaction.
         transaction = sentry_sdk.continue_trace(headers, op="queue.task.celery", name="celery.chord")
         stack.enter_context(sentry_sdk.start_transaction(transaction))

@@ -1,0 +1,45 @@
+"""Runs a process that sends tasks in bulk, with a queue that no worker reads."""
+
+from __future__ import annotations
+
+import struct
+import tempfile
+from typing import Any
+
+from peers import LIMIT
+from runs import Process, Run, Unavailable, environment
+from sends import SEND_PEERS, pairs
+
+import fastres
+
+
+class SendRun(Run):
+    """One process that sends."""
+
+    def prepare(self) -> Process:
+        self.peer = SEND_PEERS[self.case.peer](self.job)
+        self.queues.update(self.peer.queues())
+        self._sample = tempfile.NamedTemporaryFile()  # noqa: SIM115 - closed by close()
+        if self.case.peer == LIMIT:
+            if self.bench.limit is None:
+                raise Unavailable("bench/limit.c is not built: gcc or librabbitmq-dev is missing")
+            self._write_sample()
+            port, count = str(self.bench.node.port), str(self.case.count)
+            command = [str(self.bench.limit), port, self.peer.tasks, count, "publish", self._sample.name]
+        else:
+            command = self.command()
+        return Process(command, environment(self.case.peer))
+
+    def _write_sample(self) -> None:
+        """A task as the others send it: its properties as they go over the wire, and its body."""
+        channel = self.peer.channel
+        fastres.apply_many(self.peer.pair, pairs(1))
+        message: Any = channel.basic_get(self.peer.tasks, no_ack=True)
+        properties = message._serialize_properties()
+        body = message.body.encode() if isinstance(message.body, str) else message.body
+        self._sample.write(struct.pack(">I", len(properties)) + properties + body)
+        self._sample.flush()
+
+    def close(self) -> None:
+        self._sample.close()
+        super().close()
