@@ -6,11 +6,10 @@ import struct
 import tempfile
 from typing import Any
 
+from celery import group
 from peers import LIMIT
 from runs import Process, Run, Unavailable, environment
 from sends import SEND_PEERS, pairs
-
-import fastres
 
 
 class SendRun(Run):
@@ -33,7 +32,9 @@ class SendRun(Run):
     def _write_sample(self) -> None:
         """A task as the others send it: its properties as they go over the wire, and its body."""
         channel = self.peer.channel
-        fastres.apply_many(self.peer.pair, pairs(1))
+        # What apply_many sends, over a connection that is closed afterwards.
+        group(self.peer.pair.s(*pair) for pair in pairs(1)).apply_async(connection=channel.connection.client)
+        self.peer.await_tasks(1)
         message: Any = channel.basic_get(self.peer.tasks, no_ack=True)
         properties = message._serialize_properties()
         body = message.body.encode() if isinstance(message.body, str) else message.body
@@ -42,4 +43,6 @@ class SendRun(Run):
 
     def close(self) -> None:
         self._sample.close()
+        if self.peer._connection is not None:
+            self.peer._connection.close()
         super().close()

@@ -13,7 +13,7 @@ Meta = dict[str, Any]
 #: A result that arrived: its mark (whatever the caller wants back), the task's id, the result.
 Arrival = tuple[Any, str, Meta]
 
-#: Arrivals in four sorts, as :meth:`Aggregate.feed` tells them apart: ready, states, repeated, foreign.
+#: Arrivals by outcome, as :meth:`Aggregate.feed` returns them: ready, states, repeated, foreign.
 Sorted = tuple[list[Arrival], list[Arrival], list[Arrival], list[Arrival]]
 
 #: Header of a compressed message, as kombu sets it.
@@ -85,7 +85,7 @@ class Frames(Protocol):
         """
 
     def unused(self) -> bytes:
-        """What was fed and did not make a whole frame or delivery: whoever reads next begins with it."""
+        """The fed bytes that are not part of a complete frame or delivery. The next reader starts with them."""
 
 
 class Publication(Protocol):

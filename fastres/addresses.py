@@ -2,7 +2,7 @@
 
 | result of                   | address                                                         |
 | --------------------------- | --------------------------------------------------------------- |
-| a task                      | its id says it: ``fastres.ids``                                 |
+| a task                      | named by its id: ``fastres.ids``                                |
 | a client's (rpc)            | the client's reply queue                                        |
 | a saved group               | ``fastres.saved.<quoted group id>``                             |
 | a part of a chord           | ``fastres.chords.<shard>``, and where its task's result goes    |
@@ -22,7 +22,7 @@ from fastres.amqp.publishing import milliseconds
 
 __all__ = ("Address", "Addresses")
 
-#: How many states on the way are kept: of a task with a queue of its own, and of all tasks of a kin together.
+#: How many states before the result are kept: of a task with a queue of its own, and of all tasks of a kin.
 STATES_OF_ONE, STATES_OF_ALL = 1, 10_000
 #: The same where they may get out of order while they are looked at.
 STATES_OUT_OF_ORDER = 10
@@ -130,7 +130,7 @@ class Addresses:
     def queue(self, address: Address) -> Any:
         """The queue at an address: durable, of a type that no default of the virtual host changes, never
         auto-delete (RabbitMQ 4.3 refuses transient queues that are not exclusive, and an auto-delete one loses
-        what comes while nobody consumes).
+        messages that arrive while there is no consumer).
         """
         arguments: dict[str, Any] = {"x-queue-type": "quorum" if address.is_quorum else "classic"}
         if address.is_log:

@@ -126,7 +126,7 @@ class AMQPBackend(Waiting, Celery31, Backend):  # type: ignore[misc]
         self.exchange = self.addresses.exchange
         # An attribute of the class in Celery 3.1, which subclasses may set.
         self.retry_policy = {**self.retry_policy, **(self.options.retry_policy or {})}  # type: ignore[misc]
-        #: What this process has done: see fastres.metrics.
+        #: The counters of this process: see fastres.metrics.
         self.counts = Counts()
         limit = conf.broker_pool_limit or 10
         self._publisher = Publisher(
@@ -134,7 +134,7 @@ class AMQPBackend(Waiting, Celery31, Backend):  # type: ignore[misc]
         )
         self._link = Link(self.connector.open, self.retry_policy, conf.broker_heartbeat or 0, self.counts)
         decoder = Decoder(self.accept, self.options.max_unpacked_size)
-        #: What a thread knows of tasks for a while: see many_at_once.
+        #: Metas that a thread has looked up together: see many_at_once.
         self._known = threading.local()
         looks = Looks(self._publisher, self.addresses, decoder, self.reports, auto_delete)
         reader = Reader(
@@ -146,7 +146,7 @@ class AMQPBackend(Waiting, Celery31, Backend):  # type: ignore[misc]
             self.layout, reader, self._cache, self.meta_from_decoded, self.EXCEPTION_STATES, self.counts
         )
         self._pending = Pending()
-        #: Reads for event loops, where the id of a task says where its result is.
+        #: Reads for event loops, where the id of a task names the queue of its result.
         self.loop_reader = LoopReader(self._waits, self._link) if self.layout.declares else None
         self._groups = Groups(self._publisher, self._encoder, looks, self.addresses, decoder, self.reports)
         #: Sends the events of chords.

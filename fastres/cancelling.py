@@ -19,7 +19,7 @@ __all__ = ("COMMAND", "cancel", "revoke_rest")
 
 #: The remote control command of the workers: see ``fastres.worker``.
 COMMAND = "fastres_cancel"
-#: What is raised by whoever waits.
+#: The argument of the exception that waits raise.
 REASON = "cancelled"
 
 
@@ -30,9 +30,9 @@ class _Found:
         self.groups: list[str] = []
         #: Those of them that are headers of chords.
         self.headers: list[str] = []
-        #: Tasks that are in no group: bodies, and what comes before a group in a chain.
+        #: Tasks that are in no group: bodies, and tasks before a group in a chain.
         self.tasks: list[str] = []
-        #: Tasks that somebody may wait for.
+        #: Tasks for whose results calls may wait.
         self.awaited: dict[str, None] = {}
 
     def visit(self, result: Any) -> None:
@@ -141,7 +141,7 @@ def _tell_waits(backend: Any, group_ids: list[str], task_ids: list[str]) -> None
             alone += of_queue
         else:
             _put_notice(backend, ids.new_id(kin.kin, kin.kind), of_queue)
-    # Each has a queue of its own, where a result that has come is not to be followed by another one.
+    # Each has a queue of its own, in which a notice must not follow a stored result.
     for task_id, meta in backend.layout.look_at_all(alone).items():
         if meta is None or meta["status"] not in states.READY_STATES:
             backend.store_result(task_id, TaskRevokedError(REASON), states.REVOKED)
@@ -160,8 +160,8 @@ def _put_notice(backend: Any, task_id: str, about: list[str] | bool) -> None:
     """Put a notice into a queue of results.
 
     Args:
-        task_id: an id of no task, whose result would be there.
-        about: the tasks that were cancelled; True: all whose results would be there.
+        task_id: an id in the queue, of no task.
+        about: the cancelled tasks; True: all tasks of the queue.
     """
     backend.put_notice(
         {

@@ -71,7 +71,7 @@ class TaskIds:
 
     def forget(self) -> None:
         """In a forked child: the page is the parent's."""
-        # Whoever is interrupted by a signal in here may send a task from its handler.
+        # A signal handler that interrupts this may send a task.
         self._lock = threading.RLock()
         self._page = 0
         self._left = 0
@@ -148,7 +148,7 @@ def _install_once() -> None:
                 )  # fmt: skip
                 continue
             setattr(cls, name, hook(getattr(cls, name)))
-        # Celery keeps the method under another name, for those who override it.
+        # Celery keeps the method under another name, for applications that override it.
         canvas.Signature._freeze = canvas.Signature.freeze
 
 

@@ -35,7 +35,7 @@ PATIENCE = 5.0
 
 @click.group(name="fastres")
 def fastres() -> None:
-    """The AMQP result backend: does it work here, and what of its chords."""
+    """The AMQP result backend fastres: check it, and watch its groups and chords."""
 
 
 @fastres.command(cls=CeleryCommand)
@@ -48,7 +48,7 @@ def fastres() -> None:
 @click.pass_context
 @handle_preload_options
 def doctor(ctx: Any, management: str | None, as_json: bool) -> None:
-    """Check the result backend: what is installed, and do storing, looking, joining and chords work.
+    """Check the result backend: the installation, storing, reading and joining results, and chords.
 
     Example: celery -A proj fastres doctor
 
@@ -64,11 +64,11 @@ def doctor(ctx: Any, management: str | None, as_json: bool) -> None:
 @click.pass_context
 @handle_preload_options
 def joiner(ctx: Any) -> None:
-    """Join chords, until told to stop (Ctrl-C, SIGTERM): as workers do, without running tasks.
+    """Join chords, as workers do, without running tasks, until Ctrl-C or SIGTERM.
 
     Example: celery -A proj fastres joiner
 
-    The exit code is 0 when it was told to stop, and 1 if the broker cannot be reached at the start.
+    The exit code is 0 after Ctrl-C or SIGTERM, and 1 if the broker cannot be reached at the start.
     """
     backend = _backend_with_chords(ctx.obj.app)
     ctx.obj.app.log.setup(loglevel="INFO")
@@ -149,11 +149,11 @@ def watch(ctx: Any, group_id: str, total: int | None, interval: float, as_json: 
 @click.pass_context
 @handle_preload_options
 def exporter(ctx: Any, port: int, address: str) -> None:
-    """Serve the numbers of the application's chords to Prometheus, until told to stop (Ctrl-C, SIGTERM).
+    """Export the metrics of the application's chords to Prometheus, until Ctrl-C or SIGTERM.
 
     Example: celery -A proj fastres exporter --port 9808
 
-    The exit code is 0 when it was told to stop, and 1 if it cannot start. Without a broker fastres_up is 0.
+    The exit code is 0 after Ctrl-C or SIGTERM, and 1 if it cannot start. Without a broker, fastres_up is 0.
     """
     app = ctx.obj.app
     _backend_with_chords(app)
@@ -176,7 +176,7 @@ def exporter(ctx: Any, port: int, address: str) -> None:
 
 @contextlib.contextmanager
 def _in_one_line(backend: Any) -> Iterator[None]:
-    """Say what is wrong with the broker without a traceback; the exit code is 1."""
+    """Print an error of the broker in one line, without a traceback; the exit code is 1."""
     try:
         yield
     except (package.Error, ImproperlyConfigured) as exc:

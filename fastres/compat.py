@@ -59,7 +59,7 @@ class Celery31:
         """Routing key and correlation id of a task's result.
 
         Raises:
-            RuntimeError: of ``fastres-rpc://``: it is not known who sent the task.
+            RuntimeError: ``fastres-rpc://``: the client that sent the task is unknown.
         """
         return self.layout.destination(task_id, request)
 
@@ -119,7 +119,7 @@ class Celery31:
             left = None if timeout is None else timeout - (now() - start)
             if left is not None and left <= 0:
                 raise socket.timeout(f"no result came within {timeout} seconds")
-            # That one look ends without an event is no news; the time limit is ours.
+            # A read without an event is not an error; the time limit is checked here.
             with contextlib.suppress(socket.timeout):
                 wait(timeout=1.0 if left is None else min(1.0, left))
             if on_interval is not None:

@@ -43,7 +43,7 @@ class Counts(msgspec.Struct):
     joined: int = 0
     #: From a write to the broker to the last confirm for it.
     confirms: Latency = msgspec.field(default_factory=Latency)
-    #: Connections that were opened, by what for: those beyond the first are reconnections, or of other threads.
+    #: Opened connections by use. More than one are reconnections, or connections of other threads.
     connections: dict[str, int] = msgspec.field(default_factory=dict)
     joiner: JoinerCounts = msgspec.field(default_factory=JoinerCounts)
     #: How many shards the joiner reads.

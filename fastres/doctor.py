@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = ("Checkup", "Failed", "examine", "shards_of")
 
-#: Seconds to wait for what was stored.
+#: Seconds to wait for a stored result.
 PATIENCE = 5.0
 #: How many results are stored to see whether they stay, and for how many seconds they are watched.
 PROBES, PROBED = 20, 2.0
@@ -64,7 +64,7 @@ class Checkup:
 
     @contextlib.contextmanager
     def step(self, what: str, advice: str) -> Iterator[Callable[[object], None]]:
-        """A check: it passes with what is told in it, or fails with what it raises."""
+        """A context for a check: it passes with the text set in it, or fails with the exception that it raises."""
         said: list[object] = []
         try:
             yield said.append
@@ -88,7 +88,7 @@ class Checkup:
         return str(self._out.style(word, **style)) if style else word
 
     def conclude(self) -> int:
-        """Tell the end of it. Returns: the exit code."""
+        """Print the summary. Returns: the exit code."""
         outcomes = [check["outcome"] for check in self._checks]
         failed = "fail" in outcomes
         if self._as_json:
@@ -144,7 +144,7 @@ def examine(app: Any, check: Checkup, management: str | None = None) -> None:
 
 
 def _examine_results(backend: Any, check: Checkup) -> None:
-    """Do what workers and clients do with the results of a group of two."""
+    """Store, look up and join the results of a group of two, as workers and clients do."""
     kin = ids.new_kin()
     first, second = (ids.new_id(kin, ids.Kind.MEMBER) for _ in range(2))
     may = "does the user have the permissions above?"
@@ -162,7 +162,7 @@ def _examine_results(backend: Any, check: Checkup) -> None:
 
 
 def _examine_policies(backend: Any, session: Session, check: Checkup) -> None:
-    """Whether results stay where they are. AMQP does not tell of policies: those that act later are not seen."""
+    """Whether results stay in their queue. AMQP does not show policies: those that act later are not noticed."""
     kin = ids.new_kin()
     members = [ids.new_id(kin, ids.Kind.MEMBER) for _ in range(PROBES)]
     address = backend.addresses.result(members[0])
@@ -205,7 +205,7 @@ def _look(backend: Any, task_id: str) -> None:
 
 
 def _tell_of_permissions(backend: Any, connection: Any, check: Checkup) -> None:
-    """The least that clients and workers need: what Celery needs for the tasks is in it."""
+    """The permissions that clients and workers need, with those that Celery needs for tasks."""
     prefix = re.escape(backend.addresses.prefix + ".")
     app, vhost, exchange = backend.app, shlex.quote(connection.virtual_host), backend.addresses.exchange.name
     results = (f"^{prefix}", r"^amq\.default$", f"^{prefix}")

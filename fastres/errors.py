@@ -60,7 +60,7 @@ class TasksNotSent(Error, OperationalError):  # type: ignore[misc]
     """The broker has refused some of the tasks of ``fastres.apply_many``, or had no queue for them.
 
     Args:
-        text: what it says.
+        text: the message.
         refused: why, by their place in the group.
         result: the ``GroupResult`` of all of them.
     """
@@ -107,7 +107,7 @@ class ResultTooLarge(Error, EncodeError):  # type: ignore[misc]
 
 
 def refusal(exc: Exception, broker: str) -> Exception:
-    """What the broker closed a channel with, as it is raised or logged: with what to do.
+    """The exception for a refusal of the broker, with advice, as it is raised or logged.
 
     Args:
         broker: its URL, without the password.

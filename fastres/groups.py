@@ -36,11 +36,11 @@ class Groups:
     """Saves groups, each in a queue of its own. Any process can restore them.
 
     Args:
-        publisher: publishes what is saved.
+        publisher: publishes saved groups.
         encoder: makes messages of it.
-        looks: reads what is restored.
+        looks: reads saved groups.
         addresses: the backend's addresses.
-        decoder: message to what was saved.
+        decoder: decodes saved groups.
         reports: where unusable messages are reported.
     """
 
@@ -61,7 +61,7 @@ class Groups:
         self._reports = reports
 
     def save(self, group_id: str, result: GroupResult) -> GroupResult:
-        """Keep a group in the place of what was saved under its id before."""
+        """Save a group. Replaces the group that was saved under the same id before."""
         address = self._addresses.saved(group_id)
         self._publisher.run(lambda writer: writer.clear(address))
         for message in pack(group_id, result):
@@ -69,7 +69,7 @@ class Groups:
         return result
 
     def restore(self, group_id: str) -> Saved | None:
-        """What was saved under an id, None if nothing was.
+        """The group that was saved under an id; None: there is none.
 
         Raises:
             kombu.exceptions.ContentDisallowed, kombu.exceptions.DecodeError: something was, and cannot be read.
@@ -87,7 +87,7 @@ class Groups:
         return saved
 
     def delete(self, group_id: str) -> None:
-        """Delete what was saved under an id."""
+        """Delete the group that was saved under an id."""
         address = self._addresses.saved(group_id)
 
         self._publisher.run(lambda writer: writer.connect().drop(address.name))
@@ -114,7 +114,7 @@ def pack(group_id: str, result: GroupResult) -> list[dict[str, Any]]:
 
 
 def unpack(messages: Iterable[dict[str, Any]]) -> Saved | None:
-    """What :func:`pack` made messages of: the newest save of which every portion is there; None without one."""
+    """The group in the messages of :func:`pack`: the newest save that is complete; None: there is none."""
     saves: dict[str, dict[int, dict[str, Any]]] = {}
     for message in messages:
         saves.setdefault(message["save_id"], {})[message["portion"]] = message

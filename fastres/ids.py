@@ -90,7 +90,7 @@ def kin_of(id_: str) -> int:
     """The kin of the ids that belong to this one: 60 bits, of any string.
 
     Of a UUID they are its first 64 bits without the version, so that a group's own id, which Celery may have
-    made, says where its members' results are.
+    generated, names the queue of its members' results.
     """
     if _is_uuid(id_):
         return int(id_[:8] + id_[9:13] + id_[15:18], 16)
@@ -110,7 +110,7 @@ def new_id(kin: int, kind: int) -> str:
 
 
 def parse(id_: str) -> Kin | None:
-    """What a kin id says; None: it is none. Only the canonical form, in lower case, is one."""
+    """The parts of a kin id; None: it is not a kin id. Only the canonical lower-case form is one."""
     if not _is_uuid(id_) or id_[14] != "8":
         return None
     return Kin(int(id_[:8] + id_[9:13] + id_[15:18], 16), (int(id_[19], 16) & 3))
@@ -142,7 +142,7 @@ def by_queue(task_ids: list[str], prefix: str = PREFIX) -> dict[str, list[str]]:
 def quoted_name(family: str, id_: str, prefix: str = PREFIX) -> str:
     """A name for an id that may hold anything: two ids never share one.
 
-    A dot in an id is quoted too: what follows one in a name is ours.
+    A dot in an id is quoted too: the text after a dot in a name is fastres's own.
     """
     quoted = quote(_encode(id_), safe="").replace(".", "%2E")
     name = f"{prefix}.{family}.{quoted}"
@@ -153,9 +153,9 @@ def quoted_name(family: str, id_: str, prefix: str = PREFIX) -> str:
 
 
 def _are_of_one_queue(task_ids: list[str]) -> bool:
-    """Whether these are all kin ids of one kin and kind, told without a look at each; False: perhaps not."""
+    """Whether these are all kin ids of one kin and kind, checked without parsing each; False: perhaps not."""
     first = task_ids[0]
-    # Some at a time: the text of a million ids would be most of what a join of them takes.
+    # In portions: the joined text of a million ids would be most of the memory of their join.
     return parse(first) is not None and all(
         _have_start(task_ids[start : start + TURN], first[:20]) for start in range(0, len(task_ids), TURN)
     )

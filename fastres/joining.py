@@ -60,7 +60,7 @@ def join(
     values: dict[str, Any] = {}
     succeeded = failed = 0
     error: BaseException | None = None
-    #: What is raised in the end: not in there, where a task's TimeoutError would be taken for the end of the wait.
+    #: Raised after the loop: inside, a task's TimeoutError would be taken for the end of the wait.
     fatal: BaseException | None = None
     ends_at_deadline = timeout is None or (deadline is not None and deadline < timeout)
     arriving = leaves[0].backend.get_many(ids, timeout=deadline if ends_at_deadline else timeout)

@@ -54,14 +54,14 @@ class SharedQueues:
         """A task is about to be sent by this process."""
 
     def unexpected(self, task_id: str) -> None:
-        """Nobody expects the result of a task any more."""
+        """No call expects the result of a task any more."""
 
     def destination(self, task_id: str, request: Any) -> tuple[str, str]:
         """Routing key and correlation id of a task's result."""
         return self.addresses.rkey(task_id), getattr(request, "correlation_id", None) or task_id
 
     def outbox(self, task_id: str, state: str, request: Any) -> Address | None:
-        """Where a state is sent, None: nobody wants it."""
+        """The address for a state; None: it is not stored."""
         if not self.options.keep_chord_results and shard_of(getattr(request, "chord", None)) is not None:
             return None
         addresses = self.addresses
@@ -72,7 +72,7 @@ class SharedQueues:
         return [self.addresses.queue(self.addresses.result(task_id))]
 
     def takes(self, no_ack: bool, alone: bool = False) -> bool:
-        """Whether the reader of several results, or of a lone one, takes what it reads."""
+        """Whether a reader of several results, or of a lone result, takes them."""
         return no_ack and self.options.take in (("always",) if alone else ("joins", "always"))
 
     def open(self, join: Join, take: bool, with_states: bool) -> None:
@@ -81,7 +81,7 @@ class SharedQueues:
         for task_ids in addresses.by_result(join.aggregate.missing()).values():
             first = task_ids[0]
             results, states_ = addresses.result(first), addresses.states(first)
-            # What was reported on the way is told before the result.
+            # States are delivered before the result.
             consumed = [states_, results] if with_states else [results]
             kin = ids.parse(first)
             if take and kin is not None and kin.kind == ids.Kind.MEMBER and not join.alone:
@@ -94,12 +94,12 @@ class SharedQueues:
     def look(self, task_id: str, backlog_limit: int) -> Meta | None:
         """The latest state of a task, which stays where it is; None: there is none."""
         feed = self.reader.feed_of(self.addresses.result(task_id))
-        # What this process holds nobody else can see.
+        # Messages that this process holds are not in their queue.
         held = None if feed is None else feed.peek(task_id)
         return held or self.looks.task(task_id, backlog_limit, waits_too=feed is not None)
 
     def look_at_all(self, task_ids: Collection[str]) -> dict[str, Meta | None]:
-        """As :meth:`look` of many tasks, with few looks: of some it may tell nothing."""
+        """As :meth:`look` for many tasks, with few reads. Tasks of queues with many messages are left out."""
         return self.looks.tasks(task_ids)
 
     def progress(self, group_id: str) -> int:
@@ -111,7 +111,7 @@ class SharedQueues:
         self.looks.forget(task_id)
 
     def forget_all(self) -> None:
-        """In a forked child: what came and was seen is the parent's."""
+        """In a forked child: drop the parent's deliveries and snapshots."""
         self.reader.forget_all()
         self.looks.forget_all()
 
@@ -150,7 +150,7 @@ class Mailbox:
         """Reply queue and correlation id of a task's result.
 
         Raises:
-            RuntimeError: it is not known who sent the task.
+            RuntimeError: the client that sent the task is unknown.
         """
         request = request or getattr(get_current_task(), "request", None)
         if request is None:
@@ -199,10 +199,10 @@ class Mailbox:
         return replies
 
     def _read(self) -> None:
-        """Read what has come until now."""
+        """Read all results that have arrived until now."""
         address, link = self.address, self.reader.link
         self._replies.add(address)
-        # One question to the broker: when it has answered, what came before has been read too.
+        # A question to the broker: its reply arrives after all earlier deliveries.
         link.call(lambda session: session.inspect(address.name))
         link.read(0, lambda: False, None)
 

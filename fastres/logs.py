@@ -43,7 +43,7 @@ class Reports:
         """Report a message.
 
         Args:
-            fingerprint: tells messages of a kind, queue and task apart; one that was seen is not reported again.
+            fingerprint: identifies the message. A message that was seen is not reported again.
             recount: count it again all the same: it is another one.
         """
         key = (kind, queue, task_id, fingerprint)

@@ -14,14 +14,14 @@ if TYPE_CHECKING:
 
 __all__ = ("limits",)
 
-#: What a policy drops or refuses results with.
+#: Settings of a policy that drop or refuse messages.
 LIMITS = ("message-ttl", "expires", "max-length", "max-length-bytes", "overflow", "delivery-limit")
 #: Seconds that an answer may take.
 TIMEOUT = 10.0
 
 
 def limits(url: str, virtual_host: str, names: Iterable[str], queue_type: str) -> list[str]:
-    """What policies limit of some queues, in words, a line for each policy.
+    """Describe the policies that limit some queues, one line for each policy.
 
     Args:
         url: of the management API, with user and password: ``http://guest:guest@localhost:15672``.
@@ -30,7 +30,7 @@ def limits(url: str, virtual_host: str, names: Iterable[str], queue_type: str) -
 
     Raises:
         OSError: it does not answer, or refuses.
-        ValueError: what it answers is not JSON, or the URL is none.
+        ValueError: the reply is not JSON, or the URL is invalid.
     """
     acting: dict[str, list[str]] = {}
     for kind in ("policies", "operator-policies"):

@@ -13,13 +13,13 @@ from celery.exceptions import ImproperlyConfigured
 
 __all__ = ("Options",)
 
-#: What an option may be that has a few values.
+#: Options with a fixed set of values.
 CHOICES = {
     "task_ids": ("fastres", "celery"),
     "take": ("joins", "always", "never"),
     "queue_type": ("classic", "quorum"),
 }
-#: What ``retry_policy`` has.
+#: The keys of ``retry_policy``.
 RETRY = ("max_retries", "interval_start", "interval_step", "interval_max", "timeout")
 NUMBER = (int, float)
 #: Names that begin with "amq." are the broker's; the names of queues end 255 bytes from here.
@@ -51,14 +51,14 @@ class Options:
     queue_type: str = "classic"
     #: Leave the results of a chord's header in their queue after the chord is joined.
     keep_chord_results: bool = True
-    #: How many queues the chords are spread over, each with a joiner of its own.
+    #: The number of queues that the chords are spread over. Each can have a joiner of its own.
     chord_shards: int = 1
     #: Whether workers join chords; ``celery fastres joiner`` does it too.
     chord_joiner: bool = True
     #: Leave the chords that this process sends to ``celery.chord_unlock``: while there are workers that do not
     #: know the log.
     chord_unlock: bool = False
-    #: Seconds after which what is known of an open chord is written anew: well under RabbitMQ's consumer timeout.
+    #: Seconds after which the events of an open chord are renewed: well below RabbitMQ's consumer timeout.
     chord_renewal: int = 600
     #: How many results of a group the broker sends ahead of their acknowledgement.
     prefetch: int = 2000

@@ -17,17 +17,17 @@ class Attended(Protocol):
     """An object that is notified."""
 
     def after_fork(self) -> None:
-        """In a forked child: the connections, and what came over them, are the parent's."""
+        """Called in a forked child: abandon the parent's connections and state."""
 
     def at_exit(self) -> None:
-        """The end of the process: what it has published is to be confirmed before."""
+        """Called at the end of the process: wait for outstanding confirms."""
 
 
 _attended: WeakSet[Attended] = WeakSet()
 
 
 def attend(backend: Attended) -> None:
-    """Tell a backend, for as long as it lives, when its process has forked and when it ends."""
+    """Notify a backend, as long as it exists, when its process has forked and when it ends."""
     _attended.add(backend)
 
 

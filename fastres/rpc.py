@@ -50,6 +50,6 @@ class RPCBackend(AMQPBackend):
         raise NotImplementedError(E_NO_RPC_CHORDS)
 
     def on_task_call(self, producer: Any, task_id: str) -> dict[str, Any]:
-        # It may have run before: what is known of that is about to change.
+        # The task may have run before: its cached result becomes stale.
         self._cache.pop(task_id, None)
         return super().on_task_call(producer, task_id)

@@ -41,11 +41,11 @@ if TYPE_CHECKING:
 
 __all__ = ("apply_many",)
 
-#: Options that say what a group gives each of its tasks.
+#: Options that a group sets for each of its tasks.
 OWN = ("chord", "connection", "group_id", "group_index", "producer", "publisher", "task_id")
-#: Options whose meaning depends on when a task is sent, and for how many seconds a template of such is used.
+#: Options that depend on the time of sending, and the seconds for which a template with one of them is used.
 TIMES, FRESH = ("countdown", "expires"), 1.0
-#: Seconds after which what has been made is sent, if no more comes: from a slow iterable.
+#: Seconds after which pending messages are written, if a slow iterable yields no more.
 PROMPT = 0.02
 #: Random ids that are made at once.
 IDS = 512
@@ -285,7 +285,7 @@ class _Ids:
 
     def __init__(self) -> None:
         self._others: list[str] = []
-        #: What the ids of a kin begin with, and 15 digits of each as 8 bytes.
+        #: The common begin of the ids of a kin, and 15 digits of each as 8 bytes.
         self._begin = ""
         self._digits = bytearray()
         self._random = ""
@@ -325,7 +325,7 @@ class _Ids:
 
 
 def _group_result(app: Any, group_id: str, ids: _Ids) -> GroupResult:
-    """The result of a group; those of its tasks are made when somebody asks for them: there may be a million."""
+    """The result of a group. The results of its tasks are made on demand: there may be a million."""
     kind: Any = app.GroupResult
 
     class GroupResult(kind):  # type: ignore[misc]
@@ -396,7 +396,7 @@ def _is_plain(app: Any, signature: Any) -> bool:
 
 
 def _is_from(method: Any, module: dict[str, Any]) -> bool:
-    """Whether a method is the one of a module, or what fastres has put around it."""
+    """Whether a method is that of a module, or fastres's wrapper of it."""
     while True:
         own = getattr(getattr(method, "__func__", method), "__globals__", {})
         if not str(own.get("__name__")).startswith("fastres."):

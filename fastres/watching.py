@@ -91,7 +91,7 @@ def _ready(backend: Any, group_id: str) -> int:
 
 
 def watched(group_id: str, total: int | None, interval: float, app: Any) -> Iterator[dict[str, Any]]:
-    """What there is to show of a group or a chord, each time after so many seconds, until it is complete.
+    """Yield the progress of a group or a chord at intervals, as a dict for display, until it is complete.
 
     Args:
         total: how many tasks it has, None: a joiner is to know.
@@ -149,7 +149,7 @@ def track(
 
     Raises:
         fastres.ResultsMissing: not all came in time.
-        Exception: what a task has raised.
+        Exception: the exception of a task.
     """
     members = list(leaves(results.results))
     if not members:

@@ -106,7 +106,7 @@ def is_told_already() -> bool:
 
 
 def _hook_cancel(**kwargs: Any) -> None:
-    """Know the remote control command of ``fastres.cancel``, and drop what it has cancelled."""
+    """Register the remote control command of ``fastres.cancel``, and drop cancelled tasks."""
     from celery.worker import state as worker_state
     from celery.worker.control import control_command
     from celery.worker.request import Request

@@ -56,10 +56,10 @@ class Native(Protocol):
     def unopened_channel(self) -> Any: ...
 
     def receive(self, channel: Any, receiver: Receiver) -> None:
-        """Give what is got on a channel to a receiver."""
+        """Pass the messages that are got on a channel to a receiver."""
 
     def restart(self, channel: Any) -> None:
-        """The broker has closed a channel: what had come of a message is dropped."""
+        """The broker has closed a channel: drop an incomplete message."""
 
     def write(self, data: bytes) -> None: ...
 
@@ -67,7 +67,7 @@ class Native(Protocol):
         """The frame of a method."""
 
     def next_frames(self) -> list[Frame]:
-        """Wait for what the broker says next: deliveries go to their receivers, the other frames are returned."""
+        """Wait for the next frames: deliveries go to their receivers, other frames are returned."""
 
     def pass_on(self, frames: list[Frame]) -> None:
         """Let py-amqp handle frames."""
@@ -114,7 +114,7 @@ class Browser:
 
         Args:
             choose: the delivery tags of those that are taken.
-            delete: delete the queue when nothing else is in it, and nobody consumes from it.
+            delete: delete the queue if it is empty then, and has no consumers.
 
         Returns: how many were taken.
 
@@ -147,7 +147,7 @@ class Browser:
             slot.begin(name, count)
 
     def _go_on(self, slot: Slot) -> None:
-        """Get what did not fit into the first write."""
+        """Get the messages that did not fit into the first write."""
         while slot.wants_more():
             slot.get_more()
             self._write([slot])
@@ -180,7 +180,7 @@ class Browser:
                 patience.check()
             if others:
                 self._native.pass_on(others)
-            # What a refused channel answers with.
+            # The reply on a refused channel.
             self._write(slots)
 
     @contextlib.contextmanager
@@ -249,7 +249,7 @@ class Slot:
             self._add(spec.Basic.Get, "Bsb", (0, self._name, False))
 
     def give_back(self) -> None:
-        """Put back what was got and is not acknowledged.
+        """Requeue unacknowledged messages.
 
         A nack has no answer: that of what follows it tells that the broker has come by it, so that whoever looks
         after us finds the messages in their queue.
@@ -275,7 +275,7 @@ class Slot:
         return self._state is not None and has_all and self._deleted and self._given_back
 
     def answer(self, payload: bytes) -> bool:
-        """Take an answer of the broker; False: it is for somebody else."""
+        """Handle a reply of the broker. Returns: False: it is not for the browser."""
         method = payload[:4]
         if method == GET_EMPTY:
             self._empty += 1
@@ -289,7 +289,7 @@ class Slot:
             (code,) = struct.unpack_from(">H", payload, 4)
             text = payload[7 : 7 + payload[6]].decode(errors="replace")
             cause = struct.unpack_from(">HH", payload, 7 + payload[6])
-            # Something has come, or somebody, since it was found empty: it stays.
+            # A message or a consumer has arrived since the queue was found empty: it stays.
             kept = not self._deleted and code == PRECONDITION_FAILED
             refused = error_for_code(code, text, cause, ChannelError)
             if not kept and not (code == NOT_FOUND and says_no_queue(refused)):

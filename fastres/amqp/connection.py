@@ -48,9 +48,9 @@ PATIENCE = 25.0
 LENIENCE = 0.2
 #: Seconds for a broker to agree to the end of a connection.
 GOODBYE = 1.0
-#: Seconds after which whoever waits for another thread looks for himself.
+#: Seconds after which a thread that waits for another one checks by itself.
 UNTOLD = 0.1
-#: How often an operation is tried again when the connection breaks under it.
+#: How many times an operation is repeated when the connection breaks.
 ATTEMPTS = 5
 
 
@@ -58,13 +58,13 @@ class Subscriber(Protocol):
     """An object that consumes through a link."""
 
     def open(self, session: Session) -> None:
-        """Subscribe, after the connection was made or made again."""
+        """Subscribe over a new connection."""
 
     def flush(self) -> None:
-        """Hand on what was read."""
+        """Pass received deliveries on."""
 
     def awaited(self) -> int:
-        """How many results somebody waits for that may come before one is acknowledged."""
+        """The number of awaited results that may arrive before one is acknowledged."""
 
 
 class Link:
@@ -75,7 +75,7 @@ class Link:
         retry_policy: ``max_retries``, ``interval_start``, ``interval_step``, ``interval_max``, and perhaps
             ``timeout`` (seconds). A wait seeks a connection that was lost for as long as it lasts.
         heartbeat: seconds of silence, twice, after which the broker takes this process for gone, 0: never.
-        counts: what it counts.
+        counts: the counters of the process.
     """
 
     def __init__(
@@ -91,22 +91,22 @@ class Link:
         self._established = False
         self._failures = 0
         self._seeking_since = 0.0
-        #: What went wrong the last time.
+        #: The error of the last attempt to connect.
         self._why_not = "cannot reach the broker in so short a time"
         self._retry_at = 0.0
         self._subscribers: list[Subscriber] = []
         self._deferred: deque[Callable[[], object]] = deque()
-        # The threads who talk to the broker, and who read for all. No locks: after a signal's exception between
-        # getting a lock and noting that it was got nobody would give it back. Whom these name has it.
+        # The threads that use the connection, and that read for all. These are no locks: an exception of a signal
+        # handler between acquiring a lock and noting it would leave the lock acquired for ever.
         self._talking: int | None = None
         self._reading: int | None = None
-        #: When somebody has ended to talk; when a batch was handed on.
+        #: Notified when a thread has stopped using the connection, and when a batch was passed on.
         self._silent = threading.Condition()
         self._news = threading.Condition()
         # Reentrant: the garbage collector may end a wait of this thread at any line.
         self._count = threading.RLock()
         self._wanted = 0
-        #: Whether somebody calls :meth:`beat`, in the place of a thread, and when it is due.
+        #: Whether :meth:`beat` is called by the loop reader instead of a thread, and when it is due.
         self.attended = False
         self._beat_at = 0.0
         self._wakeup = Wakeup()
@@ -117,14 +117,14 @@ class Link:
         return str((self._connection or self._seeking or self._connect()).as_uri())
 
     def uses(self, session: Session) -> bool:
-        """Whether this is the connection that is in use."""
+        """Whether this session is in use."""
         return self._session is session
 
     def call(self, operation: Callable[[Session], T], deadline: float | None = None) -> T:
-        """Do something with the broker, over a new connection if the present one breaks.
+        """Run an operation, over a new connection if the present one breaks.
 
         Args:
-            deadline: until when to seek a connection, on the monotonic clock; None: as ``retry_policy`` says.
+            deadline: the end of attempts to connect, on the monotonic clock; None: ``retry_policy`` decides.
 
         Raises:
             fastres.BrokerUnreachable: there was no connection to be had.
@@ -149,7 +149,7 @@ class Link:
     def attempt(
         self, operation: Callable[[Session], object], deadline: float | None = None, reads: bool = True
     ) -> None:
-        """Do something that only has a meaning on the present connection, if that is still there.
+        """Run an operation that only makes sense on the present connection, if that still exists.
 
         Args:
             reads: whether the operation reads an answer of the broker.
@@ -169,7 +169,7 @@ class Link:
                 self._lost(exc)
 
     def soon(self, action: Callable[[], object], afterwards: Callable[[], object] = lambda: None) -> None:
-        """Do something exclusively: now, or by the next one who may if the connection is in use.
+        """Run an action exclusively: now, or by the next thread that acquires the connection.
 
         Args:
             afterwards: done when the connection is not needed any more.
@@ -207,7 +207,7 @@ class Link:
             self.attempt(farewell, deadline)
 
     def read(self, timeout: float, done: Callable[[], bool], deadline: float | None) -> None:
-        """Read what comes within ``timeout`` seconds, or let another thread do it until ``done()``.
+        """Read for ``timeout`` seconds, or let another thread read until ``done()``.
 
         Returns after a batch, when interrupted, or when the time is over. ``deadline`` is that of :meth:`call`.
         """
@@ -241,14 +241,14 @@ class Link:
                     with self._discarded_if_interrupted(connection):
                         self._drain(session, timeout)
                 except connection.channel_errors:
-                    pass  # whoever reads over the channel was told, and opens it again
+                    pass  # the owner of the channel was notified, and opens it again
                 except connection.connection_errors as exc:
                     self._lost(exc)
                 return
         self._pause(timeout, deadline)
 
     def interrupt(self) -> None:
-        """Let whoever reads return soon, without waiting for it."""
+        """Make the reading thread return soon, without waiting for it."""
         with self._count:
             self._wakeup.ring()
         with self._news:
@@ -268,7 +268,7 @@ class Link:
         return max(0.0, self._beat_at - time.monotonic())
 
     def cut(self, subscribers: Collection[Subscriber]) -> None:
-        """Leave subscribers without a word to the broker, which takes back what they had: the others reconnect."""
+        """Drop the connection with these subscribers, so that the broker requeues their messages. Others reconnect."""
         self._subscribers = [subscriber for subscriber in self._subscribers if subscriber not in subscribers]
         self._drop()
 
@@ -293,7 +293,7 @@ class Link:
 
     @contextlib.contextmanager
     def exclusively(self, deadline: float | None = None, ring: bool = True) -> Iterator[None]:
-        """Nobody else reads or writes meanwhile; a reader is interrupted.
+        """A context with exclusive use of the connection. Interrupts the reading thread.
 
         Raises: Occupied: another thread was at it until the deadline.
         """
@@ -306,7 +306,7 @@ class Link:
                 with self._count:
                     counted = ring
                     self._wanted += ring
-                    # Who is about to read, and was not seen here, looks at what is wanted before it sleeps.
+                    # A thread that is about to read, and was not seen here, checks _wanted before it sleeps.
                     if ring and self._reading not in (None, me):
                         self._wakeup.ring()
                 self._acquire(me, math.inf if deadline is None else deadline)
@@ -337,12 +337,12 @@ class Link:
                 left = deadline - time.monotonic()
                 if left <= 0:
                     raise Occupied("another thread is waiting for an answer of the broker")
-                # Whoever was interrupted when it ended has told nobody.
+                # A thread that was interrupted at its end has notified no other thread.
                 self._silent.wait(min(left, UNTOLD))
             self._talking = me
 
     def _let_others_first(self) -> None:
-        """Let those who wait go first: whoever is first is not served first, and the reader comes back fast."""
+        """Let waiting threads go first: a condition is not fair, and the reader would return before them."""
         for _ in range(100):
             if not self._wanted:
                 return
@@ -435,7 +435,7 @@ class Link:
             raise
 
     def _pause(self, timeout: float, deadline: float | None) -> None:
-        """Wait until it is time for the next attempt to connect. Raises BrokerUnreachable at the deadline."""
+        """Wait for the next attempt to connect. Raises BrokerUnreachable at the deadline."""
         pause = min(self._retry_at - time.monotonic(), timeout, _left(deadline, math.inf))
         if pause > 0:
             time.sleep(pause)
@@ -453,7 +453,7 @@ class Link:
                         self._connection.drain_events(timeout=0.0001)
                 elif detect_environment() != "default":
                     session.drain(min(timeout, SLICE))
-                # Who interrupted the reader that went before is still waiting, and will not do so again.
+                # A thread that interrupted the previous reader still waits, and does not interrupt again.
                 elif self._wakeup.wait(session, lambda: 0 if self._wanted else timeout, self._awaited):
                     # A TLS record that has begun to come is waited for, but not without an end.
                     session.drain(RECORD_TIMEOUT)
@@ -469,9 +469,9 @@ class Link:
 
 
 def _beat(link_ref: weakref.ref[Link], session_ref: weakref.ref[Session], interval: float) -> None:
-    """Let the broker know of a connection that this process lives, whatever its other threads do.
+    """Send heartbeats over a connection, whatever the other threads of the process do.
 
-    Of a host that is gone nothing else tells the broker: it would keep its messages, and others from its queues.
+    Without them the broker would not notice that a host is gone, and would keep its messages and consumers.
     """
     while True:
         time.sleep(interval)

@@ -149,16 +149,16 @@ def _prepare_tls(connection: Any) -> None:
 
 
 def be_patient(sock: Any) -> None:
-    """Have the system wait for a broker that is busy, at an end of a connection that somebody else has opened."""
+    """Set the socket options for a busy broker on a connection that was opened elsewhere."""
     for option, value in SOCKET_SETTINGS.items():
         sock.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
 def drop(connection: Any, broken: bool = True) -> None:
-    """Leave a connection, which broke or may have broken: nothing that goes wrong meanwhile can be news.
+    """Close a connection that is or may be broken, and ignore all errors.
 
     Args:
-        broken: False: say goodbye to the broker.
+        broken: False closes the connection with the broker's consent.
     """
     sock = _socket_of(connection)
     with contextlib.suppress(Exception):
@@ -176,7 +176,7 @@ def _socket_of(connection: Any) -> Any:
 
 
 def abandon(connection: Any) -> None:
-    """Let go of a connection that belongs to the parent process.
+    """Abandon a connection of the parent process.
 
     Closing it the usual way shuts the socket down, for the parent too: only this process's descriptor is closed.
     """

@@ -24,7 +24,7 @@ TAG, CONSUMER = attrgetter("delivery_tag"), attrgetter("consumer_tag")
 class Consumer:
     """Owns a channel: its queues, its unacknowledged deliveries, and whether it is closing.
 
-    What came over another channel will be redelivered, and cannot be acknowledged here.
+    Deliveries of another channel will be redelivered, and cannot be acknowledged here.
     """
 
     def __init__(self, session: Session, channel: Any) -> None:
@@ -34,7 +34,7 @@ class Consumer:
         self.addresses: dict[str, Address] = {}
         #: Consumer tags by delivery tag, in order.
         self.unacknowledged: dict[Any, str] = {}
-        #: What has come since it was taken.
+        #: Deliveries since the last call of ``take``.
         self.received: list[Delivery] = []
         self.cancelled = False
 

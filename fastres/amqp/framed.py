@@ -55,11 +55,11 @@ class FramedSession(Session):
         self.heartbeat = connection.connection.heartbeat
         connection.connection.on_blocked = self._on_blocked
         connection.connection.on_unblocked = self._on_unblocked
-        #: The channel to publish on, the number of the last message on it, and what is not confirmed.
+        #: The publishing channel, the number of the last message on it, and its unconfirmed messages.
         self._publishing_channel: Any = None
         self._published = 0
         self._window: Window | None = None
-        #: What the broker has closed it with.
+        #: The exception with which the broker has closed it.
         self._closed_with: Exception | None = None
         self._frames = Frames(connection.connection.frame_max)
         self._receivers: dict[tuple[int, str], Receiver] = {}
@@ -92,7 +92,7 @@ class FramedSession(Session):
         """
         connection = self._connection.connection
         transport = connection.transport
-        # What py-amqp has read ahead comes first.
+        # Bytes that py-amqp has read ahead come first.
         data, transport._read_buffer = transport._read_buffer, b""
         if not data:
             with transport.having_timeout(timeout):
@@ -104,17 +104,17 @@ class FramedSession(Session):
             self.pass_on(others)
 
     def _receive(self, data: bytes) -> list[Frame]:
-        """Give the deliveries in these bytes to their receivers: what is left are py-amqp's frames."""
+        """Pass the deliveries in these bytes to their receivers. Returns: the frames for py-amqp."""
         before = self._frames.consumed
         others: list[Frame]
         deliveries, others = self._frames.feed(data)
         self._connection.connection.bytes_recv += self._frames.consumed - before
         if len(self._receivers) == len(self._owned) == 1 and deliveries:
-            # Nobody else's: what still comes over a channel that is being left is for nobody.
+            # Only one receiver: deliveries on a channel that is being closed are dropped.
             (receiver,) = self._receivers.values()
             receiver(deliveries)
             return others
-        # What comes for one receiver is given to it together, whichever of its consumers it came for.
+        # Consecutive deliveries for one receiver are passed together, for whichever of its consumers.
         before_it: tuple[int, str] | None = None
         its: Receiver | None = None
         together: list[Delivery] = []
@@ -142,7 +142,7 @@ class FramedSession(Session):
         self._owned.discard(channel_id)
 
     def pass_on(self, frames: list[Frame]) -> None:
-        """Let py-amqp handle frames; what that sets off may read from the socket, or raise."""
+        """Let py-amqp handle frames. Its callbacks may read from the socket, or raise."""
         self.hand_back()
         connection = self._connection.connection
         # A frame may close the connection, which then has none.
@@ -159,29 +159,29 @@ class FramedSession(Session):
                 transport._read_buffer = b"".join(frame_of(*frame) for frame in left) + transport._read_buffer
 
     def _declaring_channel(self) -> Any:
-        # py-amqp reads the answers, perhaps in the middle of what is being delivered.
+        # py-amqp reads the replies, perhaps in the middle of deliveries.
         self.hand_back()
         return super()._declaring_channel()
 
     def hand_back(self) -> None:
-        """Let py-amqp read on from here."""
+        """Let py-amqp continue to read at this position."""
         unused = self._frames.unused()
         if unused:
             transport = self._connection.connection.transport
             transport._read_buffer = unused + transport._read_buffer
 
     def unopened_channel(self) -> Any:
-        """A channel of py-amqp that is opened by whoever writes the frame."""
+        """A channel of py-amqp that is opened by a frame that the caller writes."""
         connection = self._connection.connection
         return connection.Channel(connection, auto_decode=False)
 
     def receive(self, channel: Any, receiver: Receiver) -> None:
-        """Give what is got on a channel to a receiver."""
+        """Pass the messages that are got on a channel to a receiver."""
         self._own(channel.channel_id)
         self._receivers[channel.channel_id, ""] = receiver
 
     def restart(self, channel: Any) -> None:
-        """The broker has closed a channel: what had come of a message is dropped."""
+        """The broker has closed a channel: drop an incomplete message."""
         self._disown(channel.channel_id)
         self._own(channel.channel_id)
 
@@ -195,7 +195,7 @@ class FramedSession(Session):
         return method_frame(channel, signature, types, arguments)
 
     def next_frames(self) -> list[Frame]:
-        """Wait for what the broker says next: deliveries go to their receivers, the other frames are returned."""
+        """Wait for the next frames: deliveries go to their receivers, other frames are returned."""
         connection = self._connection.connection
         transport = connection.transport
         data, transport._read_buffer = transport._read_buffer, b""
@@ -240,7 +240,7 @@ class FramedSession(Session):
             )
             channel.events["basic_ack"].add(window.confirm)
             channel.events["basic_nack"].add(window.refuse)
-            # Not an error of who happens to read it: whoever waits for an answer on this channel is told.
+            # Not raised to the thread that happens to read it, but to the one that waits for a reply on this channel.
             channel._callbacks[spec.Channel.Close] = partial(self._on_publishing_closed, channel, window)
         return self._publishing_channel
 
@@ -295,10 +295,10 @@ class FramedSession(Session):
         declared: list[QueueState] | None = None,
         over: Callable[[], bool] = lambda: False,
     ) -> None:
-        """Read until the broker has answered with so many of these methods; what has come is counted down.
+        """Read until the broker has sent this number of these methods. Counts down ``awaited``.
 
         Args:
-            enough: whether what has come besides is enough.
+            enough: a further condition for the end.
             over: whether nothing more is to be awaited.
             declared: the states of queues that were declared are added to it.
         """
@@ -319,7 +319,7 @@ class FramedSession(Session):
                     if method == DECLARE_OK and declared is not None:
                         declared.append(QueueState(*struct.unpack_from(">II", payload, 5 + payload[4])))
                 elif method == ACK and channel_id == publishes_on and not left and self._window is not None:
-                    # Behind what py-amqp is to handle it has to wait: a message comes back before its confirm.
+                    # Frames for py-amqp go first: a returned message arrives before its confirm.
                     connection.bytes_recv += 1
                     self._window.confirm(*struct.unpack_from(">QB", payload, 4))
                 else:
@@ -341,7 +341,7 @@ class FramedSession(Session):
         channel.cancel_callbacks[tag] = on_cancel
 
     def wait_on(self, channel: Any, enough: Callable[[], bool]) -> None:
-        """Read, with confirms among it, until what has come is enough."""
+        """Read, confirms included, until ``enough()``."""
         self._await(channel, {}, enough=enough)
 
 
@@ -358,7 +358,7 @@ def let_close(channel: Any, *why: Any) -> None:
     """
     if channel.is_open:
         channel.send_method(spec.Channel.CloseOk)
-        # What we said to end it is answered too, or we have not said it yet.
+        # The broker also replies to our own Channel.Close, if it was sent.
         channel.is_open = False
 
 

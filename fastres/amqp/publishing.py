@@ -33,7 +33,7 @@ class Publishing(NamedTuple):
     message: Any
     exchange: str
     routing_key: str
-    #: The queue that is made for it if there is none; None: it is not ours to make.
+    #: The queue to declare if it does not exist; None: the queue is not fastres's own.
     address: Address | None = None
     #: Whether the broker must confirm this body before the parts of its chord are acknowledged.
     confirm: bool = False

@@ -53,14 +53,14 @@ PIPELINED = 200
 FOREIGN = 10_000
 #: Seconds within which a broker that is there opens a channel, and agrees to the end of one.
 ANSWERS, AGREES = 1.0, 6.0
-#: How RabbitMQ words that a queue has a reader who wants to be the only one; permissions have the same code.
+#: RabbitMQ's words for a queue with an exclusive consumer; a missing permission has the same reply code.
 IN_USE = "in exclusive use"
 #: The first RabbitMQ that has single active consumers.
 SINGLE_ACTIVE = (3, 8)
 #: The first RabbitMQ that drops what a quorum queue has delivered 21 times, unless it is told not to; the ones
 #: before take the word for it for "at once".
 LIMITED = (4, 0)
-#: Seconds before each look whether a quorum queue is empty: what was acknowledged is counted for a while.
+#: Seconds before each check that a quorum queue is empty: it counts acknowledged messages for a while.
 SETTLES = (0.0, 0.005, 0.01, 0.02, 0.05)
 
 
@@ -71,7 +71,7 @@ class RabbitMQ(FramedSession):
 
     def __init__(self, connection: Any) -> None:
         super().__init__(connection)
-        #: Queues that are there with other arguments than ours.
+        #: Queues that exist with other arguments.
         self._foreign = LRUCache(limit=FOREIGN)
         #: The channel of post_confirmed(), how many messages went over it, and which are not confirmed.
         self._posting_channel: Any = None
@@ -85,8 +85,8 @@ class RabbitMQ(FramedSession):
 
     @property
     def acknowledges_first(self) -> bool:
-        """Whether a commit acknowledges before it publishes: what is between the two is lost with the broker."""
-        # LavinMQ 2: its documentation on transactions says so.
+        """Whether a commit acknowledges before it publishes, so that a crash between the two loses messages."""
+        # LavinMQ 2, according to its documentation on transactions.
         return bool(self._connection.connection.server_properties.get("product") == "LavinMQ")
 
     def _is_from(self, *version: int) -> bool:
@@ -98,7 +98,7 @@ class RabbitMQ(FramedSession):
     def arguments(self, queue: Any) -> dict[str, Any] | None:
         arguments = super().arguments(queue)
         if arguments is not None and arguments.get("x-queue-type") == "quorum" and self._is_from(*LIMITED):
-            # A look gives back what it got: it must not be lost for having been looked at often.
+            # Looks requeue messages. A message must not be lost because it was looked at often.
             return {**arguments, "x-delivery-limit": -1}
         return arguments
 
@@ -207,7 +207,7 @@ class RabbitMQ(FramedSession):
             if each.is_open:
                 each.send_method(spec.Channel.Close, "BsBB", (0, "", 0, 0))
                 each.is_open = False
-        # What the broker does without asking the node of any queue.
+        # An operation for which the broker asks no node of a queue.
         with self.within(ANSWERS):
             self._declaring_channel()
 
@@ -220,7 +220,7 @@ class RabbitMQ(FramedSession):
         on_cancel: Callable[[str], None],
         exclusive: bool = False,
     ) -> None:
-        """Have a queue's messages sent to ``receiver``, by whoever reads them: this class or py-amqp.
+        """Consume a queue; messages go to ``receiver``, whether this class or py-amqp reads them.
 
         Raises: Busy: the queue has a consumer, and this one or that one is exclusive.
         """
@@ -298,7 +298,7 @@ class RabbitMQ(FramedSession):
         self._disown(number)
         closed = error_for_code(code, text, method, ChannelError)
         on_close(closed)
-        # To whoever waits for an answer on it.
+        # Raised to the thread that waits for a reply on the channel.
         raise closed
 
     def acknowledge(self, channel: Any, tags: Sequence[int], all_up_to: int | None) -> None:
@@ -317,13 +317,13 @@ class RabbitMQ(FramedSession):
         connection.bytes_sent += len(acks)
 
     def answer(self, reply_to: str, body: bytes) -> None:
-        """Send JSON to the queue of somebody who has asked for it, if that is still there."""
+        """Publish JSON to a reply queue, which may be gone."""
         self._declaring_channel().basic_publish(
             amqp.Message(body, content_type="application/json"), routing_key=reply_to
         )
 
     def post(self, channel: Any, message: Any, exchange: str, routing_key: str) -> None:
-        """Publish a message of py-amqp on a transactional channel: nobody sees it before the commit.
+        """Publish a message of py-amqp on a transactional channel: it is not visible before the commit.
 
         It comes back with the commit (``basic_return``) if there is no queue for it.
         """
@@ -363,7 +363,7 @@ class RabbitMQ(FramedSession):
         arguments = queue.queue_arguments or {}
         if "x-queue-type" in arguments or queue.no_declare:
             return bool(arguments.get("x-queue-type") == "classic")
-        # Only the broker knows the default type of the virtual host.
+        # The default type of the virtual host is known to the broker only.
         explicit = queue(self._declaring_channel())
         explicit.queue_arguments = {**arguments, "x-queue-type": "classic"}
         try:
@@ -380,10 +380,10 @@ class RabbitMQ(FramedSession):
         self._await(channel, {COMMIT_OK: 1})
 
     def leave(self, channel: Any, tags: Sequence[str], unacknowledged: Collection[Any]) -> None:
-        """Stop consuming; what was not acknowledged goes back to where it was in its queue.
+        """Close a consuming channel. Unacknowledged messages return to their places in the queue.
 
-        The broker's answer is always waited for. It sends messages ahead: those that nobody reads would stay
-        unacknowledged for as long as they fill the socket.
+        Always waits for the broker's reply: unread messages that were sent ahead would stay unacknowledged as long as
+        they fill the socket.
         """
         if not channel.is_open:
             return
@@ -392,8 +392,8 @@ class RabbitMQ(FramedSession):
         # The broker may be closing it too, and answers all the same.
         channel._callbacks[spec.Channel.Close] = partial(let_close, channel)
         channel.send_method(spec.Channel.Close, "BsBB", (0, "", 0, 0))
-        # What still comes is read and dropped here: nobody else has a use for it.
-        # Of two who close a channel at the same time RabbitMQ may answer neither: its own word is enough.
+        # Messages that still arrive are read and dropped here.
+        # If both sides close a channel at the same time, RabbitMQ may not reply: its own Close is enough.
         try:
             with self.within(AGREES):
                 self._await(channel, {CLOSE_OK: 1}, over=lambda: not channel.is_open)
@@ -416,7 +416,7 @@ class RabbitMQ(FramedSession):
                 for address in those
                 if not address.is_quorum
             ]
-        # The broker may close the channel over a queue that is in use: whoever deletes has no further use for it.
+        # The broker may close the channel because of a queue in use. The caller does not use the channel any more.
         channel._callbacks[spec.Channel.Close] = partial(let_close, channel)
         if frames:
             channel.connection.transport.write(b"".join(frames))
@@ -428,7 +428,7 @@ class RabbitMQ(FramedSession):
     def _delete_unconditionally(self, name: str, full: bool = False) -> bool:
         """Delete a quorum queue, which takes no condition, if it seems to be empty and unused; whether it is gone.
 
-        What is sent to it between the last look and the deletion goes with it.
+        Messages that arrive between the last check and the deletion are lost.
         """
         for pause in SETTLES:
             if pause:

@@ -67,11 +67,11 @@ class Busy(Exception):
 class Session:
     """A session over any transport of kombu, with the operations that its channels offer. One for each connection."""
 
-    #: Whether the broker confirms what it has stored, and returns what it could not route.
+    #: Whether the broker confirms messages, and returns unroutable ones.
     confirms = False
     #: Whether a queue can have one active consumer, with others standing by.
     single_active_consumer = False
-    #: Whether it has said that it takes no messages for now, being short of memory or disk.
+    #: Whether the broker has reported an alarm (Connection.Blocked).
     is_blocked = False
 
     #: Seconds of silence, twice, after which the broker takes us for gone, 0: never.
@@ -87,7 +87,7 @@ class Session:
 
     @property
     def channel_errors(self) -> tuple[type[Exception], ...]:
-        """What the broker closes a channel with."""
+        """The exceptions of a closed channel."""
         errors: tuple[type[Exception], ...] = self._connection.channel_errors
         return errors
 
@@ -122,7 +122,7 @@ class Session:
         return QueueState(answer[1], answer[2])
 
     def arguments(self, queue: Any) -> dict[str, Any] | None:
-        """What a queue is declared with at this broker."""
+        """The arguments with which a queue is declared at this broker."""
         return queue.queue_arguments or None
 
     def inspect(self, name: str) -> QueueState | None:
@@ -139,7 +139,7 @@ class Session:
         """Publish messages, after some queues were declared.
 
         Args:
-            window: keeps the messages until they are confirmed, where the broker tells.
+            window: keeps the messages until they are confirmed, if the broker confirms.
         """
         for queue in queues:
             self.declare(queue)
@@ -195,7 +195,7 @@ class Session:
         """Declare queues, and consume from each with its consumer tag.
 
         Args:
-            prefetch: messages that the broker sends ahead of their acknowledgement, to each; 0: what it likes.
+            prefetch: unacknowledged messages for each consumer; 0: no limit.
 
         Returns: their states; None if that was too much at once: the channel is closed, and they are to be taken
         one by one.
@@ -213,10 +213,10 @@ class Session:
             channel.basic_ack(tag)
 
     def watch(self, channel: Any, on_close: Callable[[Exception], None]) -> None:
-        """Call this when the broker closes a channel, before the error is raised to whoever reads it."""
+        """Register a callback for when the broker closes a channel, called before the exception is raised."""
 
     def patiently(self, seconds: float) -> contextlib.AbstractContextManager[None]:
-        """Wait no longer than so many seconds for what the broker says next: else ``socket.timeout``."""
+        """A context that limits each wait for the broker, with ``socket.timeout``, to so many seconds."""
         return contextlib.nullcontext()
 
     def within(self, seconds: float) -> contextlib.AbstractContextManager[None]:
@@ -233,10 +233,10 @@ class Session:
         raise socket.timeout("the broker does not answer")
 
     def limit(self, seconds: float) -> None:
-        """Wait no longer than so many seconds from now on, for what is written too."""
+        """Limit each wait for the broker to so many seconds, from now on, for writes too."""
 
     def poll(self) -> None:
-        """Notice what the broker has said unasked: that a channel is closed, or that it is short of memory."""
+        """Read frames that have arrived: a closed channel, confirms, Connection.Blocked."""
 
     def beat(self) -> None:
         """Let the broker know that we live."""
@@ -286,7 +286,7 @@ class Session:
 
         Args:
             choose: the delivery tags of those that are taken.
-            delete: delete the queue when nothing else is in it, and nobody consumes from it.
+            delete: delete the queue if it is empty then, and has no consumers.
 
         Returns: how many were taken.
         """
@@ -319,13 +319,13 @@ class Session:
     def delete(
         self, channel: Any, addresses: Sequence[Address], tags: Sequence[str] = (), full: Sequence[Address] = ()
     ) -> None:
-        """Delete queues that are empty and that nobody consumes from: up to the first that is not.
+        """Delete empty queues without consumers, up to the first one that is in use.
 
-        Nobody waits until it is done, and the channel is of no use afterwards.
+        Does not wait for the reply. The channel cannot be used afterwards.
 
         Args:
             tags: the channel's own consumers, which end.
-            full: queues that are deleted with what is in them.
+            full: queues that are deleted with their messages.
         """
         for address in addresses:
             state = self.inspect(address.name)
@@ -377,7 +377,7 @@ class Patience:
 
 
 def is_open(channel: Any) -> bool:
-    """Whether a channel of any transport is open: py-amqp's tell, kombu's virtual ones tell the opposite."""
+    """Whether a channel of any transport is open."""
     return bool(getattr(channel, "is_open", True)) and not getattr(channel, "closed", False)
 
 

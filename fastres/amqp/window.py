@@ -28,11 +28,11 @@ class Window:
         self._bytes = 0
         #: By their number on the channel that they were sent on.
         self._sent: dict[int, Publishing] = {}
-        #: The routing keys of what came back since some of it was sent again.
+        #: The routing keys of messages that were returned since the last time that some were published again.
         self._returned: set[str] = set()
         #: To be sent again: over another channel, or after their queue was declared.
         self.again: deque[Publishing] = deque()
-        #: What the broker did not take, to be sent again one by one: which of them it is shows then.
+        #: Messages of a closed channel, to be published again one by one in order to find the refused one.
         self.doubtful: deque[Publishing] = deque()
 
     def __len__(self) -> int:
@@ -71,11 +71,11 @@ class Window:
         self._returned.add(routing_key)
 
     def taken_again(self, publishings: Collection[Publishing]) -> None:
-        """These were sent again: what comes back for their queues from now on is news."""
+        """Note messages that were published again: later returns for their queues are new."""
         self._returned.difference_update([publishing.routing_key for publishing in publishings])
 
     def lose(self, doubtful: bool = False) -> None:
-        """The channel is gone: what was not confirmed is sent again.
+        """The channel is gone: unconfirmed messages are to be published again.
 
         Args:
             doubtful: the broker has closed it over one of them.
@@ -85,7 +85,7 @@ class Window:
         self._returned.clear()
 
     def adopt(self, other: Window) -> None:
-        """Send again what another one has not got confirmed."""
+        """Take over the unconfirmed messages of another window."""
         other.lose()
         for ours, theirs in ((self.again, other.again), (self.doubtful, other.doubtful)):
             ours.extend(theirs)

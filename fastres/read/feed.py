@@ -27,13 +27,13 @@ __all__ = ("Feed",)
 
 #: Seconds since something came after which the broker is listened to before anything is acknowledged.
 POLL_AFTER = 1.0
-#: Seconds for which a result is held that others may want too, and until what was given back is read again: at
-#: least, and this many times the seconds that reading took, and at most.
+#: Seconds for which shared results are held, and pauses before they are read again: the shortest, the factor to
+#: the time that reading took, and the longest.
 HOLD, PAUSE, REST, LONGEST_PAUSE = 0.05, 0.05, 2, 2.0
 #: Seconds between two looks for a queue that is not there: at first, and at most.
 SHORTEST_ABSENCE, LONGEST_ABSENCE = 0.005, 0.1
-#: Results that were handed over and are kept for joins that come late, in each feed: few, because while thousands
-#: rush by, each that is kept pushes out of the processor's cache what the next one needs.
+#: Handed-over results that a feed keeps for joins that begin late. Few, because keeping many would push the data of
+#: the next results out of the processor's cache.
 REMEMBERED = 250
 #: Whether a delivery is to stay in its queue.
 KEPT = attrgetter("keep")
@@ -42,22 +42,21 @@ KEPT = attrgetter("keep")
 class Feed(Inbox):
     """Consumes the results of tasks for as long as a join waits for them.
 
-    It begins by taking what comes: messages are acknowledged when they have been handed over, so that a lost
-    connection loses none. With the first message that somebody else may want, or if nothing is to be taken, it
-    *shares* the queues: what has come is held for a moment, in which more may come, and given back, whoever it was
-    for; after a pause for the others it is read again. Nobody is kept from a result for longer than ``HOLD`` and
-    the time that reading the queue takes.
+    It begins by taking results: messages are acknowledged after they were handed over, so that a broken connection
+    loses none. When a message for another reader arrives, or if nothing is to be taken, the feed *shares* the queues:
+    it holds all deliveries for a moment, in which more may arrive, requeues them, and reads again after a pause for
+    other readers. No reader waits for a result longer than ``HOLD`` and the time that reading the queue takes.
 
     Args:
-        context: what it shares with the other inboxes of its process.
+        context: the objects that all inboxes of the process share.
         addresses: the queues of results, or with ``with_states`` of states and then of results.
-        take: acknowledge what is handed over; otherwise everything goes back.
+        take: acknowledge handed-over results. If False, requeue all.
         exclusive: one reader at a time takes: others wait for their turn.
         prefetch: messages that the broker sends ahead, 0: all it has.
         deletes: whether a queue is deleted when its result was taken, a group's when all that came was.
         leftovers: queues to delete with the others.
-        declares: whether the queues are made if they are not there. To that of a single task nobody may ever
-            write: its id may be anybody's invention.
+        declares: whether to declare queues that do not exist. The queue of a single task may never be written to:
+            its id may be invented.
     """
 
     def __init__(
@@ -74,27 +73,27 @@ class Feed(Inbox):
     ) -> None:
         super().__init__(context, addresses, exclusive and take, prefetch if take else 0)
         self._prefetch_to_take = self._prefetch
-        #: Whether others may want what comes.
+        #: Whether other readers may want the messages.
         self.shares = not take
         self._declares = declares
         self._absence = SHORTEST_ABSENCE
         self._deletes = deletes
         self._leftovers = leftovers
         self._emptied = True
-        #: For joins that come late: the last results that came or were handed over, and what ended joins left.
+        #: For joins that begin late: the last results, and the results that ended joins have left.
         self._last: deque[Arrival] = deque(maxlen=REMEMBERED)
         self._left_over: list[Batch] = []
         #: Deliveries that no join will ever be handed.
         self._stuck = 0
         #: The latest state of each task that has one and no result.
         self._latest_state: dict[str, Delivery] = {}
-        #: While sharing: states that were told; how many messages of the queues are still to come that were there
-        #: when they were opened; when the first of what is held came, or began to come, and when the last.
+        #: While sharing: reported states; the number of messages that were in the queues when they were opened and
+        #: have not arrived yet; when the first held message arrived, and when the last.
         self._reported: set[int] = set()
         self._backlog = 0
         self._began: float | None = None
         self._came = 0.0
-        #: Queues of single tasks whose result was taken.
+        #: Queues of single tasks whose results were taken.
         self._finished: list[Address] = []
         #: Results that were handed over and are to be taken out of their queues, by queue.
         self._to_take: dict[Address, set[str]] = {}
@@ -110,13 +109,13 @@ class Feed(Inbox):
             return
         super()._open(session)
         if self.consumer is None and self._exclusive:
-            # Somebody waits for a part of it, or takes it: next to the former it can be read.
+            # Another reader waits for a part of the results, or takes all. With the former, the queue can be shared.
             self._share()
             super()._open(session)
             if self.consumer is None:
                 self._exclusive, self.shares, self._prefetch = True, False, self._prefetch_to_take
         self._came = time.monotonic()
-        # What is not there yet takes no time to read.
+        # Waiting for the first message does not count as reading.
         self._began = self._came if self._backlog else None
         if self.shares and self.consumer is not None and self._backlog:
             self.due = self._came + HOLD
@@ -150,7 +149,7 @@ class Feed(Inbox):
         for batch in waiting:
             join.offer(batch.arrivals, self, batch.consumer)
         if self.holds() and join.aggregate:
-            # It may be among what is held and not remembered.
+            # Its result may be held, and not be among the remembered ones.
             self.due = time.monotonic()
 
     def share_from_now_on(self) -> None:
@@ -168,7 +167,7 @@ class Feed(Inbox):
         return over
 
     def peek(self, task_id: str) -> Meta | None:
-        """What has come for a task and was not handed over yet."""
+        """The result of a task that has arrived and was not handed over yet."""
         for batch in self._waiting():
             for _, waiting_id, meta in batch.arrivals:
                 if waiting_id == task_id:
@@ -184,7 +183,7 @@ class Feed(Inbox):
         return sum(tag in tags for tag in consumer.unacknowledged.values())
 
     def read_deliveries(self, address: Address, session: Session) -> None:
-        """Read what the broker has delivered until now: on the consumers' channel its answer comes after them."""
+        """Read all deliveries until now: the reply to a question on the consumers' channel arrives after them."""
         if self.consumer is not None and self.consumer.session is session:
             self.consumer.channel.queue_declare(address.name, passive=True)
 
@@ -197,7 +196,7 @@ class Feed(Inbox):
         if not take:
             return
         if time.monotonic() > self._came + POLL_AFTER:
-            # The broker may have closed the channel over what was held for so long.
+            # The broker may have closed the channel because of its consumer_timeout.
             self.context.link.attempt(lambda session: session.poll())
         if not self.shares and consumer is self.consumer and not consumer.cancelled:
             places = map(consumer.address_of, map(MARK, arrivals))
@@ -229,7 +228,7 @@ class Feed(Inbox):
         return self._to_take
 
     def _waiting(self) -> list[Batch]:
-        """What has come and was not handed over yet."""
+        """Batches that have arrived and were not handed over yet."""
         return [*self._left_over, *(batch for join in self.joins for batch in join.batches_of(self))]
 
     def _share(self) -> None:
@@ -266,7 +265,7 @@ class Feed(Inbox):
             self.context.link.attempt(self._unlimit)
 
     def _pass_by(self, consumer: Consumer, arrivals: list[Arrival], count: int) -> None:
-        """Offer what others may want too."""
+        """Offer messages that other readers may want too."""
         self._backlog = max(0, self._backlog - count)
         self._came = time.monotonic()
         if self._began is None:
@@ -282,7 +281,7 @@ class Feed(Inbox):
                 if before is None or before[2]["status"] != states.SUCCESS:
                     finals[task_id] = arrival
             else:
-                # Two updates that say the same are told once if they were read before.
+                # Equal updates that were read before are reported once.
                 update = hash((task_id, bytes(delivery.body)))
                 if not (delivery.redelivered and update in self._reported):
                     news.append(arrival)
@@ -294,7 +293,7 @@ class Feed(Inbox):
         self._heed_notices(consumer, arrivals)
 
     def _heed_notices(self, consumer: Consumer, arrivals: list[Arrival]) -> None:
-        """Tell the joins of tasks that were cancelled, of which nothing came before."""
+        """Notify joins of cancelled tasks that have no result."""
         for delivery, _, meta in arrivals:
             if delivery.keep and CANCELLED in meta:
                 for join in self.joins:

@@ -30,14 +30,14 @@ __all__ = ("Context", "Inbox")
 
 #: Seconds between two attempts to be the one reader of a queue.
 TURN = 0.1
-#: Seconds between two attempts to read what the broker has refused.
+#: Seconds between two attempts to consume after a refusal.
 REFUSED = 1.0
 #: Seconds that the broker may take to let a queue be read, and until it is asked again if that was too long: at
-#: first, and at most. Whoever else uses the connection waits meanwhile.
+#: first, and at most. Other threads wait for the connection meanwhile.
 OPENING, SUSPENDED, LONGEST_SUSPENDED = 6.0, 1.0, 20.0
 #: Queues of which it is remembered how many results were taken.
 REMEMBERED = 1000
-#: What a result came with.
+#: The delivery of an arrival.
 MARK = itemgetter(0)
 
 
@@ -48,7 +48,7 @@ class Context:
         link: the consuming connection.
         addresses: the backend's addresses.
         decoder: message to result.
-        looks: reads without taking; learns what is seen on the way.
+        looks: reads without taking; is told of results that are seen.
         reports: where unusable messages are reported.
     """
 
@@ -94,7 +94,7 @@ class Inbox:
         self._prefetch = prefetch
 
     def open(self, session: Session) -> None:
-        """Subscribe. What the broker refuses is no error of who uses the session just now: see :attr:`refused`."""
+        """Subscribe. A refusal is not raised to the thread that uses the session, but kept in :attr:`refused`."""
         if self.consumer is not None and self.consumer.session is session:
             return
         now = time.monotonic()
@@ -108,8 +108,8 @@ class Inbox:
                 self._open(session)
             self._suspended = SUSPENDED
         except (socket.timeout, BrokerUnreachable):
-            # RabbitMQ says nothing, for up to a minute, of a queue whose node stands still or is down. The others
-            # who read over this connection are to be served.
+            # RabbitMQ does not reply, for up to a minute, about a queue whose node does not respond. Other reads over
+            # this connection must go on.
             consumer, self.consumer = self.consumer, None
             self._suspended_until = self.due = time.monotonic() + self._suspended
             self._suspended = min(2 * self._suspended, LONGEST_SUSPENDED)
@@ -182,7 +182,7 @@ class Inbox:
         return LARGEST_PREFETCH
 
     def _check_consumers(self, consumer: Consumer, address: Address) -> None:
-        """What RabbitMQ does not say of a quorum queue when it is consumed from.
+        """Checks that RabbitMQ does not make when a quorum queue is consumed.
 
         Raises: Busy: there are two consumers that want to be the only one, or none: while another connection has
             the queue made, it forgets whoever consumes.
@@ -193,18 +193,18 @@ class Inbox:
                 raise Busy(address.name)
 
     def _found(self, states: list[QueueState]) -> None:
-        """Called with what was in the queues when they were opened."""
+        """Called with the states of the queues when they are opened."""
 
     def act(self, session: Session) -> None:
-        """Do what is due: try again to be the one reader."""
+        """Do work that is due: try again to become the only reader."""
         self.open(session)
 
     def is_catching_up(self) -> bool:
-        """Whether more will come at once, before which nobody is to be told of what has come."""
+        """Whether more messages will arrive at once, for which joins are to wait."""
         return False
 
     def flush(self) -> None:
-        """Hand on what was received."""
+        """Pass received deliveries on."""
         if self.consumer is None:
             return
         received = self.consumer.take_received()
@@ -219,7 +219,7 @@ class Inbox:
         return min(awaited, self._prefetch) if self._prefetch else awaited
 
     def detach(self, join: Join) -> bool:
-        """A join ends: whether nobody waits at this inbox any more, and it is to be closed."""
+        """Remove a join. Returns: whether it was the last one, so that the inbox is to be closed."""
         if join in self.joins:
             self.joins.remove(join)
         return not self.joins
@@ -229,11 +229,11 @@ class Inbox:
         raise NotImplementedError
 
     def holds(self) -> bool:
-        """Whether others may be waiting for what this one has."""
+        """Whether the inbox holds messages that other readers may want."""
         return False
 
     def give_back(self, session: Session) -> None:
-        """Leave what has come to others for a while."""
+        """Requeue held messages, and leave them to other readers for a while."""
 
     def close(self, session: Session) -> None:
         """Stop consuming."""
@@ -282,10 +282,10 @@ class Inbox:
         return arrivals, len(refused)
 
     def _offer(self, consumer: Consumer, arrivals: list[Arrival]) -> Sorted:
-        """Offer arrivals to every join: the answer is that of the one who could use them most."""
+        """Offer arrivals to every join. Returns, by outcome, the best for each: ready, state, repeated, foreign."""
         if len(self.joins) == 1:
             return self.joins[0].offer(arrivals, self, consumer)
-        # By their place, which tells arrivals apart that are equal.
+        # By their places: arrivals may be equal.
         came: list[set[int]] = [set(), set(), set()]
         for join in self.joins:
             for places, sort in zip(came, join.offer(arrivals, self, consumer)):
@@ -297,7 +297,7 @@ class Inbox:
         return sorts
 
     def _report_repeated(self, consumer: Consumer, delivery: Delivery, task_id: str) -> None:
-        # The broker redelivers what was not acknowledged in time: nothing to tell anybody.
+        # The broker redelivers messages that were not acknowledged in time: not worth a report.
         if not delivery.redelivered:
             self.context.reports.add(
                 "repeated", consumer.address_of(delivery).name, task_id, delivery.delivery_tag,

@@ -31,12 +31,12 @@ LEAST_TIMEOUT = 0.05
 
 
 def sent_at(arrival: Arrival) -> float:
-    """When a state was sent, where that is told."""
+    """When a state was published, if its meta has the time."""
     return arrival[2].get(SENT_AT) or 0.0
 
 
 def cancelled(notice: Meta, awaited: Iterable[str]) -> Iterator[tuple[str, Meta]]:
-    """What a notice of cancellation says of tasks whose results would be in its queue, as their metas."""
+    """The metas that a notice of cancellation gives to tasks whose results would be in its queue."""
     about = notice[CANCELLED]
     known = None if about is True else frozenset(about)
     meta = {key: value for key, value in notice.items() if key != CANCELLED}
@@ -55,25 +55,25 @@ class Inbox(Protocol):
     refused: Exception | None
 
     def act(self, session: Session) -> None:
-        """Do what is due."""
+        """Do work that is due."""
 
     def check_access(self) -> None:
         """Raises: fastres.AccessRefused: the broker does not let us read, and will not when it is asked again."""
 
     def is_catching_up(self) -> bool:
-        """Whether more will come at once, before which nobody is to be told of what has come."""
+        """Whether more messages will arrive at once, for which joins are to wait."""
 
     def holds(self) -> bool:
-        """Whether others may be waiting for what this one has."""
+        """Whether the inbox holds messages that other readers may want."""
 
     def give_back(self, session: Session) -> None:
-        """Leave what has come to others for a while."""
+        """Requeue held messages, and leave them to other readers for a while."""
 
     def handed_over(self, batch: Batch, count: int, take: bool) -> None:
         """The first ``count`` results of a batch are the user's now."""
 
     def detach(self, join: Join) -> bool:
-        """A join ends: whether nobody waits here any more, and it is to be closed."""
+        """Remove a join. Returns: whether it was the last one, so that the inbox is to be closed."""
 
     def close(self, session: Session) -> None:
         """Stop consuming."""
@@ -82,7 +82,7 @@ class Inbox(Protocol):
 class Batch(NamedTuple):
     """Results that arrived together for a join."""
 
-    #: Where they came from, to be told what was handed over; None: they were looked at, or come a second time.
+    #: The inbox that is notified when they were handed over; None: they were read by a look, or arrived again.
     inbox: Inbox | None
     consumer: Consumer | None
     arrivals: list[Arrival]
@@ -118,7 +118,7 @@ class Join:
         self.few = self._total <= CACHED
         #: Whether everything has come.
         self.complete = False
-        #: What came and was not taken yet, and what is being handed over.
+        #: Batches that have arrived, and the batch that is being handed over.
         self.news: deque[Batch] = deque()
         self.in_hand: Batch | None = None
         #: Ids of which a message came that cannot be read, and why.
@@ -127,18 +127,18 @@ class Join:
         self.looked_again = False
 
     def offer(self, arrivals: list[Arrival], inbox: Inbox | None, consumer: Consumer | None) -> Sorted:
-        """Take what this join waits for; the answer is that of ``Aggregate.feed``."""
+        """Accept the results that this join waits for. Returns: that of ``Aggregate.feed``."""
         sorts = self.aggregate.feed(arrivals)
         ready, states_, _, _ = sorts
         if self.unreadable:
             for _, task_id, _ in ready:
                 self.unreadable.pop(task_id, None)
-        # A state is told before the final result of the same batch: it came first.
+        # A state is reported before the final result of the same batch, as it was published before.
         if states_:
             self.news.append(Batch(inbox, consumer, states_, False))
         if ready:
             self.news.append(Batch(inbox, consumer, ready, True))
-        # Last: who sees it set finds all of them in the news.
+        # Set last: a thread that sees it finds all results in the news.
         self.complete = not self.aggregate
         return sorts
 
@@ -156,7 +156,7 @@ class Join:
         return self.news.popleft()
 
     def batches_of(self, inbox: Inbox) -> list[Batch]:
-        """What came from an inbox and was not handed over yet."""
+        """Batches of an inbox that were not handed over yet."""
         batches = [*([self.in_hand] if self.in_hand is not None else []), *self.news.copy()]
         return [batch for batch in batches if batch.inbox is inbox]
 
@@ -170,10 +170,10 @@ class Join:
         return time.monotonic() + self.left()
 
     def time_is_over(self, why: str) -> ResultsMissing:
-        """What is raised at the timeout.
+        """The exception at the timeout.
 
         Args:
-            why: what is known of the broker, a sentence.
+            why: a sentence about the broker.
         """
         missing = self.aggregate.missing()
         shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")

@@ -32,17 +32,17 @@ if TYPE_CHECKING:
 
 __all__ = ("Looks", "chosen")
 
-#: Queues of which it is remembered what they held.
+#: The number of remembered snapshots of queues.
 SNAPSHOTS = 16
 #: Messages that are asked for at the first look at a queue, and how many more than it held at the one before.
 FIRST, MORE = 2, 2
-#: Seconds before each look at a queue that somebody may hold: more than a wait holds it for, see feed.HOLD.
+#: Seconds before each look at a queue whose messages another reader may hold: longer in all than feed.HOLD.
 PAUSES = (0.0, 0.002, 0.005, 0.01, 0.02, 0.03)
 #: How often the messages of a quorum queue are counted.
 COUNTED = 4
 #: Seconds after all of them in which a queue is read without another attempt: a wait keeps holding its messages.
 NO_RETRY = 0.25
-#: How often a queue is looked at that is empty, and that nobody consumes from: another look may be at it.
+#: How many times an empty queue without consumers is read: another look may hold its messages.
 EMPTY = 4
 #: A queue of more messages than this is read again after this many times the seconds it took the last time:
 #: polling every member of a large group costs a bounded part of the time that passes.
@@ -51,7 +51,7 @@ LARGE, REST = 200, 4
 QUEUES, READ = 100, 20_000
 #: Seconds for which a result that was seen beside another one is known.
 KNOWN_FOR = 1.0
-#: Seconds for which it is remembered what a queue held that is not looked at any more.
+#: Seconds for which the snapshot of a queue is kept after the last look.
 KEPT_FOR = 60.0
 #: Groups of which it is remembered how many results have come, and queues of which some results are forgotten.
 REMEMBERED = 1000
@@ -83,7 +83,7 @@ class Snapshot:
         return 0 if self.count > LARGE else self.count + MORE
 
     def cancelled(self, task_id: str) -> Meta | None:
-        """What is said of a task that has no result, if it was cancelled."""
+        """The meta of a cancelled task without a result; None: it was not cancelled."""
         found = (meta for notice in self.notices for _, meta in cancelled(notice, [task_id]))
         return next(found, None)
 
@@ -92,7 +92,7 @@ class Looks:
     """Reads queues without taking messages.
 
     Args:
-        publisher: whose connections they go over.
+        publisher: has the connections.
         addresses: the backend's addresses.
         decoder: message to result.
         reports: where unusable messages are reported.
@@ -110,7 +110,7 @@ class Looks:
         self.forget_all()
 
     def forget_all(self) -> None:
-        """In a forked child: what was seen is the parent's."""
+        """In a forked child: drop the parent's snapshots."""
         self._snapshots = LRUCache(limit=SNAPSHOTS)
         self._progress = LRUCache(limit=REMEMBERED)
         #: Results that are forgotten and not yet out of their queue, by its name.
@@ -139,7 +139,7 @@ class Looks:
         before = set(results.metas)
         for attempt, pause in enumerate(PAUSES):
             if pause:
-                # Not in step with whoever looks too.
+                # With jitter, so that two looks do not stay in step.
                 time.sleep(pause * (0.75 + random() / 2))
             state = self._refresh(results, on_the_way)
             if task_id in results.metas or self._is_sure(results, state, before, attempt):
@@ -152,19 +152,19 @@ class Looks:
             results.no_retry_until = time.monotonic() + NO_RETRY
         if results.count is not None and results.count > backlog_limit and ids.parse(task_id) is None:
             raise BacklogLimitExceeded(task_id)
-        # What was seen of a task and is held by somebody for long is not unlearned.
+        # A result that was seen before, and that another reader holds for long, still counts.
         meta = results.metas.get(task_id) or known or results.cancelled(task_id) or on_the_way.metas.get(task_id)
         if meta is None:
             for unreadable in (results.unreadable, on_the_way.unreadable):
                 if task_id in unreadable:
                     raise unreadable[task_id]
         if meta is not None and SENT_AT in meta:
-            # Ours: it orders the states of a quorum queue.
+            # A field of fastres, which orders the states of a quorum queue.
             return {key: value for key, value in meta.items() if key != SENT_AT}
         return meta
 
     def tasks(self, task_ids: Collection[str]) -> dict[str, Meta | None]:
-        """As :meth:`task` of each, with one look at each of their queues, and no second one at what may be held.
+        """As :meth:`task` for each task, with one look at each queue, and no second look at held messages.
 
         Those of queues with too many messages to read are left out.
         """
@@ -199,14 +199,14 @@ class Looks:
 
     @staticmethod
     def _is_sure(snapshot: Snapshot, state: QueueState | None, before: set[str], attempt: int) -> bool:
-        """Whether what was not seen is not there, rather than held by somebody for a moment."""
+        """Whether a missing result does not exist, rather than being held by another reader for a moment."""
         if state is None or (snapshot.count or 0) > LARGE:
             return True
         if not snapshot.metas:
-            # What others put back into a quorum queue is there a little later.
+            # Messages that another reader requeues in a quorum queue are there a little later.
             last = len(PAUSES) if snapshot.address.is_quorum else EMPTY
             return not state.consumers and attempt + 1 >= last
-        # Whoever holds messages holds the first ones.
+        # A reader that holds messages holds the first ones.
         return bool(before) and before.issubset(snapshot.metas)
 
     def see(self, seen: Iterable[tuple[Address, Meta]]) -> None:
@@ -280,7 +280,7 @@ class Looks:
             self._publisher.run(lambda writer: writer.connect().drop(name))
 
     def drop(self, task_id: str) -> None:
-        """What was seen of a task counts no more: it may run again."""
+        """Drop the known results of a task, which may run again."""
         for address in (self._addresses.result(task_id), self._addresses.states(task_id)):
             snapshot = self._snapshots.get(address.name)
             if snapshot is not None:
@@ -292,7 +292,7 @@ class Looks:
         """How many results of a group have come.
 
         Args:
-            count_all: adds to those in a queue what this process has received from it: ``Reader.progress``.
+            count_all: adds the messages that this process holds to those in the queue: ``Reader.progress``.
         """
         address = self._addresses.group(group_id)
         kin = ids.parse(group_id)
@@ -302,7 +302,7 @@ class Looks:
             count = len({task_id for _, task_id, meta in arrivals if meta.get("group_id") == group_id})
         else:
             count = count_all(address, partial(self._messages, address))
-        # While somebody reads the queue its messages are out of it, but what has come does not go.
+        # While a reader holds messages, the count of the queue is too low; results do not disappear.
         most: int = max(count, self._progress.get(group_id, 0))
         self._progress[group_id] = most
         return most
@@ -337,7 +337,7 @@ class Looks:
 
     def _messages(self, address: Address) -> int:
         most = 0
-        # What is put back into a quorum queue is counted a little later.
+        # Requeued messages of a quorum queue are counted a little later.
         for pause in PAUSES[:COUNTED] if address.is_quorum else PAUSES[:1]:
             time.sleep(pause)
             (browsed,) = self._browse([(address.name, 0)])

@@ -31,10 +31,10 @@ class Wait:
 
     Args:
         task_ids: called in the thread, returns the ids of the tasks, of which there may be many; or their results
-            by their ids, which are given what has come before anybody is told.
+            by their ids, which are fulfilled before the callbacks.
         timeout: seconds, None: for ever.
         arrived: called with the metas of results, by task id, as they come.
-        ended: called once: with None when all have come, otherwise with what is to be raised.
+        ended: called once: with None when all results have arrived, otherwise with an exception.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class LoopReader:
         self._pid = os.getpid()
         self._thread: threading.Thread | None = None
         self._starting = threading.Lock()
-        #: What the thread is to do next, and whether there is anything.
+        #: Work for the thread, and a signal that there is some.
         self._commands: deque[Callable[[], object]] = deque()
         self._called = threading.Event()
         self._open: dict[Wait, None] = {}
@@ -101,7 +101,7 @@ class LoopReader:
         self.do(lambda: self._end(wait))
 
     def keep(self, pairs: Iterable[tuple[str, Meta]]) -> None:
-        """Have what nobody was given, and is out of its queue, for whoever asks this process for it again."""
+        """Keep results that were read and not handed over, for later calls of this process."""
         self._waits.keep(dict(pairs))
 
     # -- in the thread
@@ -111,7 +111,7 @@ class LoopReader:
             try:
                 self._step()
             except Exception:
-                # Those who wait are told of what concerns them; nothing else may end the thread.
+                # An exception is passed to the waits that it concerns, and must not end the thread.
                 logger.exception("An error in the thread that reads for event loops, which goes on")
 
     def _step(self) -> None:
@@ -127,7 +127,7 @@ class LoopReader:
         try:
             self._waits.look([wait.join for wait in self._open], min(INTERVAL, due), self._has_news)
         except BrokerUnreachable as exc:
-            # At the timeout of one it is told of that by itself; otherwise nothing more is tried.
+            # A wait gets its own exception at its timeout; otherwise the waits end.
             if all(wait.join.left() > 0 for wait in self._open):
                 for wait in list(self._open):
                     self._end(wait, exc)

@@ -37,7 +37,7 @@ class Pending:
         return [*([] if first is None else [first]), *self._others.get(task_id, ())]
 
     def fulfil(self, task_id: str, meta: Meta) -> None:
-        """Give a result to all its result objects, which call what was added with ``then``."""
+        """Fulfil all result objects of a task, which call their callbacks (``then``)."""
         first = self._first.get(task_id)
         if first is not None:
             fulfil(first, meta)

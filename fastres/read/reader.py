@@ -67,7 +67,7 @@ class Reader:
         self._feeds: dict[str, Feed] = {}
 
     def forget_all(self) -> None:
-        """In a forked child: what came is the parent's."""
+        """In a forked child: drop the parent's deliveries."""
         self.replies = ReplyInbox(self._context)
         self._feeds.clear()
 
@@ -86,7 +86,7 @@ class Reader:
             count, before = ready(), taken
             feed = self._feeds.get(address.name)
             if feed is not None:
-                # What was delivered before it was counted may not have been read yet.
+                # Messages that were delivered before the count may not have been read yet.
                 self.link.attempt(partial(feed.read_deliveries, address))
             taken = self._received(address)
             if taken == before:
@@ -121,7 +121,7 @@ class Reader:
         return iter(Stream(self._context, address, count, self._prefetch))
 
     def reply(self, join: Join) -> None:
-        """Let a join have what comes to the reply queues."""
+        """Let a join receive from the reply queues."""
         with self.link.exclusively(join.deadline):
             self.replies.attach(join)
         join.inboxes.append(self.replies)
@@ -129,7 +129,7 @@ class Reader:
     def _attach(self, join: Join, addresses: list[Address], take: bool, **how: Any) -> None:
         with self.link.exclusively(join.deadline):
             for feed in dict.fromkeys(feed for address in addresses if (feed := self._feeds.get(address.name))):
-                # Whatever interrupts this, the join knows what it has to leave.
+                # Registered first: an interruption leaves the join with the inboxes that it must leave.
                 join.inboxes.append(feed)
                 feed.attach(join)
                 if not take:
@@ -164,7 +164,7 @@ class Reader:
         self.link.soon(leave, take)
 
     def abandon(self, join: Join) -> None:
-        """The end of a join was interrupted: nothing of it may stay behind, with what others wait for."""
+        """After an interrupted end of a join: leave no consumer behind that holds messages of other waits."""
         left: list[Feed] = []
         for inbox in join.inboxes:
             if join in inbox.joins:
@@ -175,11 +175,11 @@ class Reader:
         self.link.cut(left)
 
     def _take(self, address: Address, task_ids: set[str]) -> None:
-        """Take what was handed over out of a queue that others read too."""
+        """Take handed-over results from a queue that other readers use too."""
         try:
             self._looks.take(address, task_ids)
         except Exception as exc:
-            # Whoever waited has what he wanted; it expires.
+            # The wait has its results. In the queue they expire.
             logger.warning(
                 "Results that were read could not be taken out of queue %r, where they expire: %r",
                 address.name,
@@ -199,7 +199,7 @@ class Reader:
         if count and batch.inbox is not None:
             tell = batch.inbox.handed_over
             self.link.soon(lambda: tell(batch, count, take))
-        # Only now: until the inbox has been told, a join that comes late finds it here.
+        # Only now: until the inbox knows, a join that begins late finds the batch here.
         join.in_hand = batch._replace(arrivals=batch.arrivals[count:]) if count < len(batch.arrivals) else None
 
     def wait(
@@ -209,7 +209,7 @@ class Reader:
         on_interval: Callable[[], Any] | None = None,
         rounds: int | None = None,
     ) -> Iterator[Batch]:
-        """What comes for a join, batch by batch, until all of it is there; each is then the one in hand.
+        """Yield the batches of a join until all its results have arrived; each is then the one in hand.
 
         Args:
             on_interval: called about once a second, and after each batch.
@@ -224,7 +224,7 @@ class Reader:
         while True:
             complete = join.complete
             left = join.left()
-            # What is shared is read to its end before anybody is told: it is given back meanwhile.
+            # Shared queues are read to their end before results are handed over, and requeued meanwhile.
             if complete or left <= 0 or not any(inbox.is_catching_up() for inbox in join.inboxes):
                 while (batch := join.next_batch()) is not None:
                     if not join.alone:
@@ -237,7 +237,7 @@ class Reader:
                 inbox.check_access()
             if left <= 0:
                 raise self.time_is_over(join)
-            # Everything else was handed over. A lone wait need not wait for its timeout to be told.
+            # All others were handed over. A wait for a single result is told at once, not at its timeout.
             if len(join.unreadable) >= len(join.aggregate) and (join.timeout is None or join.alone):
                 if join.looked_again:
                     self._raise_unreadable(join)
@@ -253,7 +253,7 @@ class Reader:
                 on_interval()
 
     def time_is_over(self, join: Join, unreachable: BrokerUnreachable | None = None) -> ResultsMissing:
-        """What is raised at the timeout of a join."""
+        """The exception at the timeout of a join."""
         refused = [str(inbox.refused) for inbox in join.inboxes if inbox.refused is not None]
         if unreachable is not None:
             why = f"There was no connection: {unreachable}."
@@ -264,13 +264,13 @@ class Reader:
         return join.time_is_over(why)
 
     def _give_back(self, join: Join) -> None:
-        """Before the user has the word, who may keep it for long: others may want what is held."""
+        """Before control goes to the user, perhaps for long: requeue held messages for other readers."""
         for inbox in join.inboxes:
             if inbox.holds():
                 self.link.soon(partial(self.link.attempt, inbox.give_back))
 
     def look(self, joins: Collection[Join], seconds: float, done: Callable[[], bool]) -> None:
-        """Read what comes for joins, for so many seconds at most, or let another thread do it until ``done()``."""
+        """Read for joins, for at most ``timeout`` seconds, or let another thread read until ``done()``."""
         catching_up = False
         for join in joins:
             seconds = min(seconds, max(0.0, join.left()))

@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 
 __all__ = ("ReplyInbox",)
 
-#: Final results that came to the reply queues and nobody has asked for yet.
+#: The number of kept final results that no call has asked for yet.
 UNCLAIMED = 8192
 
 
 class ReplyInbox(Inbox):
     """Consumes the reply queues of a client, for all its results.
 
-    Nobody else reads these queues, so what came is acknowledged at once and kept here until it is asked for.
+    No other process reads these queues. Results are acknowledged at once, and kept here until a call asks for them.
     """
 
     def __init__(self, context: Context) -> None:
@@ -42,12 +42,12 @@ class ReplyInbox(Inbox):
         self._handed_over: dict[str, bool] = {}
         self._per_group: dict[str, int] = {}
         self._subscribed = False
-        #: Called with the id and the meta of each final result, in the thread of somebody who waits.
+        #: Called with the id and the meta of each final result, in a waiting thread.
         self.on_final: Callable[[str, Meta], object] | None = None
         self._to_notify: deque[tuple[str, Meta]] = deque()
 
     def notify(self) -> None:
-        """Call ``on_final`` for what has come since."""
+        """Call ``on_final`` for new results."""
         while self._to_notify and self.on_final is not None:
             self.on_final(*self._to_notify.popleft())
 
@@ -74,7 +74,7 @@ class ReplyInbox(Inbox):
         self._handed_over.pop(task_id, None)
 
     def forget(self, task_id: str) -> None:
-        """Nobody expects this result any more."""
+        """Forget an expected result."""
         self._expected.discard(task_id)
         self._states.pop(task_id, None)
         unwanted = self._arrived.pop(task_id, None)
@@ -93,7 +93,7 @@ class ReplyInbox(Inbox):
 
     def detach(self, join: Join) -> bool:
         super().detach(join)
-        # Results come whether anybody waits or not.
+        # Results arrive whether a call waits or not.
         return False
 
     def peek(self, task_id: str) -> Meta | None:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ("Stream",)
 
-#: Seconds without a message after which what is missing is taken to be gone.
+#: Seconds without a message after which missing results are taken to be gone.
 PATIENCE = 10.0
 
 
@@ -35,7 +35,7 @@ class Stream(Inbox):
     Each is acknowledged when the next one is asked for, so that a process that ends loses none.
 
     Args:
-        context: what it shares with the other inboxes of its process.
+        context: the objects that all inboxes of the process share.
         address: their queue.
         count: how many there are.
         prefetch: messages that the broker sends ahead.
@@ -44,9 +44,9 @@ class Stream(Inbox):
     def __init__(self, context: Context, address: Address, count: int, prefetch: int) -> None:
         super().__init__(context, [address], exclusive=True, prefetch=prefetch)
         self._count = count
-        #: What came and was not handed over, with the channel it came on.
+        #: Deliveries that were not handed over, with their channel.
         self._news: deque[tuple[Consumer, list[Arrival]]] = deque()
-        #: The places of what was handed over, a bit each: after a connection broke some of it comes again.
+        #: The places of handed-over results, one bit each: after a reconnection some of them arrive again.
         self._came = bytearray(count // 8 + 1)
         self._unplaced: set[str] = set()
         self._at = 0.0
@@ -120,7 +120,7 @@ class Stream(Inbox):
 
 
 def in_order(arrivals: Iterator[Any], place: Any) -> Iterator[Any]:
-    """What comes, by its place: 0, 1, 2, ...; what comes before its turn is held; what has no place comes last."""
+    """Yield items in the order of their places (0, 1, ...). Early items are held; items without place come last."""
     early: dict[int, Any] = {}
     unplaced: list[Any] = []
     turn = 0

@@ -38,7 +38,7 @@ class Waits:
         cache: metas by task id that can be asked for again.
         decode_failure: makes the result of a failed task's meta an exception, in place.
         failures: the states whose result is an exception.
-        counts: what they count.
+        counts: the counters of the process.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class Waits:
         with contextlib.closing(results):
             _, meta = next(results)
         # As Celery's other backends do after each message: AsyncResult.get looks at the parents there, and raises
-        # what made a chord's header fail instead of the ChordError of its body. Not before the end of the wait:
+        # the exception of a chord's header instead of the ChordError of its body. Not before the end of the wait:
         # the parents' results may be in the same queue.
         if on_interval is not None:
             on_interval()
@@ -233,7 +233,7 @@ class Waits:
                     failed = meta["status"] in failures
                     if failed:
                         self.to_python(meta)
-                    # What is not in its queue any more can be asked for again. What was cancelled may run yet.
+                    # Results that were taken can be asked for again. A cancelled task may still run.
                     if (join.few and not failed) or (failed and take and mark is not CANCELLED):
                         self._cache[task_id] = meta
                     if waiting is not None:
@@ -244,10 +244,10 @@ class Waits:
             self._counts.joined += handed
             self._reader.handed_over(join, handed, take)
 
-    # -- for those who wait for many things at once
+    # -- for the loop reader
 
     def begin(self, join: Join) -> bool:
-        """Subscribe to what a join waits for. Returns: whether it takes that."""
+        """Subscribe a join. Returns: whether it takes its results."""
         take = bool(self._layout.takes(True, alone=join.alone))
         self._layout.open(join, take, False)
         return take
@@ -255,7 +255,7 @@ class Waits:
     def collect(
         self, join: Join, take: bool, waiting: dict[str, AsyncResult] | None = None
     ) -> list[tuple[str, Meta]]:
-        """What has come for a join since, which is handed over: to ``waiting`` first, if given."""
+        """The new results of a join, which are handed over: to the result objects in ``waiting`` first, if given."""
         return [
             pair
             for batch in self._reader.wait(join, rounds=0)
@@ -271,5 +271,5 @@ class Waits:
             raise
 
     def look(self, joins: Collection[Join], seconds: float, done: Callable[[], bool]) -> None:
-        """Read what comes for joins, for so many seconds at most."""
+        """Read for joins, for at most so many seconds."""
         self._reader.look(joins, seconds, done)

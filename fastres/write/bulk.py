@@ -38,8 +38,8 @@ class Bulk:
     """Publishes messages that are encoded as frames; a context manager.
 
     Args:
-        connection: a kombu connection to RabbitMQ; whoever gives it closes it.
-        confirm: have the broker confirm them. Otherwise what a lost connection took with it is not known.
+        connection: a kombu connection to RabbitMQ. The caller closes it.
+        confirm: use confirms. If False, messages that a broken connection lost stay unknown.
         patience: seconds after which a broker that says nothing is taken to be gone; one that says that it is
             short of memory or disk is waited for.
         policy: ``max_retries``, ``interval_start``, ``interval_step`` and ``interval_max`` of attempts to connect.
@@ -105,7 +105,7 @@ class Bulk:
         """Send so many messages, and wait for confirms if too many are outstanding.
 
         Raises:
-            fastres.BrokerUnreachable: the broker was not there for as long as the policy says.
+            fastres.BrokerUnreachable: the broker could not be reached within the policy.
             amqp.exceptions.ChannelError: it does not let us publish there.
         """
         chunk = Chunk(self.written, self.written + count, frames)
@@ -130,7 +130,7 @@ class Bulk:
         try:
             self.session.hand_back()
             with self.session.patiently(self._patience):
-                # What went before is read before this is answered.
+                # The broker reads earlier messages before it replies to this.
                 self.channel.close()
             self.session.hand_back()
         except self.connection.connection_errors as exc:
@@ -139,7 +139,7 @@ class Bulk:
                 raise self._gives_up(exc) from exc
 
     def wait(self, enough: Callable[[], bool]) -> None:
-        """Read what the broker says until that is enough. Raises as :meth:`write` does."""
+        """Read until ``enough()``. Raises as :meth:`write`."""
         while not enough():
             try:
                 self._read(enough)
@@ -149,10 +149,10 @@ class Bulk:
                 self._reconnect(exc)
 
     def _read(self, enough: Callable[[], bool]) -> None:
-        """Read until that is enough, for as long as it takes while the broker says that it takes no messages.
+        """Read until ``enough()``. No time limit while the broker reports an alarm.
 
         Raises:
-            fastres.BrokerUnreachable: the broker says nothing.
+            fastres.BrokerUnreachable: the broker does not respond.
             Exception: one of the connection's errors.
         """
         complained = time.monotonic()
@@ -177,14 +177,14 @@ class Bulk:
                     )  # fmt: skip
 
     def _send(self, chunk: Chunk) -> None:
-        # What a broker that takes nothing does not read fills the socket, and ends in the middle of a frame.
+        # If the broker reads nothing, the socket fills up in the middle of a frame.
         self._read(lambda: not self.session.is_blocked)
         with self.session.patiently(self._patience):
             self.session.write(chunk.frames)
             self.session.poll()
 
     def _reconnect(self, exc: Exception) -> None:
-        """Send what is not answered for over a new connection."""
+        """Publish unconfirmed messages again, over a new connection."""
         policy = self._policy
         interval = policy.get("interval_start") or 0.0
         failures, answered = 0, self.answered

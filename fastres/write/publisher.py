@@ -32,11 +32,11 @@ __all__ = ("Publisher",)
 
 T = TypeVar("T")
 
-#: Bodies from this size, in bytes, are confirmed whatever the option says: it is how their refusal is noticed.
+#: Messages from this size, in bytes, always wait for their confirm, so that a refusal fails the task.
 LARGE = 1 << 20
 
 
-#: Seconds between two looks at what is not confirmed, and since something was added to it.
+#: Seconds between two checks for unconfirmed messages, and since the last publishing.
 WATCHED_EVERY = 0.2
 
 #: Seconds between two looks for a connection that its thread has lost.
@@ -55,7 +55,7 @@ class Publisher:
             are kept until it has come, and sent again when a connection breaks: up to ``confirm_window`` of them,
             or ``WINDOW_SIZE`` bytes, for each connection.
         limit: how many connections the threads of this process may open.
-        counts: what it counts.
+        counts: the counters of the process.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class Publisher:
         self.abandon()
 
     def abandon(self) -> None:
-        """In a forked child: forget the parent's connections, without a word on them."""
+        """In a forked child: abandon the parent's connections."""
         for writer in getattr(self, "_idle", ()):
             abandon(writer.connection)
         self._idle: list[Writer] = []
@@ -89,18 +89,18 @@ class Publisher:
         self._windows: list[Window] = []
         self._returned = threading.Condition()
         self._waiting = threading.RLock()
-        #: Waits for confirms when nobody publishes any more.
+        #: The thread that waits for confirms when no thread publishes any more.
         self._watcher: threading.Thread | None = None
 
     def publish(self, address: Address, message: Message, *, declare: bool) -> None:
         """Send a message to an address, and wait for the broker's confirm if that is asked for.
 
         Args:
-            declare: create the queue if it is not there (a reply queue belongs to the one who waits at it).
+            declare: declare the queue (a reply queue is declared by its client).
 
         Raises:
             fastres.errors.ResultTooLarge: the broker does not take a message of this size.
-            fastres.BrokerUnreachable: the broker was not there for as long as ``retry_policy`` says.
+            fastres.BrokerUnreachable: the broker could not be reached within ``retry_policy``.
         """
         publishing = Publishing(message, self.addresses.exchange.name, address.name, address if declare else None)
         together = getattr(self._gathered, "publishings", None)
@@ -111,7 +111,7 @@ class Publisher:
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
-        """What this thread publishes in here is sent at the end, in one write, with one wait for all confirms."""
+        """A context in which this thread's messages are collected, and published in one write at its end."""
         publishings = self._gathered.publishings = []
         try:
             yield
@@ -132,15 +132,15 @@ class Publisher:
             self._watch_confirms()
 
     def unconfirmed(self) -> int:
-        """How many messages wait for the broker's confirm."""
+        """The number of unconfirmed messages."""
         return sum(len(window) for window in list(self._windows))
 
-    # -- what is not confirmed yet
+    # -- unconfirmed messages
 
     def check(self, address: Address | None) -> None:
-        """Declare the queue of an address, and publish a message that is for nobody.
+        """Declare the queue of an address, and publish a message without a queue, to check the permissions.
 
-        Raises: what :meth:`publish` does.
+        Raises: as :meth:`publish`.
         """
         nobody = Message(b"", "application/octet-stream", "binary", "", 1, {})
         nowhere = f"{self.addresses.prefix}.nobody.{uuid()}"
@@ -154,12 +154,12 @@ class Publisher:
         self.run(check)
 
     def wait_for_confirms(self, seconds: float = 0.0) -> None:
-        """Wait until the broker has confirmed what was published, for ``retry_policy`` if it is away.
+        """Wait until the broker has confirmed all messages; within ``retry_policy`` if it cannot be reached.
 
         Args:
-            seconds: only what has not been added to for so long.
+            seconds: only for connections without a new message for so many seconds.
 
-        What nobody waited for is an error of nobody's: it is logged.
+        Errors are logged: no call waits for these messages.
         """
         with self._waiting:
             self._confirm(time.monotonic() - seconds)
@@ -202,7 +202,7 @@ class Publisher:
             self.wait_for_confirms()
 
     def _keep_watch(self) -> None:
-        """Until everything is confirmed: what its thread does not add to any more is waited for here."""
+        """The watcher: wait for confirms on connections on which no thread publishes any more."""
         while True:
             time.sleep(WATCHED_EVERY)
             with self._returned:
@@ -220,7 +220,7 @@ class Publisher:
 
         Raises:
             fastres.AccessRefused: the user lacks a permission.
-            fastres.BrokerUnreachable: the broker was not there for as long as ``retry_policy`` says.
+            fastres.BrokerUnreachable: the broker could not be reached within ``retry_policy``.
 
         After an exception that may have come in the middle of a frame (a signal's, a killed greenlet's), the
         connection is not used again: the broker takes back what was read over it.
@@ -298,7 +298,7 @@ class Publisher:
             raise BrokerUnreachable(f"cannot write to {writer.connection.as_uri()}: {exc}") from exc
 
     def close(self) -> None:
-        """Close the connections that are not in use, after what was published over them was confirmed."""
+        """Wait for outstanding confirms, and close idle connections."""
         self.wait_for_confirms()
         with self._returned:
             idle, self._idle = self._idle, []

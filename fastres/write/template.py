@@ -116,7 +116,7 @@ class Template:
         self._messages.add(id_, place, self._show(every), body)
 
     def makes(self, sample: Sample) -> bool:
-        """Whether this makes another message as Celery has made it, but for what depends on when it was made."""
+        """Whether the template makes the same message as Celery made, except for times."""
         for values, own in (
             (sample.headers, self._sample.headers),
             (sample.message.properties, self._sample.message.properties),
@@ -211,7 +211,7 @@ class _Shown:
 
     Args:
         app: the application.
-        given: what is shown in any case, None: the arguments.
+        given: the text to show; None: the arguments.
     """
 
     def __init__(self, app: Any, given: str | None) -> None:
@@ -242,6 +242,6 @@ class _Shown:
 
 
 def _check_of(app: Any, signature: Any) -> Callable[..., object] | None:
-    """What Celery checks a task's arguments with, None: nothing."""
+    """The function with which Celery checks a task's arguments; None: it does not."""
     task = app.tasks.get(signature.task)
     return getattr(task, "__header__", None) if task is not None and task.typing else None

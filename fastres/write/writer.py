@@ -30,8 +30,7 @@ __all__ = ("SIZE_LIMIT", "Writer")
 DECLARED = 10_000
 #: A declaration is made again after this many seconds at the latest: it also keeps a queue from expiring.
 DECLARED_FOR = 60.0
-#: Seconds that the broker may take for it in all once it has said that an alarm of its memory, or of its disk,
-#: holds everything back.
+#: Seconds for a confirm while the broker reports an alarm (memory, disk).
 BLOCKED = 300.0
 #: Seconds after each time that a quorum queue has refused a message, which may be because it is not yet made.
 MADE = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
@@ -53,13 +52,13 @@ class Writer:
         self._publisher = publisher
         self._addresses = publisher.addresses
         self.connection = publisher.connect()
-        #: What a connection breaks with.
+        #: The exceptions of a broken connection.
         self.errors: tuple[type[BaseException], ...] = self.connection.connection_errors
-        #: What the broker says no with, to an operation that has come to its end.
+        #: The exceptions of refused operations.
         self.refusals: tuple[type[Exception], ...] = self.connection.channel_errors
-        #: The same, and what is made of it.
+        #: The same, and the exceptions that fastres raises for them.
         self.verdicts: tuple[type[Exception], ...] = (*self.refusals, ResultTooLarge, QueueGone, MessageRefused)
-        #: What is not confirmed, and when the last of it was sent, on the monotonic clock.
+        #: Unconfirmed messages, and when the last one was published, on the monotonic clock.
         self.window = Window(publisher.window, WINDOW_SIZE)
         self.published_at = 0.0
         self._polled_at = 0.0
@@ -129,7 +128,7 @@ class Writer:
             self._wait(session, enough)
 
     def _send_again(self, session: Session) -> None:
-        """Send what came back, or went down with a channel or a connection."""
+        """Publish returned messages again, and messages of a closed channel or connection."""
         window = self.window
         if window.again:
             # Interrupted at any line, they are sent twice rather than not at all.
@@ -179,7 +178,7 @@ class Writer:
         """
         window, left = self.window, publishings
         returned = 0
-        # A quorum queue refuses what comes while another connection has it made.
+        # A quorum queue refuses messages while another connection declares it.
         pauses = iter(MADE if any(each.address and each.address.is_quorum for each in left) else ())
         # A queue may have been deleted or have expired since this connection declared it: the broker then returns
         # the message, and it is sent again to a new one.
