@@ -198,6 +198,10 @@ class Log:
         self._published += 1
         self.ready[self._published] = body
 
+    def bodies(self) -> list[bytes]:
+        """All messages, delivered or not."""
+        return [*self.ready.values(), *(body for _, body in self.unacknowledged.values())]
+
     def deliver(self, count: int) -> list[Any]:
         """The next so many messages."""
         deliveries = []
@@ -240,8 +244,9 @@ class Lab:
         #: As LavinMQ: a commit that is False has acknowledged, and published nothing.
         self.acknowledges_first = acknowledges_first
         self.log = Log()
-        #: Chords that were fired, each time, with their parts.
+        #: Chords that were fired, each time, with their parts; why the last time, if they were to fail.
         self.fired: list[tuple[str, dict[str, bytes]]] = []
+        self.failed: dict[str, str] = {}
         #: The next commits, and waits for confirms: None is one that succeeds, False one that does not happen,
         #: True one that happens and is not known to have.
         self.commits: list[bool | None] = []
@@ -322,6 +327,7 @@ class Lab:
         return False
 
     def call(self, chord: Chord) -> list[Publishing]:
+        self.failed[chord.id] = chord.failed
         return [Publishing(SimpleNamespace(body=b"", of=(chord.id, dict(chord.parts))), "", "bodies")]
 
     def forget(self, chord: Chord) -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import fastres
 from fastres.chords import reducer, shard
-from fastres.chords.events import read_event
+from fastres.chords.events import WITH_TERMS, Event, Part, Terms, pack_part, read_event, write_event
 
 
 @pytest.fixture(autouse=True)
@@ -72,13 +72,8 @@ ACTIONS = st.one_of(
 )
 
 
-@settings(deadline=None, max_examples=200)
-@given(chords(), st.lists(ACTIONS, max_size=40))
-def test_chords_fire_once_wherever_the_joiner_ends(
-    made: tuple[dict[str, list[str]], list[bytes]], actions: list[tuple[str, int]]
-) -> None:
-    tasks, events = made
-    lab = Lab()
+def act(lab: Lab, actions: list[tuple[str, int]], events: list[bytes]) -> None:
+    """Events come, joiners read, and end; in the end all of them have come and are read."""
     for action, count in actions:
         if action == "come":
             for event in events[:count]:
@@ -97,6 +92,16 @@ def test_chords_fire_once_wherever_the_joiner_ends(
     for event in events:
         lab.log.publish(event)
     lab.finish()
+
+
+@settings(deadline=None, max_examples=200)
+@given(chords(), st.lists(ACTIONS, max_size=40))
+def test_chords_fire_once_wherever_the_joiner_ends(
+    made: tuple[dict[str, list[str]], list[bytes]], actions: list[tuple[str, int]]
+) -> None:
+    tasks, events = made
+    lab = Lab()
+    act(lab, actions, events)
     fired = [chord_id for chord_id, _ in lab.fired]
     assert sorted(fired) == sorted(tasks), "each once"
     for chord_id, parts in lab.fired:
@@ -110,6 +115,61 @@ def test_chords_fire_once_wherever_the_joiner_ends(
     lab.finish()
     assert len(lab.fired) == len(fired)
     assert not lab.reported
+
+
+FAILURE = pack_part(Part(None, "FAILURE", "application/json", "utf-8", b'{"exc_type": "ValueError"}'))
+
+
+@st.composite
+def chords_on_terms(draw: st.DrawFn) -> tuple[dict[str, Any], list[bytes]]:
+    """Chords that end on other terms than all their parts, or are cancelled; their events in any order."""
+    made: dict[str, Any] = {}
+    events: list[bytes] = []
+    for number in range(draw(st.integers(1, 3))):
+        chord_id, size = f"chord{number}", draw(st.integers(1, 10))
+        its = tasks_of(chord_id, size)
+        failing = draw(st.sets(st.sampled_from(its)))
+        terms = draw(
+            st.one_of(
+                st.none(),
+                st.builds(
+                    Terms,
+                    tolerate=st.none() | st.integers(0, size),
+                    first=st.none() | st.integers(1, size),
+                    deadline=st.none() | st.sampled_from([1.0, 1e12]),
+                ),
+            )
+        )
+        parts = [part_event(chord_id, task, FAILURE if task in failing else None) for task in its]
+        parts += draw(st.lists(st.sampled_from(parts), max_size=3))
+        told = [size_event(chord_id, size, terms=terms), *parts]
+        if terms is None or draw(st.booleans()):
+            cancelled = Event(chord_id, at=time.time(), failed="It was cancelled", version=WITH_TERMS)
+            told += [write_event(cancelled)] * draw(st.integers(1, 2))
+        made[chord_id] = size, failing, terms
+        events = merged(draw, events, draw(st.permutations(told)))
+    return made, events
+
+
+@settings(deadline=None, max_examples=300)
+@given(chords_on_terms(), st.lists(ACTIONS, max_size=40))
+def test_chords_on_terms_fire_once_wherever_the_joiner_ends(
+    made: tuple[dict[str, Any], list[bytes]], actions: list[tuple[str, int]]
+) -> None:
+    """And leave nothing that could open them again: parts that come later are late."""
+    expected, events = made
+    lab = Lab()
+    act(lab, actions, events)
+    assert sorted(chord_id for chord_id, _ in lab.fired) == sorted(expected), "each once"
+    for chord_id, parts in lab.fired:
+        size, failing, terms = expected[chord_id]
+        complete = len(parts) == size
+        if terms is not None and terms.first is not None and not complete and terms.deadline != 1.0:
+            enough = len(parts.keys() - failing) >= terms.first
+            too_many = terms.tolerate is not None and len(parts.keys() & failing) > terms.tolerate
+            assert enough or too_many or lab.failed[chord_id]
+    for body in lab.log.bodies():
+        assert read_event(body)[0].size is None, "no joiner takes it for an open chord"
 
 
 @pytest.mark.parametrize("fine", range(8))
