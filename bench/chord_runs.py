@@ -19,10 +19,10 @@ from sends import SENDS
 from workloads import body_of, part_of
 
 HERE = Path(__file__).parent
-#: What runs beside the measured process, as arguments of `celery`.
+#: The program beside the measured process, as arguments of `celery`.
 WORKER = "worker -c 2 -Q {tasks} -l WARNING --without-gossip --without-mingle --without-heartbeat"
 JOINER = "fastres joiner"
-#: What a last part is stored for; what queues are counted of.
+#: Cases in which the last part is stored; cases in which queues are counted.
 FIRED = ("fire", "refer")
 COUNTED = ("small", "alone", "group", "chains")
 
@@ -105,7 +105,7 @@ class ChordRun(Run):
     def close(self) -> None:
         if self._beside is not None:
             self._beside.stop()
-        # A look at all queues takes seconds: those of a run that leaves few are told.
+        # Listing all queues takes seconds. The queues of most runs are known.
         if self.case.how in COUNTED:
             self.queues.update(name for name in self.bench.node.queues() if self.job.oid in name)
         else:

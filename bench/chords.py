@@ -1,4 +1,4 @@
-"""The peers with chords, and with workers: what is done with them, and timed, in the measured process."""
+"""The peers with chords and workers: the measured operations, in the measured process."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from workloads import part_of, request_of, task_ids
 
 import fastres
 
-#: What is measured with a worker beside.
+#: Operations that need a worker.
 WORKED = ("chord", "small", "round_trip", "alone", "group", "chains")
-#: What is measured of chords, or with a worker.
+#: Operations of chords, or with a worker.
 CHORDS = ("part", "fire", "join", "hold", "refer", *WORKED)
 #: Tasks in a small chord, and in the one that comes first, which opens the connections of both children.
 SMALL, FIRST = 10, 100
@@ -27,7 +27,7 @@ SMALL, FIRST = 10, 100
 TURN = 50
 #: Seconds between two looks at a queue, and how long is looked at most.
 LOOK, PATIENCE = 0.002, 300
-#: Seconds that a joiner takes to write down what it has read.
+#: Seconds in which a joiner commits merged events.
 SETTLING = 1.0
 
 
@@ -46,18 +46,18 @@ class Chords(Peer):
         self._connection: Any = None
 
     def warm_up(self) -> None:
-        """A chord that is joined, by whoever joins."""
+        """Run a chord first."""
         assert self.job.how in CHORDS
         getattr(self, f"warm_{self.job.how}", lambda: None)()
 
     def queues(self) -> list[str]:
-        """What is left of a run."""
+        """The queues that a run leaves."""
         return [self.tasks, self.bodies]
 
     # -- one part
 
     def part(self, group_id: str, count: int) -> Action:
-        """Results with their parts of a chord, and results without, by turns: what the parts cost."""
+        """Store results with and without chord parts, in turns: the cost of a part."""
         # The chord is never complete.
         requests = list(map(self.begin(group_id, count + 1), range(count)))
         others = task_ids(str(uuid5(NAMESPACE_OID, group_id)), count)
@@ -175,10 +175,10 @@ class Chords(Peer):
         whole = group(list(tasks), app=self.app)
         return lambda: len(whole.delay().get(timeout=PATIENCE))
 
-    # -- what they are made of
+    # -- building blocks
 
     def begin(self, group_id: str, count: int) -> Callable[[int], Any]:
-        """Say that a chord is sent: what gives the requests of its header's tasks, as their worker has them."""
+        """Begin a chord. Returns: a function that gives the request of a header task, as its worker has it."""
         body = self.body_of_chord()
         body.freeze()
         self.app.backend.apply_chord((group_id, []), body)
@@ -190,7 +190,7 @@ class Chords(Peer):
         return self.body.s().set(queue=self.bodies)
 
     def gather(self, group_id: str, count: int) -> None:
-        """Wait until so many parts have been read by who joins them."""
+        """Wait until the joiner has read this number of parts."""
 
     @property
     def channel(self) -> Any:

@@ -15,7 +15,7 @@ from rabbitmq_node import Node, Redis
 from runs import Bench, Case, Run, Unavailable
 from workloads import SIZES
 
-#: What the report says about the machine.
+#: The description of the machine for the report.
 MACHINE = pytest.StashKey[dict[str, Any]]()
 
 #: How RabbitMQ 4 keeps classic queues on disk, which is the only way that it knows.
@@ -60,7 +60,7 @@ def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture
 def measure(benchmark: Any, bench: Bench) -> Measure:
-    """Measure a case once: what is timed is the join, in a process that was made ready before."""
+    """Measure a case once. Only the join is timed, in a process that was prepared before."""
 
     def measure(case: Case) -> dict[str, Any]:
         runs: list[Run] = []

@@ -72,7 +72,7 @@ def main(seconds: int, output: Path) -> None:
 
 
 class Prometheus(Program):
-    """A Prometheus that scrapes what its configuration says."""
+    """A Prometheus with a configuration."""
 
     def __init__(self, port: str, conf: str) -> None:
         self._conf = conf

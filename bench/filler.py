@@ -21,17 +21,17 @@ from fastres.chords.events import CONTENT_TYPE, PERSISTENT, REFERENCE, Event, Pa
 #: Bytes to write at once; commands of Redis to send at once.
 CHUNK = 1 << 18
 PIPELINED = 1_000
-#: Bytes of a message's body in one frame, and what ends a frame.
+#: Bytes of a message's body in one frame, and the frame-end octet.
 PART = 131_064
 FRAME_END = b"\xce"
-#: Seconds in which the broker takes in what was sent to it.
+#: Seconds in which the broker handles all published messages.
 PATIENCE = 300
 #: Celery's default for result_expires, in seconds.
 DAY = 86_400
 
 
 class Broker:
-    """The broker, as those who write results see it."""
+    """Publishes results to the broker, as workers do."""
 
     def __init__(self, url: str) -> None:
         # py-amqp gives up on a socket that takes nothing for a second, as the broker's does while it catches up.
@@ -69,7 +69,7 @@ class Broker:
         self.wait_for(queue.name, expected)
 
     def fill_log(self, queue: kombu.Queue, group_id: str, count: int, by_reference: bool = False) -> None:
-        """Send a log of chords, which somebody may be reading, what the workers of a header's tasks do."""
+        """Publish the parts of a chord to the log, as the workers of the header's tasks do. A joiner may be reading."""
 
         def events() -> Iterator[tuple[str, bytes]]:
             for index, task_id in enumerate(task_ids(group_id, count)):
@@ -99,7 +99,7 @@ class Broker:
         """Declare a queue, and send it messages that are each of one frame, with the tasks they are of."""
         queue(self.channel).declare()
         transport = self._connection.connection.transport
-        #: What stands before a body, by its length.
+        #: The content header, by the length of the body.
         heads: dict[int, bytes] = {}
         waiting = bytearray()
         for task_id, data in bodies:
@@ -115,7 +115,7 @@ class Broker:
         transport.write(bytes(waiting))
 
     def wait_for(self, name: str, count: int) -> None:
-        """Wait until a queue has so many messages: it answers before it takes in what came earlier."""
+        """Wait until a queue has so many messages: it replies before it has handled earlier messages."""
         end = time.monotonic() + PATIENCE
         while (there := self.messages(name)) != count:
             assert time.monotonic() < end, f"{name} holds {there} messages instead of {count}"

@@ -1,4 +1,4 @@
-"""The gate: ratios between what one run has measured, and numbers, against the floors in floors.toml."""
+"""The gate: compares ratios and figures of one run with the floors in floors.toml."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def _judge(
 
 
 def table(verdicts: Sequence[Verdict]) -> list[tuple[str, ...]]:
-    """Rows of text: what, its target, its floor, what was measured, the verdict."""
+    """Rows of text: name, target, floor, measured value, verdict."""
     rows = []
     for verdict in verdicts:
         sign = "≥" if verdict.bound == "least" else "≤"

@@ -16,7 +16,7 @@ def describe(rabbitmq: str, redis: str) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "cpu": _first("/proc/cpuinfo", "model name") or platform.processor(),
         "memory": round(int(_first("/proc/meminfo", "MemTotal").split()[0]) / 2**20),
-        # What else it had to do: figures of a busy machine are larger, ratios less so.
+        # Its load: figures of a busy machine are larger, ratios less so.
         "load": round(os.getloadavg()[0], 1),
         "system": platform.freedesktop_os_release()["PRETTY_NAME"],
         "versions": {

@@ -1,4 +1,4 @@
-"""A measured process: prepares, says so, waits for a line, does its job, and prints what that took as JSON."""
+"""A measured process: prepares, prints "ready", waits for a line, does its job, and prints the cost as JSON."""
 
 from __future__ import annotations
 

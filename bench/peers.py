@@ -13,16 +13,16 @@ from celery import Celery
 from celery.result import GroupResult
 from workloads import SERIALIZERS, WORKLOADS, lone_ids, request_of, task_ids
 
-#: What is timed: it returns how many results it has read or stored.
+#: The timed operation. Returns the number of results that it has read or stored.
 Action = Callable[[], int]
 
 #: Results of the join that comes first, so that everything is imported and connected.
 WARM = 20
 #: Seconds that a queue of results is kept: Celery's default for result_expires.
 DAY = 86_400
-#: What is done with ids of lone tasks whose results are there before.
+#: Operations on lone tasks whose results are stored before.
 LONE = ("lone", "done")
-#: What stores results.
+#: Operations that store results.
 STORES = ("store", "store_lone")
 #: Threads that look at the states of tasks.
 THREADS = 8
@@ -32,7 +32,7 @@ LIMIT = "rabbitmq-c"
 
 @dataclass(frozen=True)
 class Job:
-    """What a measured process has to do."""
+    """The job of a measured process."""
 
     peer: str
     #: The method of Peer that is timed.
@@ -57,7 +57,7 @@ class Peer:
 
     def __init__(self, job: Job) -> None:
         self.job = job
-        #: What an action has measured itself.
+        #: Figures that an action has measured itself.
         self.taken: dict[str, float] = {}
         self.app = Celery(
             "bench", broker=job.broker, backend=self.url.format(redis=job.redis), set_as_current=False
@@ -84,7 +84,7 @@ class Peer:
         """The queue of a lone task's result."""
         return None
 
-    # -- what is timed
+    # -- timed operations
 
     def get(self, group_id: str, count: int) -> Action:
         ids = task_ids(group_id, count)
@@ -197,7 +197,7 @@ class Bare(Peer):
 
 
 class KombuConsumer(Bare):
-    """kombu alone: decoded bodies, and nobody who waits for them."""
+    """kombu alone: decoded bodies, without waits."""
 
     def get_many(self, group_id: str, count: int) -> Action:
         connection = self.app.connection_for_read()

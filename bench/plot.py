@@ -1,4 +1,4 @@
-"""The plot that README shows: what a result costs its reader, how fast results come, and what chords take."""
+"""The plot in README: CPU per result, results per second, and figures of chords."""
 
 from __future__ import annotations
 

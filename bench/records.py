@@ -1,4 +1,4 @@
-"""What a run has measured: the medians of its repetitions."""
+"""The figures of a run: medians of its repetitions."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-#: What is measured, from what a process has taken: CPU per result, and per part, in microseconds; memory in MB,
+#: Measures, computed from the figures of a process: CPU per result, and per part, in microseconds; memory in MB,
 #: wall in seconds, and of each thing that is done in milliseconds.
 MEASURES = {
     "cpu": lambda taken: taken["cpu"] / taken["count"] * 1e6,
@@ -33,7 +33,7 @@ MEASURES = {
 
 @dataclass(frozen=True)
 class Key:
-    """What was measured."""
+    """The key of a measured case."""
 
     peer: str
     how: str

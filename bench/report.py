@@ -38,7 +38,7 @@ Tasks of two small arguments, which no worker takes. Celery's group makes signat
 confirms in windows of 20,000, as many as `apply_many` has on the way.
 """
 
-#: What is measured of chords: the method, what the table calls it, of what, the measure, its unit and its digits.
+#: Rows of chords: method, name in the table, counted things, measure, unit, digits.
 CHORD_ROWS = (
     ("part", "storing a result without chord", "results", "stored", "µs of CPU", 0),
     ("part", "a part of a chord, over that", "parts", "part", "µs of CPU", 0),
@@ -82,7 +82,7 @@ CHORD_PEERS = {
     "fastres, not kept": "fastres, results not kept",
 }
 
-#: What the measured methods are to a reader.
+#: The names of the methods in the tables.
 WAYS = {"get": "`GroupResult.get`", "get_many": "`get_many`", "lone": "`get_many`", "store": "`store_result`"}
 
 PLACES = {

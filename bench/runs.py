@@ -24,7 +24,7 @@ from workloads import body_of, lone_ids, new_group, task_ids
 
 HERE = Path(__file__).parent
 LIMIT_MODES = {LIMIT: "no-ack", "rabbitmq-c, acknowledging": "ack"}
-#: What is done with results that are there before.
+#: Operations on results that are stored before.
 FILLED = ("get", "get_many", *LONE)
 #: Seconds that strace may take to begin.
 ATTACH_TIMEOUT = 10
@@ -92,7 +92,7 @@ class Run:
         return Process(self.command(), environment(self.case.peer))
 
     def go(self) -> dict[str, float]:
-        """Let it do its job: what that took."""
+        """Let the process do its job. Returns: the cost."""
         taken = self._go()
         if self.case.how in STORES:
             self._check()
@@ -143,7 +143,7 @@ class Run:
             queue(self.bench.broker.channel).declare()
 
     def _check(self) -> None:
-        """What was stored is there; what came first may be in the same queue or in another."""
+        """Check that the results are stored. The first ones may be in the same queue or in another."""
         broker, job = self.bench.broker, self.job
         if self.case.how == "store_lone":
             for group_id, count in ((job.warm_id, WARM), (job.group_id, job.count)):
@@ -157,7 +157,7 @@ class Run:
 
 
 class Process:
-    """A program that says when it is ready, and does what it is there for when it is told to."""
+    """A program that prints "ready", and starts its job when it receives a line."""
 
     def __init__(self, command: list[str], environment: dict[str, str]) -> None:
         self._complaints = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed by close()
@@ -231,5 +231,5 @@ def _traced(pid: int, summary: str) -> Iterator[None]:
 
 
 def _calls(summary: str) -> int:
-    """The total in what `strace -c -U name,calls` prints."""
+    """The total in the output of `strace -c -U name,calls`."""
     return next(int(line.split()[1]) for line in summary.splitlines() if line.startswith("total"))

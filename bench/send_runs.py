@@ -32,7 +32,7 @@ class SendRun(Run):
     def _write_sample(self) -> None:
         """A task as the others send it: its properties as they go over the wire, and its body."""
         channel = self.peer.channel
-        # What apply_many sends, over a connection that is closed afterwards.
+        # The message of apply_many, over a connection that is closed afterwards.
         group(self.peer.pair.s(*pair) for pair in pairs(1)).apply_async(connection=channel.connection.client)
         self.peer.await_tasks(1)
         message: Any = channel.basic_get(self.peer.tasks, no_ack=True)

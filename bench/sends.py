@@ -11,7 +11,7 @@ from peers import LIMIT, PEERS, WARM, Action, Job, Peer
 
 import fastres
 
-#: ``send``: fastres.apply_many, or rabbitmq-c with the same bytes; the others are also what Celery does.
+#: ``send``: fastres.apply_many, or rabbitmq-c with the same bytes; the others are done by Celery too.
 SENDS = ("send", "send_group", "send_chord")
 #: Seconds between two looks at the queue of the tasks.
 LOOK = 0.01
@@ -81,7 +81,7 @@ class RedisSends(Sends, RedisChords):
 SEND_PEERS: dict[str, type[Sends]] = {
     "fastres": FastresSends,
     "Celery redis": RedisSends,
-    # Sends what fastres would.
+    # Publishes the message of fastres.
     LIMIT: FastresSends,
 }
 

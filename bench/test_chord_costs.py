@@ -1,4 +1,4 @@
-"""Chords: what a part costs, how soon the body follows the last one, what the joiner takes, whole chords."""
+"""Chords: the cost of a part, the time from the last part to the body, the joiner, whole chords."""
 
 from __future__ import annotations
 

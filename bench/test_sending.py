@@ -1,4 +1,4 @@
-"""Sending tasks in bulk: what it costs the sender, and how soon the last task is in its queue."""
+"""Sending tasks in bulk: the cost of the sender, and the time until the last task is in its queue."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What storing a result costs the worker."""
+"""The cost of storing a result."""
 
 from __future__ import annotations
 

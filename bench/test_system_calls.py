@@ -1,4 +1,4 @@
-"""System calls of a join, counted by strace: in a pass of its own, since that takes longer."""
+"""System calls of a join, counted by strace in a separate pass, which takes longer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is measured: the results of the workloads, as bytes that Celery's worker writes, and how many of them."""
+"""The workloads: results as Celery's worker writes them, and their numbers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TRACEBACK = "Traceback (most recent call last):\n" + "".join(
 #: The result of a task by name of the workload; of a failed task it is the exception.
 WORKLOADS: dict[str, Any] = {
     "int": 7,
-    # With what Celery adds it makes 320 bytes of JSON.
+    # With Celery's fields it is 320 bytes of JSON.
     "dict": {"order": 48_213, "total": 129.95, "paid": True, "currency": "EUR", "customer": "A. N. Other, Ghent"},
     "str": "".join(random.Random(1).choices("abcdefghijklmnopqrstuvwxyz ", k=4_096)),
     "bytes": random.Random(2).randbytes(65_536),
@@ -39,7 +39,7 @@ WORKLOADS: dict[str, Any] = {
 class Size:
     """How much is measured."""
 
-    #: Results of the joins that all peers are compared by, and of two that show what grows with their number.
+    #: Results of the joins that compare all peers, and of the two joins that show growth.
     joins: tuple[int, ...]
     scale: tuple[int, int]
     #: Results for each pair of a workload and a serializer, 0: left out.
@@ -105,7 +105,7 @@ def new_group() -> str:
 
 
 def task_ids(group_id: str, count: int) -> list[str]:
-    """The ids of a group's members: whoever knows the group's id can tell them."""
+    """The ids of a group's members, which the group's id determines."""
     return [f"{group_id[:14]}8{group_id[15:18]}-8000-{index:012x}" for index in range(count)]
 
 
@@ -126,7 +126,7 @@ def request_of(task_id: str, **fields: Any) -> Context:
 
 
 def body_of(workload: str, serializer: str, group_id: str | None) -> Body:
-    """A worker's message for a task that returned, or raised, what the workload says."""
+    """A worker's message for a task with the result, or the exception, of a workload."""
     result = WORKLOADS[workload]
     failed = isinstance(result, Exception)
     backend = Backend(Celery(set_as_current=False), serializer=serializer)

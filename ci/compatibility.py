@@ -1,4 +1,4 @@
-"""What the suite says on each broker, Python and Celery of ci/matrix: docs/compatibility.md, or the same printed.
+"""Writes docs/compatibility.md, or prints it: the results of the suite on each broker, Python and Celery of ci/matrix.
 
 Fails when a test failed that `tests/compatibility.toml` has no reason for.
 """
@@ -59,7 +59,7 @@ def read(place: Path) -> Run:
 
 
 def outcomes(place: Path) -> dict[str, str]:
-    """What became of each test: passed, failed, skipped."""
+    """The outcome of each test: passed, failed or skipped."""
     found: dict[str, str] = {}
     for case in ElementTree.parse(place).iter("testcase"):
         name = f"{case.get('classname', '').rpartition('.')[2]}::{case.get('name')}"

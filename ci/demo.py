@@ -1,4 +1,4 @@
-"""The demo: a broker and a worker of its own, 10,000 tasks as a group and as a chord, what their joins cost."""
+"""The demo: a private broker and worker, 10,000 tasks as a group and as a chord, and the cost of their joins."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def main() -> int:
 
 
 class DemoError(Exception):
-    """The demo did not do what it is there to show."""
+    """The demo failed."""
 
 
 class Worker(Leashed):
@@ -67,7 +67,7 @@ class Worker(Leashed):
 
 @contextmanager
 def rabbitmq() -> Iterator[Worker]:
-    """A private RabbitMQ and a worker, each in processes of its own."""
+    """A private RabbitMQ and a worker, in separate processes."""
     say("Starting a private RabbitMQ and a Celery worker with two processes ...")
     with Node() as node:
         app.conf.broker_url = node.url
@@ -90,7 +90,7 @@ def in_memory() -> Iterator[None]:
 
 @dataclass
 class Taken:
-    """What it took to send tasks and to join their results: seconds, and seconds of this process's CPU."""
+    """The cost of sending tasks and joining their results: seconds, and seconds of this process's CPU."""
 
     sending: float
     joining: float
@@ -98,7 +98,7 @@ class Taken:
 
 
 def run(tasks: int, worker: Worker | None) -> None:
-    """Send the tasks, join their results, print what it took. Raises DemoError."""
+    """Send the tasks, join their results, print the cost. Raises DemoError."""
     watch = Watch(worker)
     try:  # one task first: then the worker is up and the connections are open
         add.delay(1, 1).get(timeout=PATIENCE, on_interval=watch)
@@ -200,7 +200,7 @@ def run_chord(tasks: int, watch: Watch) -> Taken:
 
 
 def bar(results: Iterable[Any], tasks: int) -> Iterable[Any]:
-    # disable=None: no progress bar where nobody looks, in a file or a pipe.
+    # disable=None: no progress bar in a file or a pipe.
     return tqdm(results, "Joining", total=tasks, unit=" results", disable=None)
 
 

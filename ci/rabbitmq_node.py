@@ -30,19 +30,19 @@ if TYPE_CHECKING:
 HOST = "127.0.0.1"
 START_TIMEOUT = 120  # seconds: a node takes 4 on two idle cores, and has taken 24 on a busy machine
 
-# At exit mirakuru kills whatever was started by a process whose pid begins with ours: possibly somebody else's.
+# At exit mirakuru kills all processes whose parent's pid begins with this one, perhaps another one's children.
 atexit.unregister(mirakuru.base.cleanup_subprocesses)
 
 
 class StartError(RuntimeError):
-    """A program did not start; the message has the end of its log and what to do."""
+    """A program did not start. The message has the end of its log, and advice."""
 
 
 class Leashed(Executor):
-    """A program in a temporary folder of its own, both gone as soon as this Python process is."""
+    """A program in its own temporary folder. Both are removed when this Python process ends."""
 
     name: str  # for people
-    hint = ""  # what to do when it does not start
+    hint = ""  # advice when it does not start
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(
@@ -63,7 +63,7 @@ class Leashed(Executor):
         """
         if self.running():
             return self
-        self.kill()  # what it left behind, if it has crashed
+        self.kill()  # left behind by a crash
         if self.folder is None:
             self.folder = Path(tempfile.mkdtemp(prefix=f"{self.name}-".lower()))
             # The shell reads a pipe that only this process holds open: the pipe's end is this process's end.
@@ -78,7 +78,7 @@ class Leashed(Executor):
         try:
             prepare = f"cd {shlex.quote(str(self.folder))} && echo $$ >group && exec >>output.log 2>&1 || exit\n"
             self.command_parts = ["sh", "-c", prepare + self.shell_line(self.folder)]
-            (self.folder / "output.log").write_text("")  # what it prints from now on
+            (self.folder / "output.log").write_text("")  # its output from now on
             super().start()
         except ExecutorError as error:
             message = f"{self.name} did not start: {error}\n{self.reason()}\n{self.hint}".rstrip()
@@ -117,7 +117,7 @@ class Leashed(Executor):
         return "\n".join("\n".join(text.splitlines()[-lines:]) for text in texts).strip()
 
     def reason(self) -> str:
-        """The part of the log that says why it did not start."""
+        """The part of the log with the reason why it did not start."""
         return self.log_tail()
 
     def __str__(self) -> str:
@@ -160,7 +160,7 @@ class Node(Leashed, TCPExecutor):
         # A port mapper (epmd) of its own: the usual one would be left behind, and knows the machine's other nodes.
         self._epmd_port = ports.pop()
         self._distribution_port = ports.pop()
-        #: What nodes of a cluster know each other by.
+        #: The Erlang cookie that the nodes of a cluster share.
         self.cookie = secrets.token_hex(16)
         self._peer = peer
         if peer is not None:
@@ -216,7 +216,7 @@ class Node(Leashed, TCPExecutor):
             conf["cluster_formation.peer_discovery_backend"] = "classic_config"
             conf["cluster_formation.classic_config.nodes.1"] = self._peer.name_in_cluster
         if os.environ.get("FASTRES_TEST_DEFAULT_QUEUES"):
-            # Of RabbitMQ 4: what a queue is whose declaration does not say it.
+            # RabbitMQ 4: the type of queues that are declared without a type.
             conf["default_queue_type"] = os.environ["FASTRES_TEST_DEFAULT_QUEUES"]
         conf.update(self._config)
         (folder / "rabbitmq.conf").write_text("".join(f"{key} = {value}\n" for key, value in conf.items()))

@@ -121,7 +121,7 @@ class MessageTemplate(Protocol):
         frame_max: the size of a frame, in bytes, at most.
         exchange, routing_key, mandatory: as of ``Basic.Publish``.
         properties: the flags and the property list of a message's header, cut where they differ.
-        slots: what is between two pieces of the properties: ``ID``, 36 octets; ``PLACE``, a long; ``TEXT``, a
+        slots: the values between two pieces of the properties: ``ID``, 36 octets; ``PLACE``, a long; ``TEXT``, a
             longstr; ``TABLE``, a long: the size of the table that has the texts in it.
         table: the octets of that table without the texts.
 
@@ -162,7 +162,7 @@ class Encode(Protocol):
     """Serializes a meta as the body of a message."""
 
     def __call__(self, meta: Meta, serializer: str) -> tuple[str, str, bytes]:
-        """Content type, content encoding and body; whoever decodes it gets what kombu's serializer makes of it.
+        """Content type, content encoding and body. Decoding it gives the same as kombu's serializer.
 
         Raises:
             kombu.exceptions.EncodeError: the serializer does not take a value.
@@ -230,7 +230,7 @@ class Listed(Protocol):
     """Joins the serialized results of packed parts, without decoding them."""
 
     def __call__(self, parts: Sequence[bytes]) -> bytes:
-        """What is behind the first line of each, with commas between.
+        """The results of the parts, which follow their first lines, joined by commas.
 
         Raises:
             TypeError: there is something else than parts.

@@ -104,7 +104,7 @@ def cancel(result: Any) -> None:
 def revoke_rest(backend: Any, group_id: str) -> None:
     """Have no more tasks of a chord's header begin, which has gone on without them.
 
-    What is still to come of a small header is among others' results, under ids that are not known here: its
+    The missing results of a small header arrive in a page, under ids that are not known here: its
     workers store that each was revoked.
     """
     _tell_workers(backend, [group_id], [])

@@ -42,8 +42,8 @@ class Options:
     confirm_window: int = 1000
     #: Seconds that the broker may take to confirm a result.
     confirm_timeout: float = 60
-    #: Who makes the ids of tasks: "fastres" makes those near each other that are read together; "celery" leaves
-    #: every task an id, and with it a queue, of its own.
+    #: The generator of task ids: "fastres" gives ids of one kin to tasks whose results are read together; with
+    #: "celery", every task has an id and a queue of its own.
     task_ids: str = "fastres"
     #: Which reads take results out of their queue: "joins" of several results, "always", "never".
     take: str = "joins"

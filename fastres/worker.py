@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 __all__ = ("attend", "is_told_already")
 
-#: What stands for the kin of a group's members among the ids of revoked tasks, where the ids of cancelled groups
-#: are too: Celery's workers tell them to those that start, and forget them in the end.
+#: The prefix of a cancelled kin among the ids of revoked tasks, which also contain the ids of cancelled groups.
+#: Celery's workers send them to starting workers, and forget them in the end.
 KIN = "fastres-kin-{:015x}"
 
 

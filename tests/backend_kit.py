@@ -1,4 +1,4 @@
-"""What tests on a broker share: writing results as a worker does, looking at the broker itself, waiting."""
+"""Helpers of tests with a broker: store results as a worker does, inspect the broker, wait."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def close(app: Celery) -> None:
 
 
 def unlearn(backend: AMQPBackend, task_id: str) -> None:
-    """Make a backend forget what it has seen of a task, which stays in its queue: as a new process would start."""
+    """Make a backend forget what it has read of a task, as in a new process. The result stays in its queue."""
     backend._cache.pop(task_id, None)
     backend.layout.looks.forget_all()
 
@@ -128,7 +128,7 @@ def ids_of(held: GroupResult) -> list[str]:
 
 
 def group_of(app: Celery, members: int | Iterable[str] = 3, group_id: str | None = None) -> GroupResult:
-    """A group of tasks that nobody has sent: so many, or those with these ids."""
+    """A group of tasks that were not sent: a number of them, or those with these ids."""
     group_id = group_id or uuid()
     ids = member_ids(group_id, members) if isinstance(members, int) else members
     return GroupResult(group_id, [app.AsyncResult(task_id) for task_id in ids], app=app)
@@ -223,7 +223,7 @@ def settled(count: Callable[[], Any], for_: float = 0.3) -> Any:
 
 
 def on_classic_queues(why: str) -> Any:
-    """A test of what only classic queues do."""
+    """A test that only applies to classic queues."""
     return pytest.mark.skipif(QUORUM, reason=f"quorum queues: {why}")
 
 
@@ -278,7 +278,7 @@ class Broker:
         if arguments is not None:
             self.declare(name, arguments)
         kombu.Producer(self.channel(), auto_declare=False).publish(body, routing_key=name, **properties)
-        # When this is answered the broker has what came before.
+        # The broker replies after it has handled earlier messages.
         self.channel().basic_qos(0, 0, False)
 
     def fill(self, name: str, metas: Iterable[dict[str, Any]]) -> None:

@@ -1,4 +1,4 @@
-"""What tests of chords share: events, the log they are in as a broker keeps it, and a joiner that can be ended."""
+"""Helpers of chord tests: events, a model of the log in a broker, and a joiner that can be ended at any commit."""
 
 from __future__ import annotations
 
@@ -172,7 +172,7 @@ def begun(unrun: Unrun, sizes: list[int]) -> list[Context]:
 
 
 def results_of(sizes: list[int]) -> list[tuple[int, list[int]]]:
-    """What the bodies of chords of these sizes are called with."""
+    """The arguments of the bodies of chords of these sizes."""
     return [(number, list(range(size))) for number, size in enumerate(sizes)]
 
 
@@ -181,7 +181,7 @@ def results(*task_ids: str) -> dict[str, bytes]:
 
 
 class Log:
-    """A shard's queue: what is acknowledged is gone, what is not comes again, where it was."""
+    """A model of a shard's queue: acknowledged messages are gone, others are delivered again, at their places."""
 
     def __init__(self) -> None:
         self._published = 0
@@ -230,7 +230,7 @@ class Lost(Exception):
 class Lab:
     """A shard's joiner on a queue in memory: it can end at any commit, and another one goes on.
 
-    What ``Shard`` asks of its joiner and of the broker, and no more.
+    Implements what ``Shard`` uses of its joiner and of the broker.
     """
 
     careful = False
@@ -271,7 +271,7 @@ class Lab:
         return Shard(self, self, 0)  # type: ignore[arg-type]
 
     def step(self, count: int) -> None:
-        """Read so many messages at most, and do what follows."""
+        """Read at most so many messages, and handle them."""
         self._step(lambda: self._receiver(self.log.deliver(self._room(count))))
 
     def maintain(self, renewal: float = 0.0, expires: float | None = None) -> None:

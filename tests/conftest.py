@@ -44,7 +44,7 @@ def pytest_report_header() -> str:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # Without the compiled modules half of the tests would not run, and nobody would notice.
+    # Without the compiled modules half of the tests would silently not run.
     if importlib.util.find_spec("fastres_ext") is None:
         raise pytest.UsageError("the tests run on both implementations: fastres_ext is not installed")
     if CELERY < (5, 7):
@@ -91,7 +91,7 @@ def both(impl: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class GivenNode:
-    """A broker that is there already: what takes more than its URL is skipped."""
+    """An existing broker: tests that need more than its URL are skipped."""
 
     def __init__(self, url: str) -> None:
         self.url = url
@@ -159,7 +159,7 @@ def app(make_app: MakeApp) -> Celery:
 
 @pytest.fixture
 def quiet(node: Node, make_app: MakeApp) -> Celery:
-    """An application whose tasks nobody runs."""
+    """An application whose tasks no worker runs."""
     return make_app(node.url, task_default_queue=f"quiet-{uuid()}")
 
 
@@ -200,6 +200,6 @@ def nothing_ignored(capfd: pytest.CaptureFixture[str]) -> Iterator[None]:
 
 @pytest.fixture
 def reports(caplog: pytest.LogCaptureFixture) -> Reports:
-    """What fastres has logged as warnings."""
+    """The warnings that fastres has logged."""
     caplog.set_level(logging.WARNING, logger="fastres")
     return lambda: [record.getMessage() for record in caplog.records if record.name.startswith("fastres")]

@@ -123,7 +123,7 @@ def fail(item: str, left: int = 0) -> None:
     raise OutOfStockError(item, left)
 
 
-#: What the tasks of users raise that fastres knows from brokers too.
+#: Exceptions of users' tasks that brokers' clients raise too.
 BROKEN = {
     "ConnectionError": ConnectionError("the shop is closed"),
     "ConnectionResetError": ConnectionResetError(104, "reset"),
@@ -165,7 +165,7 @@ def unprintable() -> None:
 
 
 class UnsentError(Exception):
-    """What an override of ``apply_async`` raises."""
+    """The exception of an override of ``apply_async``."""
 
 
 class Unsent(Task):
@@ -245,7 +245,7 @@ def noted_errback(request: Any, exc: BaseException, traceback: Any, folder: str)
 
 @shared_task
 def record(values: Any, folder: str, name: str) -> None:
-    """What a body was called with: one line in a file."""
+    """Write the arguments of a body to a file, as one line."""
     with open(Path(folder, "record"), "a") as file:
         file.write(json.dumps([name, values]) + "\n")
 

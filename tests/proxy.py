@@ -33,7 +33,7 @@ class Proxy:
         self.port: int = self._listener.getsockname()[1]
         self.accepted = 0
         self.cut_count = 0
-        #: What clients have asked, and what the server has answered.
+        #: The bytes of clients and of the server.
         self.asked, self.answered = bytearray(), bytearray()
         self._flowing = threading.Event()
         self._flowing.set()

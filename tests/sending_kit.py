@@ -1,4 +1,4 @@
-"""What tests of sending share: tasks that nobody runs, and the messages that were sent."""
+"""Helpers of sending tests: tasks that no worker runs, and the messages that were sent."""
 
 from __future__ import annotations
 

@@ -34,14 +34,14 @@ CONF: dict[str, Any] = {
 KILLS, CUTS, RESTARTS, ALARMS, ALARM = 15, 4, 70, 45, 5
 #: Seconds that the last results may take.
 REST = 120
-#: What comes of a task or a chord that was sent.
+#: The outcome of a task or a chord.
 HANDED_OVER, LATER, WRONG, MISSING = "handed over", "read at the end", "wrong", "missing"
 #: Errors of whoever sends while the broker is away: what was sent is not known then, and not accounted for.
 AWAY = (OperationalError, OSError)
 
 
 class Account:
-    """What was sent, and what came of it."""
+    """The tasks that were sent, and their outcomes."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

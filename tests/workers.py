@@ -42,7 +42,7 @@ class Worker(Leashed):
         arguments: str = "",
         **conf: Any,
     ) -> None:
-        # A queue of its own: what other tests left behind is not for this worker.
+        # A queue of its own: tasks that other tests left are not for this worker.
         conf.setdefault("task_default_queue", f"proj-{uuid4()}")
         self.broker, self.backend, self.conf = broker, backend, conf
         self.pool = pool
@@ -105,7 +105,7 @@ class JoinerProcess(Leashed):
 
 
 def adds(count: int, start: int = 0) -> list[Any]:
-    """Tasks, and what they return."""
+    """Tasks; ``sums`` are their results."""
     return [proj.add.s(number, number) for number in range(start, start + count)]
 
 
@@ -114,7 +114,7 @@ def sums(count: int, start: int = 0) -> list[int]:
 
 
 def environment(broker: str, backend: str = "fastres://", **conf: Any) -> dict[str, str]:
-    """What a process needs to import ``proj`` with these settings."""
+    """The environment of a process that imports ``proj`` with these settings."""
     return {
         "PROJ_BROKER": broker,
         "PROJ_BACKEND": backend,
@@ -140,7 +140,7 @@ def client(broker: str, backend: str = "fastres://", **conf: Any) -> Iterator[Ce
 
 
 def python(code: str, app: Celery, timeout: float = 60, before: str = "") -> str:
-    """What a new process prints that has imported all of ``proj``, with the settings of a client of this process.
+    """Run code in a new process that has imported all of ``proj``, with the settings of a client. Returns: its output.
 
     Raises AssertionError, with its standard error, when it fails.
     """

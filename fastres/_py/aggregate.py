@@ -68,8 +68,8 @@ def fulfil(result: Any, meta: Meta) -> None:
         result._cache = meta
     ready = result.on_ready
     listener = ready._svpending
-    # Most members of a group have one listener, the barrier of the group: it is told without the promise between
-    # them, which is kept for whoever comes later with ``then``.
+    # Most members of a group have one listener, the barrier of the group. It is called without the promise between
+    # them, which is kept for later calls of ``then``.
     if isinstance(listener, barrier) and not ready._lvpending:
         ready._svpending = None
         listener()

@@ -235,7 +235,7 @@ def _header(cursor: Cursor, delivery: Delivery) -> int:
         raise FrameSyntaxError(f"a body of {size} bytes")
     flags = cursor.integer(2)
     if flags & 1:
-        # The specification lets flags go on in another short; nobody has ever had that many properties.
+        # The specification allows further flags in another short. No implementation uses them.
         raise FrameSyntaxError("continued property flags")
     if flags & 0x8000:
         delivery.content_type = cursor.string()

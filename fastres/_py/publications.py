@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ("MessageTemplate", "publication")
 
-#: What a content header begins with, and a long.
+#: The begin of a content header, and a long.
 LEAD, LONG = Struct(">HHQ"), Struct(">I")
 #: Octets of a UUID as text.
 ID_SIZE = 36

@@ -40,12 +40,11 @@ T = TypeVar("T")
 
 #: Seconds that a read may last where it cannot be interrupted (gevent, eventlet, transports without a socket).
 SLICE = 0.05
-#: Messages that kombu reads in one go before they are handed on.
+#: Messages that kombu reads before they are passed on.
 BATCH = 1000
-#: Seconds after which a broker that does not answer is taken to be gone, and how far over a deadline that may go.
-#: Less than there are between two heartbeats with Celery's ``broker_heartbeat``: each begins py-amqp's waits anew.
-PATIENCE = 25.0
-LENIENCE = 0.2
+#: Seconds without a reply after which the broker is taken to be gone, and the tolerance beyond a deadline. Less than
+#: the time between two heartbeats with Celery's ``broker_heartbeat``, each of which restarts py-amqp's waits.
+PATIENCE, LENIENCE = 25.0, 0.2
 #: Seconds for a broker to agree to the end of a connection.
 GOODBYE = 1.0
 #: Seconds after which a thread that waits for another one checks by itself.
@@ -423,7 +422,7 @@ class Link:
     def _discarded_if_interrupted(self, connection: Any) -> Iterator[None]:
         """Drop the connection after an exception that may have come in the middle of a frame.
 
-        It may be a signal's, or that of a greenlet that is killed. The broker takes back what came over it.
+        The exception may be that of a signal handler or of a killed greenlet. The broker requeues its messages.
         """
         try:
             yield

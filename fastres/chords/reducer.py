@@ -254,7 +254,7 @@ class Reducer:
                 self.complete.pop(chord.id, None)
 
     def _learn(self, chord: Chord, event: Event, rest: bytes) -> None:
-        """What is told of a chord beside its parts."""
+        """Add the fields of an event that are not parts."""
         if event.size is not None:
             chord.size, chord.run = event.size, event.run
             # It was sent again.

@@ -314,7 +314,7 @@ class Shard:
     def _send_before(self, batch: Batch) -> None:
         """Publish the messages that need a confirm before the transaction, and leave the others to it.
 
-        So is what came back, for which there is no queue. Chords of which something was refused are left out, and
+        So are returned messages, for which there is no queue. Chords with a refused message are left out, and
         fail when they are fired again.
         """
         everything = self._session.acknowledges_first
@@ -406,7 +406,7 @@ class Shard:
         return Publishing(_message(body, CONTENT_TYPE), "", self.name)
 
     def _commit_ours(self, publishings: list[Publishing], tags: list[int]) -> None:
-        """Publish to fastres's own queues, and then acknowledge what is replaced by it.
+        """Publish to queues of fastres, and then acknowledge the replaced messages.
 
         In one transaction RabbitMQ would acknowledge although a queue is full.
 

@@ -17,7 +17,7 @@ __all__ = ("continued",)
 
 @contextlib.contextmanager
 def continued(headers: Mapping[str, Any], attributes: Mapping[str, Any]) -> Iterator[None]:
-    """What is sent in here continues the trace that a task's headers name, in a span of its own in OpenTelemetry.
+    """A context that continues the trace in a task's headers; in OpenTelemetry, in a span of its own.
 
     The worker of the task is another process: its span has ended, and is known by its headers alone.
 

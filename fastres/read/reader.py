@@ -218,7 +218,7 @@ class Reader:
         Raises:
             fastres.ResultsMissing: not all came in time.
             fastres.AccessRefused: the broker does not let us read.
-            kombu.exceptions.ContentDisallowed, kombu.exceptions.DecodeError: what is missing came, and cannot be
+            kombu.exceptions.ContentDisallowed, kombu.exceptions.DecodeError: a missing result arrived, and cannot be
                 read.
         """
         while True:

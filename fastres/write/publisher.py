@@ -84,7 +84,7 @@ class Publisher:
             abandon(writer.connection)
         self._idle: list[Writer] = []
         #: Those there are. One that an exception took from its thread is not counted for longer than it is held;
-        #: what it had not got confirmed is in one of the windows.
+        #: its unconfirmed messages are in one of the windows.
         self._writers: WeakSet[Writer] = WeakSet()
         self._windows: list[Window] = []
         self._returned = threading.Condition()
@@ -223,7 +223,7 @@ class Publisher:
             fastres.BrokerUnreachable: the broker could not be reached within ``retry_policy``.
 
         After an exception that may have come in the middle of a frame (a signal's, a killed greenlet's), the
-        connection is not used again: the broker takes back what was read over it.
+        connection is not used again, and the broker requeues its messages.
         """
         return self._run(self._take(), operation)
 

@@ -176,7 +176,7 @@ def _field(name: str, kind: bytes) -> bytes:
 
 
 def _encoder(sample: Sample, args: tuple[Any, ...]) -> Callable[[Any], bytes]:
-    """Serializes what a task is called with.
+    """Serializes the arguments of tasks.
 
     Args:
         args: the positional arguments of the sample.
