@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 import weakref
@@ -72,11 +73,10 @@ class Asker:
     def _over(self, operation: Callable[[Any], T]) -> T:
         with self._lock:
             if self._connection is not None:
-                try:
+                broken = (*self._connection.connection_errors, OSError)
+                # It may have broken since the last question: the broker closes a connection without heartbeats.
+                with contextlib.suppress(*broken):
                     return self._try(operation)
-                except (*self._connection.connection_errors, OSError):
-                    # It has broken since the last question: the broker closes one that sends no heartbeats.
-                    pass
             return self._try(operation)
 
     def _try(self, operation: Callable[[Any], T]) -> T:

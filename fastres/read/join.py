@@ -178,7 +178,8 @@ class Join:
         missing = self.aggregate.missing()
         shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
         of_all = f" of {self._total}" if len(missing) < self._total else ""
-        text = f"The operation timed out: {len(missing)} results are missing{of_all} ({shown})."
+        results = "1 result is" if len(missing) == 1 else f"{len(missing)} results are"
+        text = f"The operation timed out: {results} missing{of_all} ({shown})."
         for task_id, exc in list(self.unreadable.items())[:1]:
             text += f" For {len(self.unreadable)} of them something came that cannot be read, for task {task_id}: "
             text += f"{type(exc).__name__}: {exc}."
