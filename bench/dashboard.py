@@ -68,7 +68,7 @@ def main(seconds: int, output: Path) -> None:
             send_for(seconds)
             panels = json.loads(DASHBOARD.read_text("utf-8"))["panels"]
             curves = [curves_of(panel, of_prometheus, start, time.time()) for panel in panels]
-    draw(panels, curves, start, output)
+    draw(panels, curves, output)
 
 
 class Prometheus(Program):
@@ -114,9 +114,7 @@ def curves_of(panel: dict[str, Any], port: str, start: float, end: float) -> dic
     return curves
 
 
-def draw(
-    panels: list[dict[str, Any]], curves: list[dict[str, list[tuple[float, float]]]], start: float, output: Path
-) -> None:
+def draw(panels: list[dict[str, Any]], curves: list[dict[str, list[tuple[float, float]]]], output: Path) -> None:
     columns = 3
     rows = -(-len(panels) // columns)
     with mpl.rc_context({**STYLE, "font.size": 8}):

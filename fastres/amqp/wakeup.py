@@ -43,7 +43,7 @@ class Wakeup:
         """Whether the broker has sent something, within so many seconds or until another thread rings.
 
         Args:
-            timeout: returns the seconds; called when a thread that rings is heard.
+            timeout: returns the seconds. Called after the socket pair was made, so that no later ring is missed.
             awaited: returns how many results are waited for.
         """
         if session.buffered:

@@ -31,7 +31,7 @@ LEAST_LIMIT = 5.0
 
 
 class Asker:
-    """Asks the joiners of an application, one question at a time, over one connection that it keeps.
+    """Asks the joiners of an application, over a connection that it keeps.
 
     Args:
         backend: the backend of the chords.
@@ -60,8 +60,12 @@ class Asker:
             return None
 
     def close(self) -> None:
-        with self._lock:
-            self._drop(broken=False)
+        # A question that is under way keeps the connection, which is closed with this object.
+        if self._lock.acquire(blocking=False):
+            try:
+                self._drop(broken=False)
+            finally:
+                self._lock.release()
 
     def abandon(self) -> None:
         """In a forked child: leave the parent's connection alone."""
@@ -71,13 +75,19 @@ class Asker:
         self._connection, self._lock = None, threading.Lock()
 
     def _over(self, operation: Callable[[Any], T]) -> T:
-        with self._lock:
+        if not self._lock.acquire(blocking=False):
+            # Another thread asks, or a signal handler has interrupted this one while it asked.
+            with contextlib.closing(Asker(self._backend)) as other:
+                return other._over(operation)
+        try:
             if self._connection is not None:
                 broken = (*self._connection.connection_errors, OSError)
                 # It may have broken since the last question: the broker closes a connection without heartbeats.
                 with contextlib.suppress(*broken):
                     return self._try(operation)
             return self._try(operation)
+        finally:
+            self._lock.release()
 
     def _try(self, operation: Callable[[Any], T]) -> T:
         try:
