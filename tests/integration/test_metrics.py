@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -157,6 +158,26 @@ def test_a_broker_that_stands_still_is_not_waited_for(own_node: Node) -> None:
         finally:
             os.kill(pid, signal.SIGCONT)
         until(lambda: exporter.scrape()["fastres_up"] == 1)
+
+
+def test_a_signal_handler_asks_while_a_question_is_under_way(worker: Worker) -> None:
+    joiners: list[int] = []
+    with worker.client() as app:
+
+        def ask(*_: object) -> None:
+            joiners.append(app.backend.asker.status(SECONDS)[0].joiners)
+
+        before = signal.signal(signal.SIGUSR1, ask)
+        try:
+            for number in range(20):
+                timer = threading.Timer(number / 2000, os.kill, (os.getpid(), signal.SIGUSR1))
+                timer.start()
+                ask()
+                timer.join()
+            until(lambda: len(joiners) == 40)
+        finally:
+            signal.signal(signal.SIGUSR1, before)
+    assert joiners == [1] * 40
 
 
 def test_a_port_that_is_taken_and_a_signal(worker: Worker) -> None:
