@@ -181,6 +181,7 @@ class Join:
         results = "1 result is" if len(missing) == 1 else f"{len(missing)} results are"
         text = f"The operation timed out: {results} missing{of_all} ({shown})."
         for task_id, exc in list(self.unreadable.items())[:1]:
-            text += f" For {len(self.unreadable)} of them something came that cannot be read, for task {task_id}: "
+            of_them = "it" if len(missing) == 1 else f"{len(self.unreadable)} of them"
+            text += f" For {of_them} something came that cannot be read, for task {task_id}: "
             text += f"{type(exc).__name__}: {exc}."
         return ResultsMissing(f"{text} {why}")

@@ -113,7 +113,7 @@ def test_lone_among_others(app: Celery, other: Celery, broker: Broker, reports: 
         store(other, task_id, task_id)
     kind = BAD[name][3]
     got: list[Any] = []
-    with pytest.raises(TimeoutError, match=f"1 results are missing.*{ids[2]}.*{kind.__name__}"):
+    with pytest.raises(TimeoutError, match=f"1 result is missing.*{ids[2]}.*{kind.__name__}"):
         got.extend(app.backend.get_many(ids, timeout=0.5))
     assert {task_id for task_id, _ in got} == {*ids} - {ids[2]}
     # Without a timeout the wait ends when there is nothing left that can be read.
