@@ -8,7 +8,7 @@ import re
 import sys
 from pathlib import Path
 
-from chords import CHORD_PEERS, CHORDS, PATIENCE, WORKED, Chords, FastresChords
+from chords import CHORD_PEERS, CHORDS, TIMEOUT, WORKED, Chords, FastresChords
 from filler import fill_redis_chord
 from kombu.utils.json import loads
 from measure import memory
@@ -50,7 +50,7 @@ class ChordRun(Run):
         if arguments:
             self._beside = Beside(self, arguments).start()
         if case.how == "refer":
-            self.peer.app.backend.asker.status(PATIENCE)
+            self.peer.app.backend.asker.status(TIMEOUT)
             self._joiner_before = self._joiner_memory("VmRSS")
             self._fill_header()
         if case.how in FIRED:

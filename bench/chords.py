@@ -26,7 +26,7 @@ SMALL, FIRST = 10, 100
 #: Calls with a chord and without it take turns by so many.
 TURN = 50
 #: Seconds between two looks at a queue, and how long is looked at most.
-LOOK, PATIENCE = 0.002, 300
+LOOK, TIMEOUT = 0.002, 300
 #: Seconds in which a joiner commits merged events.
 SETTLING = 1.0
 
@@ -112,7 +112,7 @@ class Chords(Peer):
         def run() -> int:
             result = chord(header, app=self.app)(self.count.s())
             # Not with the parents: once a second Celery looks at each result of the header.
-            return int(result.get(timeout=PATIENCE, follow_parents=False))
+            return int(result.get(timeout=TIMEOUT, follow_parents=False))
 
         return run
 
@@ -148,7 +148,7 @@ class Chords(Peer):
             times = []
             for _ in range(count):
                 start = time.perf_counter()
-                self.noop.delay().get(timeout=PATIENCE)
+                self.noop.delay().get(timeout=TIMEOUT)
                 times.append(time.perf_counter() - start)
             self.taken = {"p50": statistics.median(times)}
             return count
@@ -160,7 +160,7 @@ class Chords(Peer):
 
         def run() -> int:
             ids = [self.noop.delay().id for _ in range(count)]
-            return sum(1 for _ in self.app.backend.get_many(ids, timeout=PATIENCE))
+            return sum(1 for _ in self.app.backend.get_many(ids, timeout=TIMEOUT))
 
         return run
 
@@ -173,7 +173,7 @@ class Chords(Peer):
 
     def _grouped(self, tasks: Iterable[Signature]) -> Action:
         whole = group(list(tasks), app=self.app)
-        return lambda: len(whole.delay().get(timeout=PATIENCE))
+        return lambda: len(whole.delay().get(timeout=TIMEOUT))
 
     # -- building blocks
 
@@ -202,7 +202,7 @@ class Chords(Peer):
         return self._connection.default_channel
 
     def await_bodies(self, count: int) -> None:
-        end = time.monotonic() + PATIENCE
+        end = time.monotonic() + TIMEOUT
         while (there := self.channel.queue_declare(self.bodies, passive=True).message_count) < count:
             assert time.monotonic() < end, f"{there} bodies instead of {count}"
             time.sleep(LOOK)
@@ -224,9 +224,9 @@ class FastresChords(Chords, Fastres):
         return [*super().queues(), *(address.name for address in (addresses.chords(0), *groups))]
 
     def gather(self, group_id: str, count: int) -> None:
-        end = time.monotonic() + PATIENCE
+        end = time.monotonic() + TIMEOUT
         while True:
-            [shard] = self.app.backend.asker.status(PATIENCE)
+            [shard] = self.app.backend.asker.status(TIMEOUT)
             there = {chord.id: chord.parts for chord in shard.open.chords} if shard.open else {}
             if there.get(group_id) == count and not shard.waiting:
                 break

@@ -25,7 +25,7 @@ PIPELINED = 1_000
 PART = 131_064
 FRAME_END = b"\xce"
 #: Seconds in which the broker handles all published messages.
-PATIENCE = 300
+TIMEOUT = 300
 #: Celery's default for result_expires, in seconds.
 DAY = 86_400
 
@@ -35,7 +35,7 @@ class Broker:
 
     def __init__(self, url: str) -> None:
         # py-amqp gives up on a socket that takes nothing for a second, as the broker's does while it catches up.
-        patience = {"socket_settings": {socket.TCP_USER_TIMEOUT: PATIENCE * 1000}}
+        patience = {"socket_settings": {socket.TCP_USER_TIMEOUT: TIMEOUT * 1000}}
         self._connection = kombu.Connection(url, transport_options=patience)
 
     def close(self) -> None:
@@ -116,7 +116,7 @@ class Broker:
 
     def wait_for(self, name: str, count: int) -> None:
         """Wait until a queue has so many messages: it replies before it has handled earlier messages."""
-        end = time.monotonic() + PATIENCE
+        end = time.monotonic() + TIMEOUT
         while (there := self.messages(name)) != count:
             assert time.monotonic() < end, f"{name} holds {there} messages instead of {count}"
             time.sleep(0.02)

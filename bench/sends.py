@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 
 from celery import chord, group
-from chords import CHORD_PEERS, CHORDS, PATIENCE, Chords, FastresChords, RedisChords
+from chords import CHORD_PEERS, CHORDS, TIMEOUT, Chords, FastresChords, RedisChords
 from peers import LIMIT, PEERS, WARM, Action, Job, Peer
 
 import fastres
@@ -48,7 +48,7 @@ class Sends(Chords):
         return send
 
     def await_tasks(self, count: int) -> int:
-        end = time.monotonic() + PATIENCE
+        end = time.monotonic() + TIMEOUT
         while (there := self.channel.queue_declare(self.tasks, passive=True).message_count) < count:
             assert time.monotonic() < end, f"{there} tasks instead of {count}"
             time.sleep(LOOK)

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 import fastres
 
-PATIENCE = 60  # seconds without a result before the demo gives up
+TIMEOUT = 60  # seconds without a result before the demo gives up
 
 
 def main() -> int:
@@ -101,9 +101,9 @@ def run(tasks: int, worker: Worker | None) -> None:
     """Send the tasks, join their results, print the cost. Raises DemoError."""
     watch = Watch(worker)
     try:  # one task first: then the worker is up and the connections are open
-        add.delay(1, 1).get(timeout=PATIENCE, on_interval=watch)
+        add.delay(1, 1).get(timeout=TIMEOUT, on_interval=watch)
     except TimeoutError as error:
-        raise DemoError(f"the first task had no result after {PATIENCE} seconds") from error
+        raise DemoError(f"the first task had no result after {TIMEOUT} seconds") from error
     columns = [run_group(tasks, watch), run_chord(tasks, watch)]
 
     def row(name: str, cell: Callable[[Taken], str], comment: str = "") -> str:
@@ -146,8 +146,8 @@ class Watch:
     def __call__(self, *args: Any) -> None:
         if self._worker is not None and not self._worker.running():
             raise DemoError("the worker has ended")
-        if time.monotonic() - self._last > PATIENCE:
-            raise DemoError(f"no result came for {PATIENCE} seconds")
+        if time.monotonic() - self._last > TIMEOUT:
+            raise DemoError(f"no result came for {TIMEOUT} seconds")
 
 
 def run_group(tasks: int, watch: Watch) -> Taken:

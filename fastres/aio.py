@@ -169,15 +169,15 @@ def _loop_reader(backend: Any) -> LoopReader:
     return reader
 
 
-def _to_loop(told: Callable[[Any], object]) -> Callable[[Any], None]:
-    """Calls a function in the running loop, from another thread; nothing, if that loop has ended."""
+def _to_loop(callback: Callable[[Any], object]) -> Callable[[Any], None]:
+    """A function for other threads that schedules the callback in the running loop, if that loop still runs."""
     loop = asyncio.get_running_loop()
 
-    def tell(what: Any) -> None:
+    def call(argument: Any) -> None:
         with contextlib.suppress(RuntimeError):
-            loop.call_soon_threadsafe(told, what)
+            loop.call_soon_threadsafe(callback, argument)
 
-    return tell
+    return call
 
 
 @contextlib.asynccontextmanager
@@ -187,8 +187,8 @@ async def _waiting(
     """A queue of what comes: lists of task ids and metas with None; at the end None, with an error or None."""
     reader = _loop_reader(backend)
     came: asyncio.Queue[tuple[Any, BaseException | None]] = asyncio.Queue()
-    tell = _to_loop(came.put_nowait)
-    wait = Wait(task_ids, timeout, lambda pairs: tell((pairs, None)), lambda error: tell((None, error)))
+    put = _to_loop(came.put_nowait)
+    wait = Wait(task_ids, timeout, lambda pairs: put((pairs, None)), lambda error: put((None, error)))
     reader.add(wait)
     try:
         yield came
@@ -197,10 +197,10 @@ async def _waiting(
 
 
 async def _called(backend: Any, function: Callable[[], Any]) -> Any:
-    """What a function returns that the reader's thread calls: it may block."""
+    """Call a function in the reader's thread, where it may block, and return its result."""
     done: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
 
-    def told(outcome: tuple[Any, BaseException | None]) -> None:
+    def set_outcome(outcome: tuple[Any, BaseException | None]) -> None:
         result, error = outcome
         if done.done():
             return
@@ -209,14 +209,14 @@ async def _called(backend: Any, function: Callable[[], Any]) -> Any:
         else:
             done.set_exception(error)
 
-    tell = _to_loop(told)
+    report = _to_loop(set_outcome)
 
     def call() -> None:
         try:
             outcome: tuple[Any, BaseException | None] = function(), None
         except Exception as exc:
             outcome = None, exc
-        tell(outcome)
+        report(outcome)
 
     _loop_reader(backend).do(call)
     return await done

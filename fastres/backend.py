@@ -31,7 +31,7 @@ from fastres.groups import Groups
 from fastres.layout import Layout, SharedQueues
 from fastres.logs import Reports
 from fastres.options import Options
-from fastres.processes import attend
+from fastres.processes import notify_of_process
 from fastres.read.join import CACHED
 from fastres.read.look import Looks
 from fastres.read.loop_reader import LoopReader
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
 __all__ = ("AMQPBackend",)
 
-worker.attend()
+worker.connect_signals()
 
 
 class AMQPBackend(Waiting, Celery31, Backend):  # type: ignore[misc]
@@ -157,7 +157,7 @@ class AMQPBackend(Waiting, Celery31, Backend):  # type: ignore[misc]
         self.joiner = Joiner(self) if self.layout.joins_chords else None
         if self.layout.declares and self.options.task_ids == "fastres":
             canvas.install(app, self.expires, pages=self.connector.is_amqp)
-        attend(self)
+        notify_of_process(self)
 
     # -- writing
 
@@ -215,7 +215,7 @@ class AMQPBackend(Waiting, Celery31, Backend):  # type: ignore[misc]
 
     def mark_as_revoked(self, task_id: str, reason: str = "", request: Any = None, **more: Any) -> None:
         """As in Celery, but store nothing for a task that was cancelled with its group."""
-        if not worker.is_told_already():
+        if not worker.is_notified_already():
             super().mark_as_revoked(task_id, reason, request, **more)
 
     def put_notice(self, meta: Meta) -> None:

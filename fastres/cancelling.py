@@ -69,7 +69,7 @@ class _Found:
 
 
 def cancel(result: Any) -> None:
-    """Cancel a group or a chord: no more of its tasks begin, and every process that waits for it is told at once.
+    """Cancel a group or a chord: no more of its tasks begin, and every process that waits for it is notified at once.
 
     For any size, this sends one message to the workers, one for each chord, and one to each queue of results,
     which is usually one queue. Nothing is stored for each task. Running tasks are not stopped. The errbacks of a

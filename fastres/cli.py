@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from fastres.chords.status import ShardStatus
 
 #: Seconds for a joiner to answer.
-PATIENCE = 5.0
+TIMEOUT = 5.0
 
 
 @click.group(name="fastres")
@@ -81,9 +81,7 @@ def joiner(ctx: Any) -> None:
 
 
 @fastres.command(cls=CeleryCommand)
-@click.option(
-    "--timeout", type=float, default=PATIENCE, show_default=True, help="Seconds to wait for each joiner."
-)
+@click.option("--timeout", type=float, default=TIMEOUT, show_default=True, help="Seconds to wait for each joiner.")
 @click.option("--watch", "interval", type=click.FloatRange(min=0.1), help="Again each time after so many seconds.")
 @click.option("--json", "as_json", is_flag=True, help="A line of JSON each time, for scripts.")
 @click.pass_context

@@ -32,9 +32,9 @@ if TYPE_CHECKING:
 __all__ = ("Checkup", "Failed", "examine", "shards_of")
 
 #: Seconds to wait for a stored result.
-PATIENCE = 5.0
+TIMEOUT = 5.0
 #: How many results are stored to see whether they stay, and for how many seconds they are watched.
-PROBES, PROBED = 20, 2.0
+PROBES, PROBE_SECONDS = 20, 2.0
 #: The result backends of fastres, as ``result_backend`` names them.
 ALIASES = ("fastres", "fastress", "amqp", "amqps", "fastres-rpc", "fastress-rpc")
 
@@ -158,7 +158,7 @@ def _examine_results(backend: Any, check: Checkup) -> None:
         say(_milliseconds(lambda: _look(backend, first)))
     with check.step("join", may) as say:
         _store(backend, second)
-        say(f"2 results, {_milliseconds(lambda: list(backend.get_many([first, second], timeout=PATIENCE)))}")
+        say(f"2 results, {_milliseconds(lambda: list(backend.get_many([first, second], timeout=TIMEOUT)))}")
 
 
 def _examine_policies(backend: Any, session: Session, check: Checkup) -> None:
@@ -169,15 +169,15 @@ def _examine_policies(backend: Any, session: Session, check: Checkup) -> None:
     with check.step("policies", "a policy limits the queues of results: see docs/brokers.md") as say:
         for task_id in members:
             _store(backend, task_id)
-        time.sleep(PROBED)
+        time.sleep(PROBE_SECONDS)
         state = session.inspect(address.name)
         left = 0 if state is None else state.messages
         session.drop(address.name)
         if left < PROBES:
             raise package.ResultsGone(
-                f"of {PROBES} results {left} are left after {PROBED:.0f} s: max-length, message-ttl or expires"
+                f"of {PROBES} results {left} are left after {PROBE_SECONDS:.0f} s: max-length, message-ttl or expires"
             )
-        say(f"{PROBES} results are there after {PROBED:.0f} s")
+        say(f"{PROBES} results are there after {PROBE_SECONDS:.0f} s")
 
 
 def _ask_for_policies(url: str, backend: Any, connection: Any, check: Checkup) -> None:
@@ -198,10 +198,10 @@ def _store(backend: Any, task_id: str) -> None:
 
 
 def _look(backend: Any, task_id: str) -> None:
-    end = time.monotonic() + PATIENCE
+    end = time.monotonic() + TIMEOUT
     while backend.get_task_meta(task_id, cache=False)["status"] != states.SUCCESS:
         if time.monotonic() > end:
-            raise TimeoutError(f"the result that was stored is not seen within {PATIENCE:.0f} seconds")
+            raise TimeoutError(f"the result that was stored is not seen within {TIMEOUT:.0f} seconds")
 
 
 def _tell_of_permissions(backend: Any, connection: Any, check: Checkup) -> None:
@@ -239,7 +239,7 @@ def _tell_of_chords(backend: Any, session: Session, check: Checkup) -> None:
             joiners = [0 if shard is None else shard.consumers for shard in shards]
             say(f"{min(joiners)} workers or joiners at {', '.join(shards_of(backend))}")
         own = backend.app.conf.task_default_queue
-        for shard in backend.asker.status(PATIENCE):
+        for shard in backend.asker.status(TIMEOUT):
             theirs = shard.open.queue if shard.open is not None else ""
             if theirs and theirs != own:
                 check.warn(

@@ -57,7 +57,7 @@ _VARIANTS = "89ab"
 _HEX = frozenset("0123456789abcdef")
 _ID_CHARACTERS = b"0123456789abcdef-"
 #: How many ids are looked at together.
-TURN = 10_000
+PORTION = 10_000
 _RANDOM = (1 << 60) - 1
 
 
@@ -157,7 +157,7 @@ def _are_of_one_queue(task_ids: list[str]) -> bool:
     first = task_ids[0]
     # In portions: the joined text of a million ids would be most of the memory of their join.
     return parse(first) is not None and all(
-        _have_start(task_ids[start : start + TURN], first[:20]) for start in range(0, len(task_ids), TURN)
+        _have_start(task_ids[start : start + PORTION], first[:20]) for start in range(0, len(task_ids), PORTION)
     )
 
 

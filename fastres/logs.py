@@ -57,7 +57,7 @@ class Reports:
                 "%s result in queue %r, task id %s, delivery tag %s: %s", kind, queue, task_id, tag, why
             )
 
-    def stranger(self, delivery: Delivery, address: Address, task_id: str) -> None:
+    def foreign(self, delivery: Delivery, address: Address, task_id: str) -> None:
         """Report a result that is in the queue of another task, if it is."""
         if address.of_task is not None and task_id != address.of_task:
             self.add(

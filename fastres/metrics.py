@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 __all__ = ("ChordCollector", "ProcessCollector", "serve")
 
 #: Seconds for a joiner to answer.
-PATIENCE = 2.0
+TIMEOUT = 2.0
 
 
 def _backend_of(app: Any) -> Any:
@@ -89,7 +89,7 @@ class ChordCollector:
         """Without a broker, ``fastres_up`` is 0 and there is nothing else."""
         shards: list[ShardStatus] = []
         try:
-            shards = self._backend.asker.status(PATIENCE)
+            shards = self._backend.asker.status(TIMEOUT)
         except Exception as exc:
             logger.warning("The broker cannot be asked about chords: %r", exc)
         yield GaugeMetricFamily("fastres_up", "Whether the broker could be asked.", int(bool(shards)))
@@ -97,20 +97,20 @@ class ChordCollector:
             return
         yield _gauge("joiners", "Joiners that read the log or stand by.", ((s, s.joiners) for s in shards))
         yield _gauge("events_waiting", "Events that nobody has read.", ((s, s.waiting) for s in shards))
-        told = [(shard, shard.open) for shard in shards if shard.open is not None]
+        answered = [(shard, shard.open) for shard in shards if shard.open is not None]
         yield _gauge(
             "joiner_answers", "Whether the joiner has answered.", ((s, int(s.open is not None)) for s in shards)
         )
-        yield _gauge("open_chords", "Chords that are not complete.", ((s, o.count) for s, o in told))
-        yield _gauge("open_chord_parts", "Parts of them that have come.", ((s, o.parts) for s, o in told))
-        yield _gauge("open_chord_parts_missing", "Parts that are to come.", ((s, o.missing) for s, o in told))
+        yield _gauge("open_chords", "Chords that are not complete.", ((s, o.count) for s, o in answered))
+        yield _gauge("open_chord_parts", "Parts of them that have come.", ((s, o.parts) for s, o in answered))
+        yield _gauge("open_chord_parts_missing", "Parts that are to come.", ((s, o.missing) for s, o in answered))
         now = time.time()
-        ages = [(s, max(0.0, now - min((c.since for c in o.chords), default=now))) for s, o in told]
+        ages = [(s, max(0.0, now - min((c.since for c in o.chords), default=now))) for s, o in answered]
         yield _gauge("oldest_open_chord_age_seconds", "The age of the oldest of them.", ages)
         yield _gauge(
-            "joiner_start_time_seconds", "When the joiner started.", ((s, o.running_since) for s, o in told)
+            "joiner_start_time_seconds", "When the joiner started.", ((s, o.running_since) for s, o in answered)
         )
-        for shard, known in told:
+        for shard, known in answered:
             if known.counts is not None:
                 yield from _of_joiner(known.counts, shard.queue)
 

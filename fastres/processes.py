@@ -10,10 +10,10 @@ from weakref import WeakSet
 
 from celery.signals import worker_process_shutdown
 
-__all__ = ("attend",)
+__all__ = ("notify_of_process",)
 
 
-class Attended(Protocol):
+class ProcessListener(Protocol):
     """An object that is notified."""
 
     def after_fork(self) -> None:
@@ -23,21 +23,21 @@ class Attended(Protocol):
         """Called at the end of the process: wait for outstanding confirms."""
 
 
-_attended: WeakSet[Attended] = WeakSet()
+_listeners: WeakSet[ProcessListener] = WeakSet()
 
 
-def attend(backend: Attended) -> None:
+def notify_of_process(backend: ProcessListener) -> None:
     """Notify a backend, as long as it exists, when its process has forked and when it ends."""
-    _attended.add(backend)
+    _listeners.add(backend)
 
 
 def _after_fork_in_child() -> None:
-    for backend in list(_attended):
+    for backend in list(_listeners):
         backend.after_fork()
 
 
 def _at_exit(**kwargs: Any) -> None:
-    for backend in list(_attended):
+    for backend in list(_listeners):
         backend.at_exit()
 
 

@@ -42,11 +42,11 @@ if TYPE_CHECKING:
 __all__ = ("apply_many",)
 
 #: Options that a group sets for each of its tasks.
-OWN = ("chord", "connection", "group_id", "group_index", "producer", "publisher", "task_id")
+GROUP_OPTIONS = ("chord", "connection", "group_id", "group_index", "producer", "publisher", "task_id")
 #: Options that depend on the time of sending, and the seconds for which a template with one of them is used.
-TIMES, FRESH = ("countdown", "expires"), 1.0
+TIMED_OPTIONS, TEMPLATE_SECONDS = ("countdown", "expires"), 1.0
 #: Seconds after which pending messages are written, if a slow iterable yields no more.
-PROMPT = 0.02
+FLUSH_INTERVAL = 0.02
 #: Random ids that are made at once.
 IDS = 512
 
@@ -86,7 +86,7 @@ def apply_many(
         kombu.exceptions.EncodeError: the arguments of a task cannot be serialized. The tasks before it are sent.
         TypeError: a task does not take its arguments, or an option is one that the group sets itself.
     """
-    for name in OWN:
+    for name in GROUP_OPTIONS:
         if options.get(name) is not None:
             raise TypeError(f"apply_many() decides on {name} itself")
     signature = _signature_of(task, app)
@@ -211,9 +211,9 @@ class _Sending:
         with app.pool.acquire(block=True) as connection:
             if connection.transport.driver_name != "py-amqp":
                 return None
-            patience = app.backend.options.confirm_timeout
+            confirm_timeout = app.backend.options.confirm_timeout
             try:
-                with Bulk(connection, self._confirm, patience, _retry_policy(app)) as bulk:
+                with Bulk(connection, self._confirm, confirm_timeout, _retry_policy(app)) as bulk:
                     sampler = Sampler(bulk.session.channel())
                     samples = [self._sample(sampler, args, place) for place, args in enumerate(first)]
                     template = Template(app, bulk, self._signature, samples[0], self._confirm)
@@ -235,7 +235,7 @@ class _Sending:
     def _write(
         self, bulk: Bulk, template: Template, sampler: Sampler, arguments: Iterator[Any], ids: _Ids
     ) -> None:
-        timed = any(self._signature.options.get(name) is not None for name in TIMES)
+        timed = any(self._signature.options.get(name) is not None for name in TIMED_OPTIONS)
         made = flushed = time.monotonic()
         count = 0
 
@@ -247,7 +247,7 @@ class _Sending:
                 bulk.write(frames, messages)
 
         for place, args in enumerate(self._until_it_fails(arguments, bulk, flush)):
-            if timed and flushed - made > FRESH:
+            if timed and flushed - made > TEMPLATE_SECONDS:
                 flush()
                 made = flushed
                 if not is_open(sampler.channel):
@@ -262,7 +262,7 @@ class _Sending:
                 self._end(bulk, flush)
                 raise
             count += 1
-            if template.size() >= AT_ONCE or time.monotonic() - flushed > PROMPT:
+            if template.size() >= AT_ONCE or time.monotonic() - flushed > FLUSH_INTERVAL:
                 flush()
         flush()
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = ("Progress", "line_of", "progress", "track", "watched")
 
 #: Seconds for a joiner to answer.
-PATIENCE = 5.0
+TIMEOUT = 5.0
 #: Characters of a bar.
 WIDTH = 30
 
@@ -40,7 +40,7 @@ class Progress(NamedTuple):
     is_open: bool = False
 
 
-def progress(group: Any, *, app: Any = None, timeout: float = PATIENCE) -> Progress:
+def progress(group: Any, *, app: Any = None, timeout: float = TIMEOUT) -> Progress:
     """Return the progress of a group or a chord.
 
     The cost does not depend on the number of tasks. A chord costs one question to its joiner. A group costs one

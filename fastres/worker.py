@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from fastres.chords.joiner import Joiner
 
-__all__ = ("attend", "is_told_already")
+__all__ = ("connect_signals", "is_notified_already")
 
 #: The prefix of a cancelled kin among the ids of revoked tasks, which also contain the ids of cancelled groups.
 #: Celery's workers send them to starting workers, and forget them in the end.
@@ -28,7 +28,7 @@ KIN = "fastres-kin-{:015x}"
 
 
 class _Dropping(threading.local):
-    """Whether this thread drops a cancelled task, whose waits were told by the notice."""
+    """Whether this thread drops a cancelled task, whose waits the notice has ended."""
 
     silently = False
 
@@ -36,7 +36,7 @@ class _Dropping(threading.local):
 _dropping = _Dropping()
 
 
-def attend() -> None:
+def connect_signals() -> None:
     """From now on, workers with a backend of fastres say if it does not work, and join chords."""
     worker_init.connect(_hook_cancel, dispatch_uid="fastres-cancel")
     worker_ready.connect(_check, dispatch_uid="fastres-check")
@@ -50,7 +50,7 @@ def _check(sender: Any = None, **kwargs: Any) -> None:
     backend = getattr(getattr(sender, "app", None), "backend", None)
     check = getattr(backend, "check_writing", None)
     if check is not None:
-        # A broker that is away is sought for a while.
+        # An unreachable broker is retried for a while.
         threading.Thread(target=_complain, args=(check,), name="fastres-check", daemon=True).start()
 
 
@@ -89,18 +89,18 @@ def _speed_up_revoke(backend: Any) -> None:
                 stack.enter_context(at_once(task_ids))
             except Exception as exc:
                 logger.warning("The states of %d tasks cannot be looked up together: %s", len(task_ids), exc)
-            told = revoke(state, task_ids, *args, **kwargs)
+            returned = revoke(state, task_ids, *args, **kwargs)
             try:
                 stack.close()
             except Exception as exc:
                 # As Celery does when it is one.
                 logger.warning("Failed to mark %d tasks as revoked in backend: %s", len(task_ids), exc)
-            return told
+            return returned
 
     control._revoke = revoke_at_once
 
 
-def is_told_already() -> bool:
+def is_notified_already() -> bool:
     """Whether this thread drops a task that was cancelled with its group, and need not store that."""
     return _dropping.silently
 

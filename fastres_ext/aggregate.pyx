@@ -73,8 +73,8 @@ def fulfil(result, dict meta not None):
         result._cache = meta
     ready = result.on_ready
     listener = ready._svpending
-    # Most members of a group have one listener, the barrier of the group: it is told without the promise between
-    # them, which is kept for whoever comes later with ``then``.
+    # Most members of a group have one listener, the barrier of the group: it is called directly. The promise
+    # between them is kept for later calls of ``then``.
     if isinstance(listener, barrier) and not ready._lvpending:
         ready._svpending = None
         listener()
@@ -99,7 +99,7 @@ def in_order(parts):
             if place >= count:
                 return None
             at += 1
-        # Not a number: there is none, or more is told than a plain result needs.
+        # Not a number: there is none, or the part has more fields than a plain result.
         if at == 0 or at == length or text[at] != c"\n" or ordered[place] is not None:
             return None
         ordered[place] = part
@@ -118,17 +118,17 @@ def listed(parts):
     if size == 0:
         return b""
     # A comma behind each but the last.
-    cdef bytes whole = PyBytes_FromStringAndSize(NULL, size - 1)
-    cdef char* to = PyBytes_AS_STRING(whole)
-    cdef const char* end = to + size - 1
+    cdef bytes joined = PyBytes_FromStringAndSize(NULL, size - 1)
+    cdef char* out = PyBytes_AS_STRING(joined)
+    cdef const char* end = out + size - 1
     for part in given:
         length = result_of(part, &result)
-        memcpy(to, result, length)
-        to += length
-        if to < end:
-            to[0] = c","
-            to += 1
-    return whole
+        memcpy(out, result, length)
+        out += length
+        if out < end:
+            out[0] = c","
+            out += 1
+    return joined
 
 
 cdef Py_ssize_t result_of(bytes part, const char** result):

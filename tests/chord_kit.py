@@ -31,7 +31,7 @@ from fastres.chords.events import (
     pack_plan,
     write_event,
 )
-from fastres.chords.reducer import LARGE, Chord
+from fastres.chords.reducer import MAX_MERGED, Chord
 from fastres.chords.shard import Shard
 from fastres.counts import Counts
 
@@ -233,9 +233,9 @@ class Lab:
     Implements what ``Shard`` uses of its joiner and of the broker.
     """
 
-    careful = False
+    one_by_one = False
     firing: list[Chord]
-    largest = LARGE
+    largest = MAX_MERGED
     lost = (Lost,)
     channel_errors = (ChannelError,)
     since = 0.0

@@ -82,7 +82,7 @@ def in_order(parts: Sequence[bytes]) -> list[bytes] | None:
     ordered: list[bytes | None] = [None] * len(parts)
     for part in parts:
         place, newline, _ = part.partition(b"\n")
-        # Not a number: there is none, or more is told than a plain result needs.
+        # Not a number: there is none, or the part has more fields than a plain result.
         if not newline or not place.isdigit() or len(place) > DIGITS:
             return None
         index = int(place)

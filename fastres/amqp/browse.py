@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from amqp import spec
 from amqp.exceptions import ChannelError, error_for_code
 
-from fastres.amqp.session import Browsed, Patience, QueueState, says_no_queue
+from fastres.amqp.session import Browsed, QueueState, ReplyTimer, says_no_queue
 from fastres.errors import BrokerUnreachable
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ __all__ = ("Browser",)
 #: Messages that are got in one write: there must be room for the answers, and one write is not yielded to others.
 AT_ONCE = 200
 #: Seconds after which a broker that does not answer is taken to be gone.
-PATIENCE = 30.0
+REPLY_TIMEOUT = 30.0
 NOT_FOUND, PRECONDITION_FAILED = 404, 406
 
 DECLARE_OK, DELETE_OK, GET_EMPTY, QOS_OK, CLOSE, OPEN_OK = (
@@ -95,7 +95,7 @@ class Browser:
         Raises: amqp.exceptions.ChannelError: the broker refuses it (``AccessRefused``: the permission to read).
         """
         slots = self._slots_for(len(asked))
-        with self._patiently():
+        with self._with_timeout():
             self._begin(slots, asked)
             for slot in slots:
                 if slot.has_asked_for_all():
@@ -121,7 +121,7 @@ class Browser:
         Raises: amqp.exceptions.ChannelError: the broker refuses it.
         """
         (slot,) = slots = self._slots_for(1)
-        with self._patiently():
+        with self._with_timeout():
             self._begin(slots, [(name, count)])
             self._write(slots)
             self._read(slots)
@@ -162,7 +162,7 @@ class Browser:
 
     def _read(self, slots: list[Slot]) -> None:
         by_channel = {slot.channel.channel_id: slot for slot in slots}
-        patience: Patience | None = None
+        timer: ReplyTimer | None = None
         while any(not slot.is_answered() for slot in slots):
             others: list[Frame] = []
             answered, got = False, sum(len(slot.deliveries) for slot in slots)
@@ -173,25 +173,25 @@ class Browser:
                 else:
                     answered = True
             if answered or sum(len(slot.deliveries) for slot in slots) > got:
-                patience = None
-            elif patience is None:
-                patience = Patience(self._native.socket.gettimeout())
+                timer = None
+            elif timer is None:
+                timer = ReplyTimer(self._native.socket.gettimeout())
             else:
-                patience.check()
+                timer.check()
             if others:
                 self._native.pass_on(others)
             # The reply on a refused channel.
             self._write(slots)
 
     @contextlib.contextmanager
-    def _patiently(self) -> Iterator[None]:
+    def _with_timeout(self) -> Iterator[None]:
         try:
-            with self._native.within(PATIENCE):
+            with self._native.within(REPLY_TIMEOUT):
                 yield
         except socket.timeout as exc:
             raise BrokerUnreachable(
                 f"the broker {self._native.uri} has not answered a look: it, or the node of a queue, is down or "
-                f"stands still, or more than {PATIENCE:.0f} seconds behind"
+                f"stands still, or more than {REPLY_TIMEOUT:.0f} seconds behind"
             ) from exc
 
     def give_up(self) -> list[Any]:

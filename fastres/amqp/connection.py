@@ -39,16 +39,16 @@ __all__ = ("Link", "Subscriber")
 T = TypeVar("T")
 
 #: Seconds that a read may last where it cannot be interrupted (gevent, eventlet, transports without a socket).
-SLICE = 0.05
+UNINTERRUPTIBLE_READ = 0.05
 #: Messages that kombu reads before they are passed on.
 BATCH = 1000
 #: Seconds without a reply after which the broker is taken to be gone, and the tolerance beyond a deadline. Less than
 #: the time between two heartbeats with Celery's ``broker_heartbeat``, each of which restarts py-amqp's waits.
-PATIENCE, LENIENCE = 25.0, 0.2
+REPLY_TIMEOUT, MARGIN = 25.0, 0.2
 #: Seconds for a broker to agree to the end of a connection.
-GOODBYE = 1.0
+CLOSE_TIMEOUT = 1.0
 #: Seconds after which a thread that waits for another one checks by itself.
-UNTOLD = 0.1
+RECHECK_INTERVAL = 0.1
 #: How many times an operation is repeated when the connection breaks.
 ATTEMPTS = 5
 
@@ -86,22 +86,22 @@ class Link:
         self._retry_policy = retry_policy
         self._connection: Any = None
         self._session: Session | None = None
-        self._seeking: Any = None
+        self._connecting: Any = None
         self._established = False
         self._failures = 0
-        self._seeking_since = 0.0
+        self._connecting_since = 0.0
         #: The error of the last attempt to connect.
-        self._why_not = "cannot reach the broker in so short a time"
+        self._last_error = "cannot reach the broker in so short a time"
         self._retry_at = 0.0
         self._subscribers: list[Subscriber] = []
         self._deferred: deque[Callable[[], object]] = deque()
         # The threads that use the connection, and that read for all. These are no locks: an exception of a signal
         # handler between acquiring a lock and noting it would leave the lock acquired for ever.
-        self._talking: int | None = None
+        self._owner: int | None = None
         self._reading: int | None = None
         #: Notified when a thread has stopped using the connection, and when a batch was passed on.
-        self._silent = threading.Condition()
-        self._news = threading.Condition()
+        self._released = threading.Condition()
+        self._new_messages = threading.Condition()
         # Reentrant: the garbage collector may end a wait of this thread at any line.
         self._count = threading.RLock()
         self._wanted = 0
@@ -113,7 +113,7 @@ class Link:
     @property
     def uri(self) -> str:
         """The broker's URL, without the password."""
-        return str((self._connection or self._seeking or self._connect()).as_uri())
+        return str((self._connection or self._connecting or self._connect()).as_uri())
 
     def uses(self, session: Session) -> bool:
         """Whether this session is in use."""
@@ -135,7 +135,7 @@ class Link:
                 if session is not None:
                     connection = self._connection
                     try:
-                        with _patiently(session, deadline), self._discarded_if_interrupted(connection):
+                        with _with_timeout(session, deadline), self._discarded_if_interrupted(connection):
                             session.hand_back()
                             return operation(session)
                     except connection.connection_errors as exc:
@@ -158,7 +158,7 @@ class Link:
             if session is None:
                 return
             try:
-                with _patiently(session, deadline), self._discarded_if_interrupted(connection):
+                with _with_timeout(session, deadline), self._discarded_if_interrupted(connection):
                     if reads:
                         session.hand_back()
                     operation(session)
@@ -178,14 +178,14 @@ class Link:
             action()
             afterwards()
 
-        if self._talking == threading.get_ident():
+        if self._owner == threading.get_ident():
             # The garbage collector ends a wait while this thread awaits an answer that must not be taken from it.
             self._deferred.append(both)
             return
         try:
-            with self.exclusively(time.monotonic() + LENIENCE):
+            with self.exclusively(time.monotonic() + MARGIN):
                 action()
-        except Occupied:
+        except ConnectionInUse:
             self._deferred.append(both)
         else:
             afterwards()
@@ -197,13 +197,13 @@ class Link:
             self.attempt(subscriber.open, deadline)
 
     def unsubscribe(
-        self, subscriber: Subscriber, farewell: Callable[[Session], None], deadline: float | None = None
+        self, subscriber: Subscriber, on_close: Callable[[Session], None], deadline: float | None = None
     ) -> None:
         """Close a subscriber with a last word to the broker, if it is there to hear it."""
         with self.exclusively():
             if subscriber in self._subscribers:
                 self._subscribers.remove(subscriber)
-            self.attempt(farewell, deadline)
+            self.attempt(on_close, deadline)
 
     def read(self, timeout: float, done: Callable[[], bool], deadline: float | None) -> None:
         """Read for ``timeout`` seconds, or let another thread read until ``done()``.
@@ -221,14 +221,14 @@ class Link:
         finally:
             if self._reading == me:
                 self._reading = None
-                with self._news:
-                    self._news.notify_all()
-        with self._news:
-            self._news.wait_for(lambda: done() or self._reading is None, timeout)
+                with self._new_messages:
+                    self._new_messages.notify_all()
+        with self._new_messages:
+            self._new_messages.wait_for(lambda: done() or self._reading is None, timeout)
 
     def _read(self, timeout: float, done: Callable[[], bool], deadline: float | None) -> None:
-        self._let_others_first()
-        with self.exclusively(deadline, ring=False):
+        self._yield_to_waiting()
+        with self.exclusively(deadline, wake=False):
             # Between the last look and now another thread may have read it, or it came before an answer.
             self._flush()
             if done():
@@ -249,9 +249,9 @@ class Link:
     def interrupt(self) -> None:
         """Make the reading thread return soon, without waiting for it."""
         with self._count:
-            self._wakeup.ring()
-        with self._news:
-            self._news.notify_all()
+            self._wakeup.wake()
+        with self._new_messages:
+            self._new_messages.notify_all()
 
     def beat(self) -> float:
         """Let the broker know of the connection, if there is one, that this process lives.
@@ -279,7 +279,7 @@ class Link:
                 # A broker that does not say goodbye is not waited for.
                 with contextlib.ExitStack() as stack:
                     with contextlib.suppress(OSError):
-                        stack.enter_context(session.patiently(GOODBYE))
+                        stack.enter_context(session.with_timeout(CLOSE_TIMEOUT))
                     drop(connection, broken=False)
             with self._count:
                 self._wakeup.close()
@@ -291,23 +291,23 @@ class Link:
         self.__init__(self._connect, self._retry_policy, self._heartbeat, self._counts)  # type: ignore[misc]
 
     @contextlib.contextmanager
-    def exclusively(self, deadline: float | None = None, ring: bool = True) -> Iterator[None]:
+    def exclusively(self, deadline: float | None = None, wake: bool = True) -> Iterator[None]:
         """A context with exclusive use of the connection. Interrupts the reading thread.
 
-        Raises: Occupied: another thread was at it until the deadline.
+        Raises: ConnectionInUse: another thread was at it until the deadline.
         """
         me = threading.get_ident()
-        nested = self._talking == me
+        nested = self._owner == me
         # An exception may come between any two lines, and must find nothing wanted.
         counted = False
         try:
             if not nested:
                 with self._count:
-                    counted = ring
-                    self._wanted += ring
+                    counted = wake
+                    self._wanted += wake
                     # A thread that is about to read, and was not seen here, checks _wanted before it sleeps.
-                    if ring and self._reading not in (None, me):
-                        self._wakeup.ring()
+                    if wake and self._reading not in (None, me):
+                        self._wakeup.wake()
                 self._acquire(me, math.inf if deadline is None else deadline)
                 with self._count:
                     self._wanted -= counted
@@ -321,26 +321,26 @@ class Link:
             if counted:
                 with self._count:
                     self._wanted -= 1
-            if self._talking == me and not nested:
-                self._talking = None
-                with self._silent:
-                    self._silent.notify()
+            if self._owner == me and not nested:
+                self._owner = None
+                with self._released:
+                    self._released.notify()
 
     def _catch_up(self) -> None:
         while self._deferred:
             self._deferred.popleft()()
 
     def _acquire(self, me: int, deadline: float) -> None:
-        with self._silent:
-            while self._talking is not None:
+        with self._released:
+            while self._owner is not None:
                 left = deadline - time.monotonic()
                 if left <= 0:
-                    raise Occupied("another thread is waiting for an answer of the broker")
+                    raise ConnectionInUse("another thread is waiting for an answer of the broker")
                 # A thread that was interrupted at its end has notified no other thread.
-                self._silent.wait(min(left, UNTOLD))
-            self._talking = me
+                self._released.wait(min(left, RECHECK_INTERVAL))
+            self._owner = me
 
-    def _let_others_first(self) -> None:
+    def _yield_to_waiting(self) -> None:
         """Let waiting threads go first: a condition is not fair, and the reader would return before them."""
         for _ in range(100):
             if not self._wanted:
@@ -357,21 +357,21 @@ class Link:
         """
         if time.monotonic() < self._retry_at:
             return None
-        if self._seeking is None:
-            self._seeking = self._connect()
-            self._seeking.heartbeat = self._heartbeat
-        connection = self._seeking
+        if self._connecting is None:
+            self._connecting = self._connect()
+            self._connecting.heartbeat = self._heartbeat
+        connection = self._connecting
         timeout = connection.connect_timeout
         # Where there are several URLs to try, the last one has its share of the time too.
         connection.connect_timeout = min(
-            timeout or PATIENCE, _left(deadline, math.inf) / max(1, len(connection.alt))
+            timeout or REPLY_TIMEOUT, _left(deadline, math.inf) / max(1, len(connection.alt))
         )
         try:
             establish(connection)
             self._counts.connected("reader")
             session = session_of(connection)
-            self._connection, self._session, self._seeking = connection, session, None
-            with _patiently(session, deadline):
+            self._connection, self._session, self._connecting = connection, session, None
+            with _with_timeout(session, deadline):
                 for subscriber in list(self._subscribers):
                     subscriber.open(session)
         except connection.connection_errors as exc:
@@ -379,7 +379,7 @@ class Link:
             return None
         except BaseException:
             # Interrupted, perhaps in the middle of a greeting.
-            self._seeking = None
+            self._connecting = None
             self._drop()
             raise
         finally:
@@ -396,16 +396,16 @@ class Link:
         policy = self._retry_policy
         self._failures += 1
         if self._failures == 1:
-            self._seeking_since = time.monotonic()
-        self._why_not = f"cannot reach the broker {connection.as_uri()}: {exc!r}"
+            self._connecting_since = time.monotonic()
+        self._last_error = f"cannot reach the broker {connection.as_uri()}: {exc!r}"
         self._drop()
-        patient = self._established and deadline is not None
-        sought = time.monotonic() - self._seeking_since
-        gives_up = self._failures > policy["max_retries"] or sought >= policy.get("timeout", math.inf)
-        if _passed(deadline) or (gives_up and not patient):
+        keeps_trying = self._established and deadline is not None
+        elapsed = time.monotonic() - self._connecting_since
+        gives_up = self._failures > policy["max_retries"] or elapsed >= policy.get("timeout", math.inf)
+        if _passed(deadline) or (gives_up and not keeps_trying):
             self._failures = 0
-            raise BrokerUnreachable(self._why_not) from exc
-        logger.warning("Trying again: %s", self._why_not)
+            raise BrokerUnreachable(self._last_error) from exc
+        logger.warning("Trying again: %s", self._last_error)
         interval = policy["interval_start"] + policy["interval_step"] * (self._failures - 1)
         self._retry_at = time.monotonic() + min(interval, policy["interval_max"])
 
@@ -439,7 +439,7 @@ class Link:
         if pause > 0:
             time.sleep(pause)
         if _passed(deadline):
-            raise BrokerUnreachable(self._why_not)
+            raise BrokerUnreachable(self._last_error)
 
     # -- reading
 
@@ -447,11 +447,11 @@ class Link:
         try:
             with contextlib.suppress(socket.timeout):
                 if not isinstance(session, RabbitMQ):
-                    self._connection.drain_events(timeout=min(timeout, SLICE))
+                    self._connection.drain_events(timeout=min(timeout, UNINTERRUPTIBLE_READ))
                     for _ in range(BATCH):
                         self._connection.drain_events(timeout=0.0001)
                 elif detect_environment() != "default":
-                    session.drain(min(timeout, SLICE))
+                    session.drain(min(timeout, UNINTERRUPTIBLE_READ))
                 # A thread that interrupted the previous reader still waits, and does not interrupt again.
                 elif self._wakeup.wait(session, lambda: 0 if self._wanted else timeout, self._awaited):
                     # A TLS record that has begun to come is waited for, but not without an end.
@@ -481,7 +481,7 @@ def _beat(link_ref: weakref.ref[Link], session_ref: weakref.ref[Session], interv
         del link, session
 
 
-class Occupied(BrokerUnreachable):
+class ConnectionInUse(BrokerUnreachable):
     """The connection is in use by another thread."""
 
 
@@ -494,6 +494,6 @@ def _passed(deadline: float | None) -> bool:
     return deadline is not None and time.monotonic() >= deadline
 
 
-def _patiently(session: Session, deadline: float | None) -> contextlib.AbstractContextManager[None]:
+def _with_timeout(session: Session, deadline: float | None) -> contextlib.AbstractContextManager[None]:
     """Let an operation wait for answers of the broker no longer than makes sense."""
-    return session.patiently(_left(deadline, PATIENCE) + LENIENCE)
+    return session.with_timeout(_left(deadline, REPLY_TIMEOUT) + MARGIN)

@@ -18,7 +18,7 @@ from fastres.errors import AccessRefused, BrokerUnreachable
 if TYPE_CHECKING:
     from fastres.options import Options
 
-__all__ = ("Connector", "abandon", "be_patient", "drop", "establish")
+__all__ = ("Connector", "abandon", "drop", "establish", "set_socket_options")
 
 #: URL schemes of the backend that mean RabbitMQ; the value is whether it is over TLS.
 SCHEMES = {"fastres": False, "fastres-rpc": False, "fastress": True, "fastress-rpc": True, "amqp": False}
@@ -148,7 +148,7 @@ def _prepare_tls(connection: Any) -> None:
         connection.ssl = {**tls, "server_hostname": connection.hostname or "localhost"}
 
 
-def be_patient(sock: Any) -> None:
+def set_socket_options(sock: Any) -> None:
     """Set the socket options for a busy broker on a connection that was opened elsewhere."""
     for option, value in SOCKET_SETTINGS.items():
         sock.setsockopt(socket.IPPROTO_TCP, option, value)

@@ -18,7 +18,7 @@ from kombu.utils.compat import detect_environment
 
 from fastres._impl import Frames
 from fastres._protocols import COMPRESSION
-from fastres.amqp.session import Patience, QueueState, Session, is_open, make_delivery
+from fastres.amqp.session import QueueState, ReplyTimer, Session, is_open, make_delivery
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -248,10 +248,10 @@ class FramedSession(Session):
         if channel.is_open:
             let_close(channel)
             self._closed_with = error_for_code(code, text, method, ChannelError)
-            window.lose(doubtful=True)
+            window.lose(suspects=True)
 
     @contextlib.contextmanager
-    def patiently(self, seconds: float) -> Iterator[None]:
+    def with_timeout(self, seconds: float) -> Iterator[None]:
         sock = self.socket
         before = sock.gettimeout()
         sock.settimeout(seconds)
@@ -263,7 +263,7 @@ class FramedSession(Session):
                 sock.settimeout(before)
 
     def within(self, seconds: float) -> contextlib.AbstractContextManager[None]:
-        return self.patiently(min(seconds, self.socket.gettimeout() or seconds))
+        return self.with_timeout(min(seconds, self.socket.gettimeout() or seconds))
 
     def _is_closed(self, channel: Any, channel_id: int) -> None:
         """The broker has closed a channel that was given up: its number can be used again."""
@@ -304,7 +304,7 @@ class FramedSession(Session):
         """
         connection = self._connection.connection
         publishes_on = 0 if self._publishing_channel is None else self._publishing_channel.channel_id
-        patience: Patience | None = None
+        timer: ReplyTimer | None = None
         while (any(awaited.values()) or not enough()) and not over():
             before = self._frames.consumed
             if channel is self._publishing_channel and not channel.is_open:
@@ -325,15 +325,17 @@ class FramedSession(Session):
                 else:
                     left.append(frames[number])
             # Confirms that py-amqp handles are answers too; heartbeats, which are on no channel, are none.
-            heard = len(left) < len(frames) or any(channel_id == channel.channel_id for _, channel_id, _ in left)
+            answered = len(left) < len(frames) or any(
+                channel_id == channel.channel_id for _, channel_id, _ in left
+            )
             if left:
                 self.pass_on(left)
-            if heard or self._frames.consumed > before:
-                patience = None
-            elif patience is None:
-                patience = Patience(self.socket.gettimeout())
+            if answered or self._frames.consumed > before:
+                timer = None
+            elif timer is None:
+                timer = ReplyTimer(self.socket.gettimeout())
             else:
-                patience.check()
+                timer.check()
 
     def _register(self, channel: Any, tag: str, receiver: Receiver, on_cancel: Callable[[str], None]) -> None:
         self._receivers[channel.channel_id, tag] = receiver

@@ -50,18 +50,18 @@ __all__ = ("RabbitMQ", "session_of")
 #: Queues that are declared and consumed from in one write: there must be room for the answers.
 PIPELINED = 200
 #: Queues with other arguments that are remembered: each is found out again at the cost of a channel.
-FOREIGN = 10_000
+MAX_FOREIGN = 10_000
 #: Seconds within which a broker that is there opens a channel, and agrees to the end of one.
-ANSWERS, AGREES = 1.0, 6.0
+OPEN_TIMEOUT, CLOSE_TIMEOUT = 1.0, 6.0
 #: RabbitMQ's words for a queue with an exclusive consumer; a missing permission has the same reply code.
 IN_USE = "in exclusive use"
 #: The first RabbitMQ that has single active consumers.
-SINGLE_ACTIVE = (3, 8)
-#: The first RabbitMQ that drops what a quorum queue has delivered 21 times, unless it is told not to; the ones
-#: before take the word for it for "at once".
-LIMITED = (4, 0)
+SINGLE_ACTIVE_SINCE = (3, 8)
+#: The first RabbitMQ whose quorum queues drop a message at its 21st delivery, unless the argument x-delivery-limit
+#: is -1; earlier versions drop messages at once with that value.
+DELIVERY_LIMIT_SINCE = (4, 0)
 #: Seconds before each check that a quorum queue is empty: it counts acknowledged messages for a while.
-SETTLES = (0.0, 0.005, 0.01, 0.02, 0.05)
+EMPTY_CHECKS = (0.0, 0.005, 0.01, 0.02, 0.05)
 
 
 class RabbitMQ(FramedSession):
@@ -72,7 +72,7 @@ class RabbitMQ(FramedSession):
     def __init__(self, connection: Any) -> None:
         super().__init__(connection)
         #: Queues that exist with other arguments.
-        self._foreign = LRUCache(limit=FOREIGN)
+        self._foreign = LRUCache(limit=MAX_FOREIGN)
         #: The channel of post_confirmed(), how many messages went over it, and which are not confirmed.
         self._posting_channel: Any = None
         self._posted = 0
@@ -81,7 +81,7 @@ class RabbitMQ(FramedSession):
 
     @property
     def single_active_consumer(self) -> bool:  # type: ignore[override]
-        return self._is_from(*SINGLE_ACTIVE) or self.acknowledges_first
+        return self._is_from(*SINGLE_ACTIVE_SINCE) or self.acknowledges_first
 
     @property
     def acknowledges_first(self) -> bool:
@@ -97,7 +97,11 @@ class RabbitMQ(FramedSession):
 
     def arguments(self, queue: Any) -> dict[str, Any] | None:
         arguments = super().arguments(queue)
-        if arguments is not None and arguments.get("x-queue-type") == "quorum" and self._is_from(*LIMITED):
+        if (
+            arguments is not None
+            and arguments.get("x-queue-type") == "quorum"
+            and self._is_from(*DELIVERY_LIMIT_SINCE)
+        ):
             # Looks requeue messages. A message must not be lost because it was looked at often.
             return {**arguments, "x-delivery-limit": -1}
         return arguments
@@ -208,7 +212,7 @@ class RabbitMQ(FramedSession):
                 each.send_method(spec.Channel.Close, "BsBB", (0, "", 0, 0))
                 each.is_open = False
         # An operation for which the broker asks no node of a queue.
-        with self.within(ANSWERS):
+        with self.within(OPEN_TIMEOUT):
             self._declaring_channel()
 
     def consume(
@@ -353,9 +357,9 @@ class RabbitMQ(FramedSession):
         posts.add(self._posted + 1, publishings)
         self._posted += len(publishings)
         self._await(self._posting_channel, {}, enough=lambda: not posts.unconfirmed)
-        unrouted, refused = list(posts.again), list(posts.doubtful)
+        unrouted, refused = list(posts.again), list(posts.suspects)
         posts.withdraw(publishings)
-        posts.taken_again(publishings)
+        posts.republished(publishings)
         return unrouted, refused
 
     def is_classic(self, queue: Any) -> bool:
@@ -395,7 +399,7 @@ class RabbitMQ(FramedSession):
         # Messages that still arrive are read and dropped here.
         # If both sides close a channel at the same time, RabbitMQ may not reply: its own Close is enough.
         try:
-            with self.within(AGREES):
+            with self.within(CLOSE_TIMEOUT):
                 self._await(channel, {CLOSE_OK: 1}, over=lambda: not channel.is_open)
         except socket.timeout:
             # A node with a queue that was consumed from stands still.
@@ -430,7 +434,7 @@ class RabbitMQ(FramedSession):
 
         Messages that arrive between the last check and the deletion are lost.
         """
-        for pause in SETTLES:
+        for pause in EMPTY_CHECKS:
             if pause:
                 time.sleep(pause)
             state = self.inspect(name)

@@ -28,8 +28,8 @@ __all__ = (
     "LARGEST_PREFETCH",
     "Browsed",
     "Busy",
-    "Patience",
     "QueueState",
+    "ReplyTimer",
     "Session",
     "all_up_to",
     "is_open",
@@ -215,7 +215,7 @@ class Session:
     def watch(self, channel: Any, on_close: Callable[[Exception], None]) -> None:
         """Register a callback for when the broker closes a channel, called before the exception is raised."""
 
-    def patiently(self, seconds: float) -> contextlib.AbstractContextManager[None]:
+    def with_timeout(self, seconds: float) -> contextlib.AbstractContextManager[None]:
         """A context that limits each wait for the broker, with ``socket.timeout``, to so many seconds."""
         return contextlib.nullcontext()
 
@@ -360,7 +360,7 @@ def says_no_queue(exc: Any) -> bool:
     return MISSING.search(str(exc.reply_text)) is not None
 
 
-class Patience:
+class ReplyTimer:
     """A limit on the wait for a reply, in seconds from now; None: no limit.
 
     A socket's own timeout is begun anew by everything that comes, the broker's heartbeats too.

@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 __all__ = ("Wakeup",)
 
 #: While many results are awaited, bytes that a read waits for: at most, and for each result, where any has more.
-#: And for how many seconds, likewise. Fewer results than ``FEW`` are read as they come.
-PLENTY, EACH = 1 << 18, 200
-LONGEST_GATHER, GATHER_FOR_EACH = 0.05, 5e-5
-FEW = 50
+#: And for how many seconds, likewise. Fewer results than ``READ_AT_ONCE`` are read as they come.
+MAX_READ, RESULT_SIZE = 1 << 18, 200
+MAX_GATHER, GATHER_PER_RESULT = 0.05, 5e-5
+READ_AT_ONCE = 50
 
 
 class Wakeup:
@@ -28,7 +28,7 @@ class Wakeup:
     def __init__(self) -> None:
         self._ends: tuple[socket.socket, socket.socket] | None = None
 
-    def ring(self) -> None:
+    def wake(self) -> None:
         """End the poll of a reader, or the one that begins next."""
         if self._ends is not None:
             with contextlib.suppress(BlockingIOError):
@@ -40,10 +40,10 @@ class Wakeup:
             end.close()
 
     def wait(self, session: RabbitMQ, timeout: Callable[[], float], awaited: Callable[[], int]) -> bool:
-        """Whether the broker has sent something, within so many seconds or until another thread rings.
+        """Whether the broker has sent something, within so many seconds or until another thread wakes it.
 
         Args:
-            timeout: returns the seconds. Called after the socket pair was made, so that no later ring is missed.
+            timeout: returns the seconds. Called after the socket pair was made, so that no later wake-up is missed.
             awaited: returns how many results are waited for.
         """
         if session.buffered:
@@ -59,10 +59,10 @@ class Wakeup:
         seconds = timeout()
         ready = poll(seconds)
         count = awaited()
-        if ready == {sock.fileno()} and count > FEW:
+        if ready == {sock.fileno()} and count > READ_AT_ONCE:
             # A system call costs more than the messages that it brings, if they are few.
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, min(count * EACH, PLENTY))
-            ready = poll(min(count * GATHER_FOR_EACH, LONGEST_GATHER, seconds)) | ready
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, min(count * RESULT_SIZE, MAX_READ))
+            ready = poll(min(count * GATHER_PER_RESULT, MAX_GATHER, seconds)) | ready
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
         if wakeup.fileno() in ready:
             with contextlib.suppress(BlockingIOError):

@@ -33,10 +33,10 @@ class Window:
         #: To be sent again: over another channel, or after their queue was declared.
         self.again: deque[Publishing] = deque()
         #: Messages of a closed channel, to be published again one by one in order to find the refused one.
-        self.doubtful: deque[Publishing] = deque()
+        self.suspects: deque[Publishing] = deque()
 
     def __len__(self) -> int:
-        return len(self._sent) + len(self.again) + len(self.doubtful)
+        return len(self._sent) + len(self.again) + len(self.suspects)
 
     @property
     def unconfirmed(self) -> int:
@@ -64,30 +64,30 @@ class Window:
 
     def refuse(self, number: int, multiple: bool) -> None:
         """The broker has not taken a number, or all up to it."""
-        self.doubtful.extend(self._remove(number, multiple))
+        self.suspects.extend(self._remove(number, multiple))
 
     def give_back(self, routing_key: str) -> None:
         """There was no queue for a message: its confirm comes next."""
         self._returned.add(routing_key)
 
-    def taken_again(self, publishings: Collection[Publishing]) -> None:
+    def republished(self, publishings: Collection[Publishing]) -> None:
         """Note messages that were published again: later returns for their queues are new."""
         self._returned.difference_update([publishing.routing_key for publishing in publishings])
 
-    def lose(self, doubtful: bool = False) -> None:
+    def lose(self, suspects: bool = False) -> None:
         """The channel is gone: unconfirmed messages are to be published again.
 
         Args:
-            doubtful: the broker has closed it over one of them.
+            suspects: the broker closed the channel because of one of them.
         """
         lost = self._remove(max(self._sent), True) if self._sent else []
-        (self.doubtful if doubtful else self.again).extendleft(reversed(lost))
+        (self.suspects if suspects else self.again).extendleft(reversed(lost))
         self._returned.clear()
 
     def adopt(self, other: Window) -> None:
         """Take over the unconfirmed messages of another window."""
         other.lose()
-        for ours, theirs in ((self.again, other.again), (self.doubtful, other.doubtful)):
+        for ours, theirs in ((self.again, other.again), (self.suspects, other.suspects)):
             ours.extend(theirs)
             theirs.clear()
 
@@ -98,7 +98,7 @@ class Window:
         for number, publishing in list(self._sent.items()):
             if id(publishing) in ours:
                 left += self._remove(number, False)
-        for place in (self.again, self.doubtful):
+        for place in (self.again, self.suspects):
             if place:
                 left += [publishing for publishing in place if id(publishing) in ours]
                 kept = [publishing for publishing in place if id(publishing) not in ours]

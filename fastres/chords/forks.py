@@ -15,7 +15,7 @@ __all__ = ("busy",)
 
 #: Seconds that forks wait for a thread, all of them together: neither a broker that does not answer nor an errback
 #: that takes its time must keep a pool from its children.
-PATIENCE = 5.0
+MAX_WAIT = 5.0
 
 
 class _Gate:
@@ -25,9 +25,9 @@ class _Gate:
         self.inside: dict[object, float] = {}
         self.forking = False
 
-    def patience(self) -> float:
+    def time_left(self) -> float:
         """For how many seconds a fork still waits."""
-        return max(self.inside.values(), default=float("-inf")) + PATIENCE - time.monotonic()
+        return max(self.inside.values(), default=float("-inf")) + MAX_WAIT - time.monotonic()
 
 
 _gate = _Gate()
@@ -38,7 +38,7 @@ def busy() -> Iterator[None]:
     """Locks may be held and sockets written to in here: no fork begins meanwhile."""
     gate, token = _gate, object()
     with gate.changed:
-        gate.changed.wait_for(lambda: not gate.forking, PATIENCE)
+        gate.changed.wait_for(lambda: not gate.forking, MAX_WAIT)
         gate.inside[token] = time.monotonic()
     try:
         yield
@@ -52,8 +52,8 @@ def _before() -> None:
     gate = _gate
     gate.changed.acquire()
     gate.forking = True
-    while (patience := gate.patience()) > 0:
-        gate.changed.wait(patience)
+    while (time_left := gate.time_left()) > 0:
+        gate.changed.wait(time_left)
 
 
 def _in_parent() -> None:

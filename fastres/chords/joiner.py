@@ -23,9 +23,9 @@ from fastres.amqp.session import is_open
 from fastres.cancelling import revoke_rest
 from fastres.chords.bodies import USERS, Bodies, Failed
 from fastres.chords.forks import busy
-from fastres.chords.producer import Away, BodyProducer
-from fastres.chords.reducer import LARGE
-from fastres.chords.shard import Shard, Where, refusal_of
+from fastres.chords.producer import BodyProducer, NodeDown
+from fastres.chords.reducer import MAX_MERGED
+from fastres.chords.shard import Destinations, Shard, refusal_of
 from fastres.errors import Error, NewerEvent
 from fastres.logs import logger
 from fastres.write.writer import SIZE_LIMIT
@@ -39,18 +39,18 @@ if TYPE_CHECKING:
 __all__ = ("Joiner",)
 
 #: The longest wait of a read, in seconds: a joiner stops within this time.
-PAUSE = 0.5
+READ_TIMEOUT = 0.5
 #: Seconds between two reads while events come in: the shortest pause, the longest, and how many for each part that
 #: the next chord to be complete lacks. A part that is read by itself is several times as dear as one of many.
-GATHER, LONGEST_GATHER, PACE = 0.005, 0.05, 20e-6
+GATHER, MAX_GATHER, GATHER_PER_PART = 0.005, 0.05, 20e-6
 #: Seconds after which a broker that does not answer is taken to be gone.
-PATIENCE = 30.0
+REPLY_TIMEOUT = 30.0
 #: The same for a body that was not taken before; and seconds until it is tried again, at first and at most.
-SHORT_PATIENCE, POSTPONED, LONGEST_POSTPONED = 5.0, 5.0, 60.0
+SHORT_REPLY_TIMEOUT, POSTPONEMENT, MAX_POSTPONEMENT = 5.0, 5.0, 60.0
 #: Seconds between two attempts to connect, the first and the longest.
 FIRST_RETRY, LONGEST_RETRY = 0.2, 10.0
 #: Seconds between two looks at chords that have grown old, and at how the shards are shared out.
-ROUND, LONG_ROUND = 1.0, 10.0
+CHECK_INTERVAL, SHARE_INTERVAL = 1.0, 10.0
 #: Threads that call errbacks.
 NOTIFIERS = 8
 
@@ -83,10 +83,10 @@ class Joiner:
         #: Chords in the commit that is under way, and whether commits are to hold one chord each: because of some
         #: chord in the last one the broker closed the channel.
         self.firing: list[Chord] = []
-        self.careful = False
-        self.refusing: set[Where] = set()
+        self.one_by_one = False
+        self.refusing: set[Destinations] = set()
         #: Bytes from which messages are not merged any more.
-        self.largest = LARGE
+        self.largest = MAX_MERGED
         #: Chords whose body the broker has refused, with its reason.
         self._refused: dict[str, str] = {}
         #: Failed chords by id and run, and whether their errbacks have been called.
@@ -115,7 +115,7 @@ class Joiner:
 
     def stop(self) -> None:
         """Leave the chords to another joiner."""
-        self._stop_at = time.monotonic() + PATIENCE
+        self._stop_at = time.monotonic() + REPLY_TIMEOUT
         self._stopping.set()
         thread, self._thread = self._thread, None
         if thread is not None:
@@ -166,7 +166,7 @@ class Joiner:
             self._useless = True
             logger.info("%s has no single active consumers: chords are left to chord_unlock.", connection.as_uri())
             return []
-        session.socket.settimeout(PATIENCE)
+        session.socket.settimeout(REPLY_TIMEOUT)
         self._bodies = self._bodies or Bodies(self.backend)
         if connector.is_applications:
             self._publishings = []
@@ -180,24 +180,24 @@ class Joiner:
         options, expires = self.backend.options, self._app.conf.get("result_chord_expires")
         if expires is None:
             expires = self.backend.expires
-        next_round, next_long_round = 0.0, time.monotonic() + LONG_ROUND
+        next_round, next_long_round = 0.0, time.monotonic() + SHARE_INTERVAL
         while not self._stopping.is_set() or self._is_notifying():
             # Events that arrived during the last commit are handled without another read.
             if not any(shard.received for shard in shards):
                 with contextlib.suppress(socket.timeout):
-                    self._session.drain(PAUSE)
+                    self._session.drain(READ_TIMEOUT)
             with busy():
                 worked = [shard.work() for shard in shards]
                 self.backend.counts.shards = sum(shard.active for shard in shards)
                 if time.monotonic() >= next_round:
-                    next_round = time.monotonic() + ROUND
+                    next_round = time.monotonic() + CHECK_INTERVAL
                     self._write_back()
                     for shard in shards:
                         shard.maintain(options.chord_renewal, expires)
                     if self._connection.heartbeat:
                         self._connection.heartbeat_check()
                 if len(shards) > 1 and time.monotonic() >= next_long_round:
-                    next_long_round = time.monotonic() + LONG_ROUND
+                    next_long_round = time.monotonic() + SHARE_INTERVAL
                     self._share_out(shards)
                 for number, shard in enumerate(shards):
                     if shard.wanted_prefetch is not None:
@@ -207,7 +207,7 @@ class Joiner:
                     raise ConnectionResetError("the queue of a shard was deleted")
             if any(worked):
                 nearest = min(shard.reducer.nearest() for shard in shards)
-                time.sleep(min(max(nearest * PACE, GATHER), LONGEST_GATHER))
+                time.sleep(min(max(nearest * GATHER_PER_PART, GATHER), MAX_GATHER))
 
     def _is_notifying(self) -> bool:
         """Whether a joiner that stops waits for running errbacks, which another joiner would call again."""
@@ -242,8 +242,8 @@ class Joiner:
             self.largest = min(self.largest, int(limit[2]) // 2)
         if firing and not isinstance(exc, self.lost):
             # One of the bodies cannot be sent, or the broker refuses it. Sending them one by one finds out which.
-            self.careful = len(firing) > 1
-            if not self.careful:
+            self.one_by_one = len(firing) > 1
+            if not self.one_by_one:
                 self._refused[firing[0].id] = refusal_of(getattr(exc, "reply_text", None) or repr(exc))
         elif isinstance(exc, (*self.lost, *channel_errors, Error)):
             what = "cannot reach" if self._session is None else "has lost"
@@ -257,7 +257,7 @@ class Joiner:
     def postpone(self, chords: list[Chord], why: str) -> None:
         for chord in chords:
             key = chord.id, chord.run
-            seconds = min(2 * self._postponed.get(key, (0.0, POSTPONED / 2))[1], LONGEST_POSTPONED)
+            seconds = min(2 * self._postponed.get(key, (0.0, POSTPONEMENT / 2))[1], MAX_POSTPONEMENT)
             self._postponed[key] = time.monotonic() + seconds, seconds
         logger.warning(
             "The body of chord %s waits, and so do those of %d others that were sent with it: %s. Its queue has "
@@ -268,9 +268,9 @@ class Joiner:
     def is_postponed(self, chord: Chord) -> bool:
         return self._postponed.get((chord.id, chord.run), (0.0, 0.0))[0] > time.monotonic()
 
-    def patience(self, chords: list[Chord]) -> float:
+    def reply_timeout(self, chords: list[Chord]) -> float:
         again = any((chord.id, chord.run) in self._postponed for chord in chords)
-        return SHORT_PATIENCE if again else PATIENCE
+        return SHORT_REPLY_TIMEOUT if again else REPLY_TIMEOUT
 
     def call(self, chord: Chord) -> list[Publishing]:
         assert self._bodies is not None
@@ -288,7 +288,7 @@ class Joiner:
         except Failed as failed:
             broken = self._producer.broken
             if isinstance(broken, NotFound):
-                raise Away(broken.reply_text) from failed
+                raise NodeDown(broken.reply_text) from failed
             if broken is not None:
                 raise (TimeoutError if isinstance(broken, TimeoutError) else ConnectionResetError)(
                     repr(broken)
@@ -312,7 +312,7 @@ class Joiner:
                 try:
                     bodies.fail(chord, failed)
                 except USERS:
-                    logger.exception("The errbacks of chord %s could not be told of: %s", chord.id, failed)
+                    logger.exception("An errback of chord %s failed, after: %s", chord.id, failed)
                 if key in self._notified:
                     self._notified[key] = True
 

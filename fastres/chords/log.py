@@ -51,9 +51,9 @@ __all__ = ("Log", "shard_of")
 #: how many there are.
 SHARD = "fastres-shard"
 #: The fields of a request of Celery.
-CELERYS = frozenset((*vars(Context), "argsrepr", "compression", "kwargsrepr", "lang", "on_failure", "task"))
+CELERY_FIELDS = frozenset((*vars(Context), "argsrepr", "compression", "kwargsrepr", "lang", "on_failure", "task"))
 #: Chords that were begun, and of which the size is not known yet.
-BEGUN = 10_000
+MAX_PLANS = 10_000
 
 
 class Log:
@@ -73,7 +73,7 @@ class Log:
         self._shards = shards
         self._compression: str | None = backend.app.conf.get("result_compression")
         #: Of chords by their id: the shard, the packed plan, and the terms.
-        self._plans = LRUCache(limit=BEGUN)
+        self._plans = LRUCache(limit=MAX_PLANS)
         self._routes = Routes(backend.app)
         self._supported: bool | None = None
         #: Shards that joiners with this process's settings do not consume, and that were logged.
@@ -218,7 +218,7 @@ def context_of(request: Any) -> dict[str, Any]:
     if priority:
         context["delivery_info"] = {"priority": priority}
     # Headers of clients are beside Celery's. SDKs put theirs into a header named "headers" too.
-    custom = {key: value for key, value in vars(request).items() if key not in CELERYS}
+    custom = {key: value for key, value in vars(request).items() if key not in CELERY_FIELDS}
     for name, value in (("custom", custom), ("headers", request.headers), ("stamps", request.stamps)):
         if value and (name != "headers" or value != custom):
             shown = {str(key): each for key, each in value.items() if _is_json(each)}

@@ -19,15 +19,15 @@ from fastres.amqp.publishing import Publishing
 from fastres.amqp.session import says_no_queue
 from fastres.chords.events import JSON, UTF8
 
-__all__ = ("Away", "BodyProducer", "Values", "filled", "is_kombus_json")
+__all__ = ("BodyProducer", "NodeDown", "Values", "filled", "is_kombus_json")
 
 #: How many results the representation of a body's arguments shows.
 SHOWN = 3
 #: Seconds after which a broker that does not confirm a body is taken to be gone.
-PATIENCE = 30.0
+CONFIRM_TIMEOUT = 30.0
 
 
-class Away(Exception):
+class NodeDown(Exception):
     """The queue of a body is on a node that is down. The body is sent when the node is back."""
 
 
@@ -140,7 +140,7 @@ class BodyProducer(Producer):  # type: ignore[misc]
             # Nothing is sent yet: there is nothing to try again.
             options["retry"] = False
         else:
-            options["confirm_timeout"] = PATIENCE
+            options["confirm_timeout"] = CONFIRM_TIMEOUT
         try:
             return super().publish(body, **options)
         except self._breaks as exc:

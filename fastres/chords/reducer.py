@@ -2,8 +2,8 @@
 
 The reducer accepts events in any order, and repeatedly: the state of a chord is the sum of its events. All of it is in
 delivered, unacknowledged messages, so that it outlives the process. A message that
-waits for its acknowledgement is dear in the broker's memory (6 kB), so those of a chord are merged: ``MERGED``
-parts into one batch, ``FEW`` batches into a larger one, up to ``LARGE`` bytes.
+waits for its acknowledgement is dear in the broker's memory (6 kB), so those of a chord are merged: ``MERGED_EVENTS``
+parts into one batch, ``MERGE_FACTOR`` batches into a larger one, up to ``MAX_MERGED`` bytes.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ if TYPE_CHECKING:
 __all__ = ("Chord", "Held", "Merge", "Reducer", "id_of")
 
 #: How many single events are merged into a batch, and how many batches into a larger one.
-MERGED, FEW = 1000, 10
+MERGED_EVENTS, MERGE_FACTOR = 1000, 10
 #: Bytes from which a message is not merged any more.
-LARGE = 1 << 19
+MAX_MERGED = 1 << 19
 #: Chords that have fired and are remembered, and for how many seconds a part of one that comes late is kept: the
 #: same chord may have been sent again, which is known only when its size comes.
-REMEMBERED, GRACE = 100_000, 60.0
+MAX_FIRED, LATE_PARTS_KEPT = 100_000, 60.0
 #: Open chords up to which it is found out which of them lacks the fewest parts.
-FEW_OPEN = 100
+MAX_COMPARED = 100
 #: In the place of when a chord has fired that has not.
 _NEVER = math.inf, ""
 #: In the key of a part, before its place: there is another part of the same id.
@@ -169,7 +169,7 @@ class Reducer:
         largest: bytes from which a message is not merged any more.
     """
 
-    def __init__(self, largest: int = LARGE) -> None:
+    def __init__(self, largest: int = MAX_MERGED) -> None:
         self._largest = largest
         self.chords: dict[str, Chord] = {}
         #: Complete chords with no merge in flight. Firing during a merge would leave an orphan message: the merged
@@ -271,19 +271,19 @@ class Reducer:
     def _hold(self, chord: Chord, held: Held) -> None:
         self.count += 1
         level, parts = 0, len(held.parts)
-        if parts < MERGED:
+        if parts < MERGED_EVENTS:
             messages = chord.held[0]
             messages.append(held)
-            if len(messages) >= MERGED:
+            if len(messages) >= MERGED_EVENTS:
                 self._crowded[chord.id] = chord
             return
-        while parts >= MERGED:
-            level, parts = level + 1, parts // FEW
+        while parts >= MERGED_EVENTS:
+            level, parts = level + 1, parts // MERGE_FACTOR
         while len(chord.held) <= level:
             chord.held.append([])
         messages = chord.held[level]
         messages.append(held)
-        if len(messages) >= FEW and self._is_crowded(messages, level):
+        if len(messages) >= MERGE_FACTOR and self._is_crowded(messages, level):
             self._crowded[chord.id] = chord
 
     # -- merging held messages
@@ -313,8 +313,10 @@ class Reducer:
 
     def _is_crowded(self, messages: list[Held], level: int) -> bool:
         if not level:
-            return len(messages) >= MERGED
-        return len(messages) >= FEW and sum(held.size < self._largest for held in messages) >= FEW
+            return len(messages) >= MERGED_EVENTS
+        return (
+            len(messages) >= MERGE_FACTOR and sum(held.size < self._largest for held in messages) >= MERGE_FACTOR
+        )
 
     def _merge(self, chord: Chord, messages: list[Held]) -> Merge | None:
         mergeable = [held for held in messages if held.size < self._largest]
@@ -394,7 +396,7 @@ class Reducer:
         self._fired.pop(chord.id, None)
         if over:
             self._fired[chord.id] = now, chord.run
-        if len(self._fired) > REMEMBERED:
+        if len(self._fired) > MAX_FIRED:
             del self._fired[next(iter(self._fired))]
 
     def nearest(self) -> float:
@@ -403,7 +405,7 @@ class Reducer:
         A chord of unknown size counts with the number of its parts: its size event may arrive at any moment, and the
         more parts have arrived before, the longer the joiner can wait between two reads.
         """
-        if len(self.chords) > FEW_OPEN:
+        if len(self.chords) > MAX_COMPARED:
             return 0
         return min(
             (len(c.parts) if c.needed == math.inf else c.needed - len(c.parts) for c in self.chords.values()),
@@ -441,5 +443,5 @@ class Reducer:
         return [
             chord for chord in self.chords.values()
             if (seconds and chord.at < wall - seconds)
-            or (chord.size is None and self._is_late(chord) and chord.born < now - GRACE)
+            or (chord.size is None and self._is_late(chord) and chord.born < now - LATE_PARTS_KEPT)
         ]  # fmt: skip

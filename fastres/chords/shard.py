@@ -14,7 +14,7 @@ from fastres.amqp.publishing import Publishing
 from fastres.amqp.session import LARGEST_PREFETCH, all_up_to
 from fastres.chords.bodies import Failed
 from fastres.chords.events import CONTENT_TYPE, PERSISTENT, Event, write_event
-from fastres.chords.producer import Away
+from fastres.chords.producer import NodeDown
 from fastres.chords.reducer import Reducer
 from fastres.chords.status import answer_to
 from fastres.errors import MessageRefused
@@ -34,15 +34,15 @@ __all__ = ("Shard", "refusal_of")
 #: chords, without a limit in the end.
 PREFETCH = 20_000
 #: Bytes, and messages, that one commit publishes: RabbitMQ 4.3 takes 10,000 (``channel_tx_message_max``).
-COMMIT, COMMITTED = 1 << 24, 5_000
+COMMIT_BYTES, COMMIT_MESSAGES = 1 << 24, 5_000
 #: Seconds before each other attempt to have a queue take a body that it has refused: it may just be made.
-REFUSED = (0.05, 0.2)
+REFUSED_RETRIES = (0.05, 0.2)
 #: How RabbitMQ words that it has done a part of a commit.
 PARTIAL = "partial tx completion"
 
 
 #: The exchanges and routing keys that the messages of a body go to.
-Where = frozenset[tuple[str, str]]
+Destinations = frozenset[tuple[str, str]]
 
 
 class Batch:
@@ -58,7 +58,9 @@ class Batch:
         self._size += sum(len(publishing.message.body) for publishing in publishings)
 
     def has_no_room(self, publishings: list[Publishing]) -> bool:
-        return bool(self.chords) and (self._size > COMMIT or self._count + len(publishings) > COMMITTED)
+        return bool(self.chords) and (
+            self._size > COMMIT_BYTES or self._count + len(publishings) > COMMIT_MESSAGES
+        )
 
 
 class Caller(Protocol):
@@ -74,16 +76,16 @@ class Caller(Protocol):
     since: float
     #: Chords in the commit that is under way, and whether commits are to hold one chord each.
     firing: list[Chord]
-    careful: bool
-    #: Where one of several bodies was refused.
-    refusing: set[Where]
+    one_by_one: bool
+    #: Destinations one of several bodies was refused.
+    refusing: set[Destinations]
 
     def call(self, chord: Chord) -> list[Publishing]:
         """The messages that a chord goes on with, those that are not published yet.
 
         Raises:
             Failed: its errbacks are to be notified.
-            Away: the queue of its body is on a node that is down.
+            NodeDown: the queue of its body is on a node that is down.
         """
 
     def is_postponed(self, chord: Chord) -> bool:
@@ -92,7 +94,7 @@ class Caller(Protocol):
     def postpone(self, chords: list[Chord], why: str) -> None:
         """Let others go first: it may be the queue of these that does not answer, and no other."""
 
-    def patience(self, chords: list[Chord]) -> float:
+    def reply_timeout(self, chords: list[Chord]) -> float:
         """Seconds that the broker may take for the bodies of these."""
 
     def notified(self, chord: Chord) -> bool | None:
@@ -234,7 +236,7 @@ class Shard:
         """Publish the bodies of complete chords, several in a commit."""
         joiner = self._joiner
         # A commit that a queue refuses is done in part: it is known of which chords if all go to that queue.
-        batches: dict[Where, Batch] = {}
+        batches: dict[Destinations, Batch] = {}
         for chord in chords:
             if joiner.is_postponed(chord):
                 continue
@@ -242,12 +244,12 @@ class Shard:
                 notified = joiner.notified(chord)
                 if notified is None:
                     continue
-                with self._session.within(joiner.patience([chord])):
+                with self._session.within(joiner.reply_timeout([chord])):
                     found = [] if notified else joiner.call(chord)
             except Failed as failed:
                 joiner.notify(chord, failed)
                 continue
-            except Away as away:
+            except NodeDown as away:
                 joiner.postpone([chord], str(away))
                 continue
             except joiner.lost:
@@ -262,17 +264,17 @@ class Shard:
                 self._finish(batches.pop(where), where)
                 batch = batches[where] = Batch()
             batch.add(chord, found)
-            if joiner.careful or where in joiner.refusing:
+            if joiner.one_by_one or where in joiner.refusing:
                 self._finish(batches.pop(where))
                 joiner.refusing.discard(where)
         for where, batch in batches.items():
             self._finish(batch, where)
-        joiner.careful = False
+        joiner.one_by_one = False
 
-    def _finish(self, batch: Batch, where: Where = frozenset()) -> None:
+    def _finish(self, batch: Batch, where: Destinations = frozenset()) -> None:
         """Publish bodies and acknowledge their events, in one transaction."""
         self._joiner.firing = firing = [chord for chord, _ in batch.chords]
-        with self._session.within(self._joiner.patience(firing)):
+        with self._session.within(self._joiner.reply_timeout(firing)):
             self._send_before(batch)
         self._joiner.firing = chords = [chord for chord, _ in batch.chords]
         if not chords:
@@ -322,7 +324,7 @@ class Shard:
         if not first:
             return
         unrouted, refused = self._session.post_confirmed(first)
-        for pause in REFUSED:
+        for pause in REFUSED_RETRIES:
             if not refused:
                 break
             time.sleep(pause)
@@ -380,7 +382,7 @@ class Shard:
             batch.append(merge)
             size += sum(map(len, merge.bodies))
             count += len(merge.bodies)
-            if size > COMMIT or count > COMMITTED:
+            if size > COMMIT_BYTES or count > COMMIT_MESSAGES:
                 self._commit_merges(batch)
                 batch, size, count = [], 0, 0
         if batch:
@@ -425,9 +427,9 @@ class Shard:
 
     def _commit(self, publishings: list[Publishing], tags: list[int]) -> None:
         # A body may be a group of more tasks than one commit takes: the last has the acknowledgements.
-        while len(publishings) > COMMITTED:
-            self._commit(publishings[:COMMITTED], [])
-            publishings = publishings[COMMITTED:]
+        while len(publishings) > COMMIT_MESSAGES:
+            self._commit(publishings[:COMMIT_MESSAGES], [])
+            publishings = publishings[COMMIT_MESSAGES:]
         start = time.perf_counter()
         for publishing in publishings:
             self._session.post(self._channel, publishing.message, publishing.exchange, publishing.routing_key)

@@ -29,7 +29,7 @@ __all__ = ("Feed",)
 POLL_AFTER = 1.0
 #: Seconds for which shared results are held, and pauses before they are read again: the shortest, the factor to
 #: the time that reading took, and the longest.
-HOLD, PAUSE, REST, LONGEST_PAUSE = 0.05, 0.05, 2, 2.0
+HOLD_TIME, SHORTEST_PAUSE, PAUSE_FACTOR, LONGEST_PAUSE = 0.05, 0.05, 2, 2.0
 #: Seconds between two looks for a queue that is not there: at first, and at most.
 SHORTEST_ABSENCE, LONGEST_ABSENCE = 0.005, 0.1
 #: Handed-over results that a feed keeps for joins that begin late. Few, because keeping many would push the data of
@@ -45,7 +45,7 @@ class Feed(Inbox):
     It begins by taking results: messages are acknowledged after they were handed over, so that a broken connection
     loses none. When a message for another reader arrives, or if nothing is to be taken, the feed *shares* the queues:
     it holds all deliveries for a moment, in which more may arrive, requeues them, and reads again after a pause for
-    other readers. No reader waits for a result longer than ``HOLD`` and the time that reading the queue takes.
+    other readers. No reader waits for a result longer than ``HOLD_TIME`` and the time that reading the queue takes.
 
     Args:
         context: the objects that all inboxes of the process share.
@@ -118,7 +118,7 @@ class Feed(Inbox):
         # Waiting for the first message does not count as reading.
         self._began = self._came if self._backlog else None
         if self.shares and self.consumer is not None and self._backlog:
-            self.due = self._came + HOLD
+            self.due = self._came + HOLD_TIME
 
     def act(self, session: Session) -> None:
         if self.due is None or time.monotonic() < self.due:
@@ -132,12 +132,12 @@ class Feed(Inbox):
 
     def is_catching_up(self) -> bool:
         """Whether messages are still to come that were in the queues before."""
-        return self.shares and self._backlog > 0 and time.monotonic() < self._came + HOLD
+        return self.shares and self._backlog > 0 and time.monotonic() < self._came + HOLD_TIME
 
     def give_back(self, session: Session) -> None:
         took = 0.0 if self._began is None else max(0.0, self._came - self._began)
         self._leave()
-        self.due = time.monotonic() + max(PAUSE, min(took * REST, LONGEST_PAUSE))
+        self.due = time.monotonic() + max(SHORTEST_PAUSE, min(took * PAUSE_FACTOR, LONGEST_PAUSE))
 
     def holds(self) -> bool:
         return self.shares and self.consumer is not None and bool(self.consumer.unacknowledged)
@@ -243,12 +243,12 @@ class Feed(Inbox):
     def _deliver(self, consumer: Consumer, deliveries: list[Delivery]) -> None:
         arrivals, refused = self._decode(consumer, deliveries)
         if self.shares:
-            self._pass_by(consumer, arrivals, len(deliveries))
+            self._offer_shared(consumer, arrivals, len(deliveries))
             return
         self._came = time.monotonic()
         ready, states_, repeated, foreign = self._offer(consumer, arrivals)
         if states_ or self._latest_state:
-            self._supersede(consumer, ready, states_)
+            self._drop_old_states(consumer, ready, states_)
         for delivery, task_id, meta in repeated:
             if meta["status"] in states.READY_STATES:
                 self._report_repeated(consumer, delivery, task_id)
@@ -258,21 +258,21 @@ class Feed(Inbox):
             self._emptied = False
             self._remember(consumer, [*ready, *foreign])
             self.share_from_now_on()
-            self._heed_notices(consumer, arrivals)
+            self._offer_cancelled(consumer, arrivals)
             return
         self._stuck += refused
         if self._prefetch and self._stuck > self._prefetch / 2:
             self.context.link.attempt(self._unlimit)
 
-    def _pass_by(self, consumer: Consumer, arrivals: list[Arrival], count: int) -> None:
+    def _offer_shared(self, consumer: Consumer, arrivals: list[Arrival], count: int) -> None:
         """Offer messages that other readers may want too."""
         self._backlog = max(0, self._backlog - count)
         self._came = time.monotonic()
         if self._began is None:
             self._began = self._came
-        self.due = self._came + HOLD if self._backlog or self.due is None else self.due
+        self.due = self._came + HOLD_TIME if self._backlog or self.due is None else self.due
         finals: dict[str, Arrival] = {}
-        news: list[Arrival] = []
+        new: list[Arrival] = []
         for arrival in arrivals:
             delivery, task_id, meta = arrival
             if meta["status"] in states.READY_STATES:
@@ -284,15 +284,15 @@ class Feed(Inbox):
                 # Equal updates that were read before are reported once.
                 update = hash((task_id, bytes(delivery.body)))
                 if not (delivery.redelivered and update in self._reported):
-                    news.append(arrival)
+                    new.append(arrival)
                 self._reported.add(update)
-        news.sort(key=sent_at)
-        news += finals.values()
-        ready, _, _, foreign = self._offer(consumer, news)
+        new.sort(key=sent_at)
+        new += finals.values()
+        ready, _, _, foreign = self._offer(consumer, new)
         self._remember(consumer, [*ready, *foreign])
-        self._heed_notices(consumer, arrivals)
+        self._offer_cancelled(consumer, arrivals)
 
-    def _heed_notices(self, consumer: Consumer, arrivals: list[Arrival]) -> None:
+    def _offer_cancelled(self, consumer: Consumer, arrivals: list[Arrival]) -> None:
         """Notify joins of cancelled tasks that have no result."""
         for delivery, _, meta in arrivals:
             if delivery.keep and CANCELLED in meta:
@@ -300,19 +300,19 @@ class Feed(Inbox):
                     of_queue = self.context.addresses.by_result(join.aggregate.missing())
                     awaited = of_queue.get(consumer.address_of(delivery).name, [])
                     join.offer(
-                        [(CANCELLED, task_id, told) for task_id, told in cancelled(meta, awaited)], None, None
+                        [(CANCELLED, task_id, notice) for task_id, notice in cancelled(meta, awaited)], None, None
                     )
 
     def _remember(self, consumer: Consumer, arrivals: list[Arrival]) -> None:
         """For joins that come late, and for looks."""
         for delivery, task_id, _ in arrivals:
-            self.context.reports.stranger(delivery, consumer.address_of(delivery), task_id)
+            self.context.reports.foreign(delivery, consumer.address_of(delivery), task_id)
         finals = [arrival for arrival in arrivals[-REMEMBERED:] if arrival[2]["status"] in states.READY_STATES]
         if finals:
             self._last.extend([(None, task_id, meta) for _, task_id, meta in finals])
             self.context.looks.see([(consumer.address_of(delivery), meta) for delivery, _, meta in finals])
 
-    def _supersede(self, consumer: Consumer, ready: list[Arrival], states_: list[Arrival]) -> None:
+    def _drop_old_states(self, consumer: Consumer, ready: list[Arrival], states_: list[Arrival]) -> None:
         """Of a task's states that are not final, only the latest is kept."""
         over = [self._latest_state.pop(task_id, None) for _, task_id, _ in ready]
         for delivery, task_id, _ in states_:

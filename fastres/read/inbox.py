@@ -29,12 +29,12 @@ if TYPE_CHECKING:
 __all__ = ("Context", "Inbox")
 
 #: Seconds between two attempts to be the one reader of a queue.
-TURN = 0.1
+ACCESS_INTERVAL = 0.1
 #: Seconds between two attempts to consume after a refusal.
-REFUSED = 1.0
+REFUSED_INTERVAL = 1.0
 #: Seconds that the broker may take to let a queue be read, and until it is asked again if that was too long: at
 #: first, and at most. Other threads wait for the connection meanwhile.
-OPENING, SUSPENDED, LONGEST_SUSPENDED = 6.0, 1.0, 20.0
+OPEN_TIMEOUT, SUSPENSION, MAX_SUSPENSION = 6.0, 1.0, 20.0
 #: Queues of which it is remembered how many results were taken.
 REMEMBERED = 1000
 #: The delivery of an arrival.
@@ -48,7 +48,7 @@ class Context:
         link: the consuming connection.
         addresses: the backend's addresses.
         decoder: message to result.
-        looks: reads without taking; is told of results that are seen.
+        looks: reads without taking; is given the results that were seen.
         reports: where unusable messages are reported.
     """
 
@@ -89,7 +89,7 @@ class Inbox:
         self.refused: Exception | None = None
         #: Until when it is not opened, on the monotonic clock, and how many seconds that is the next time.
         self._suspended_until = 0.0
-        self._suspended = SUSPENDED
+        self._suspended = SUSPENSION
         self._exclusive = exclusive
         self._prefetch = prefetch
 
@@ -104,15 +104,15 @@ class Inbox:
         before, self.refused = self.refused, None
         self.due = None
         try:
-            with session.within(OPENING):
+            with session.within(OPEN_TIMEOUT):
                 self._open(session)
-            self._suspended = SUSPENDED
+            self._suspended = SUSPENSION
         except (socket.timeout, BrokerUnreachable):
             # RabbitMQ does not reply, for up to a minute, about a queue whose node does not respond. Other reads over
             # this connection must go on.
             consumer, self.consumer = self.consumer, None
             self._suspended_until = self.due = time.monotonic() + self._suspended
-            self._suspended = min(2 * self._suspended, LONGEST_SUSPENDED)
+            self._suspended = min(2 * self._suspended, MAX_SUSPENSION)
             names = ", ".join(repr(address.name) for address in self.addresses[:3])
             self.refused = BrokerUnreachable(
                 f"the broker {session.uri} has not answered for {time.monotonic() - now:.0f} seconds when asked "
@@ -124,7 +124,7 @@ class Inbox:
         except session.channel_errors as exc:
             self._leave()
             self.refused = refusal(exc, session.uri)
-            self.due = time.monotonic() + REFUSED
+            self.due = time.monotonic() + REFUSED_INTERVAL
             if str(before) != str(self.refused):
                 logger.warning("The broker lets no results be read, which is tried again: %s", self.refused)
 
@@ -139,7 +139,7 @@ class Inbox:
             self._leave()
             self.refused = exc
             # Not in step with another one.
-            self.due = time.monotonic() + TURN * (1 + random())
+            self.due = time.monotonic() + ACCESS_INTERVAL * (1 + random())
         else:
             # Once more, if it was busy before.
             self.refused = None

@@ -119,7 +119,7 @@ class Join:
         #: Whether everything has come.
         self.complete = False
         #: Batches that have arrived, and the batch that is being handed over.
-        self.news: deque[Batch] = deque()
+        self.batches: deque[Batch] = deque()
         self.in_hand: Batch | None = None
         #: Ids of which a message came that cannot be read, and why.
         self.unreadable: dict[str, Exception] = {}
@@ -135,29 +135,29 @@ class Join:
                 self.unreadable.pop(task_id, None)
         # A state is reported before the final result of the same batch, as it was published before.
         if states_:
-            self.news.append(Batch(inbox, consumer, states_, False))
+            self.batches.append(Batch(inbox, consumer, states_, False))
         if ready:
-            self.news.append(Batch(inbox, consumer, ready, True))
+            self.batches.append(Batch(inbox, consumer, ready, True))
         # Set last: a thread that sees it finds all results in the news.
         self.complete = not self.aggregate
         return sorts
 
-    def has_news(self) -> bool:
-        return bool(self.news)
+    def has_batches(self) -> bool:
+        return bool(self.batches)
 
     def is_complete(self) -> bool:
         return self.complete
 
     def next_batch(self) -> Batch | None:
-        if not self.news:
+        if not self.batches:
             return None
         # At no moment it is in neither place: another thread's join may look for it.
-        self.in_hand = self.news[0]
-        return self.news.popleft()
+        self.in_hand = self.batches[0]
+        return self.batches.popleft()
 
     def batches_of(self, inbox: Inbox) -> list[Batch]:
         """Batches of an inbox that were not handed over yet."""
-        batches = [*([self.in_hand] if self.in_hand is not None else []), *self.news.copy()]
+        batches = [*([self.in_hand] if self.in_hand is not None else []), *self.batches.copy()]
         return [batch for batch in batches if batch.inbox is inbox]
 
     def left(self) -> float:

@@ -35,20 +35,21 @@ __all__ = ("Looks", "chosen")
 #: The number of remembered snapshots of queues.
 SNAPSHOTS = 16
 #: Messages that are asked for at the first look at a queue, and how many more than it held at the one before.
-FIRST, MORE = 2, 2
-#: Seconds before each look at a queue whose messages another reader may hold: longer in all than feed.HOLD.
+FIRST, EXTRA = 2, 2
+#: Seconds before each look at a queue whose messages another reader may hold: longer in all than
+#: ``feed.HOLD_TIME``.
 PAUSES = (0.0, 0.002, 0.005, 0.01, 0.02, 0.03)
 #: How often the messages of a quorum queue are counted.
-COUNTED = 4
+COUNT_ATTEMPTS = 4
 #: Seconds after all of them in which a queue is read without another attempt: a wait keeps holding its messages.
-NO_RETRY = 0.25
+RETRY_PAUSE = 0.25
 #: How many times an empty queue without consumers is read: another look may hold its messages.
-EMPTY = 4
+EMPTY_READS = 4
 #: A queue of more messages than this is read again after this many times the seconds it took the last time:
 #: polling every member of a large group costs a bounded part of the time that passes.
-LARGE, REST = 200, 4
+LARGE, REREAD_FACTOR = 200, 4
 #: Queues that are looked at in one write, and messages up to which one is read to know many tasks at once.
-QUEUES, READ = 100, 20_000
+QUEUES, MAX_READ = 100, 20_000
 #: Seconds for which a result that was seen beside another one is known.
 KNOWN_FOR = 1.0
 #: Seconds for which the snapshot of a queue is kept after the last look.
@@ -80,7 +81,7 @@ class Snapshot:
         """How many messages to ask for; none of a large queue before it is known that it has changed."""
         if self.count is None:
             return FIRST
-        return 0 if self.count > LARGE else self.count + MORE
+        return 0 if self.count > LARGE else self.count + EXTRA
 
     def cancelled(self, task_id: str) -> Meta | None:
         """The meta of a cancelled task without a result; None: it was not cancelled."""
@@ -149,7 +150,7 @@ class Looks:
                 break
             before = before or set(results.metas)
         else:
-            results.no_retry_until = time.monotonic() + NO_RETRY
+            results.no_retry_until = time.monotonic() + RETRY_PAUSE
         if results.count is not None and results.count > backlog_limit and ids.parse(task_id) is None:
             raise BacklogLimitExceeded(task_id)
         # A result that was seen before, and that another reader holds for long, still counts.
@@ -178,11 +179,11 @@ class Looks:
             asked = [(name, FIRST) for name in names[start : start + QUEUES]]
             for (name, _), browsed in zip(asked, self._browse(asked)):
                 if browsed is not None and len(browsed.deliveries) >= FIRST:
-                    if browsed.state.messages > READ:
+                    if browsed.state.messages > MAX_READ:
                         for task_id in queues[name]:
                             found.pop(task_id, None)
                         continue
-                    browsed = self._browse_all(name, browsed.state.messages + MORE)
+                    browsed = self._browse_all(name, browsed.state.messages + EXTRA)
                 arrivals, _ = self._decoder.decode_all([] if browsed is None else browsed.deliveries)
                 said = [meta for _, _, meta in arrivals if CANCELLED in meta]
                 notices = {task_id: meta for notice in said for task_id, meta in cancelled(notice, queues[name])}
@@ -204,7 +205,7 @@ class Looks:
             return True
         if not snapshot.metas:
             # Messages that another reader requeues in a quorum queue are there a little later.
-            last = len(PAUSES) if snapshot.address.is_quorum else EMPTY
+            last = len(PAUSES) if snapshot.address.is_quorum else EMPTY_READS
             return not state.consumers and attempt + 1 >= last
         # A reader that holds messages holds the first ones.
         return bool(before) and before.issubset(snapshot.metas)
@@ -240,7 +241,7 @@ class Looks:
                 self.take(address, forgotten)
                 self._forgotten.pop(name, None)
                 end = time.monotonic()
-                snapshot.due = end + REST * (end - start)
+                snapshot.due = end + REREAD_FACTOR * (end - start)
 
     def take(self, address: Address, task_ids: Collection[str]) -> None:
         """Take the messages of some tasks out of their queue.
@@ -269,10 +270,10 @@ class Looks:
                 return
             count = browsed.state.messages
             if count:
-                self._publisher.run(partial(take, count + MORE))
+                self._publisher.run(partial(take, count + EXTRA))
             # With all that was asked for, there may be more: see _browse_all.
-            more = count and seen >= count + MORE
-            if not missing or (not more and not browsed.state.consumers and attempt + 1 >= EMPTY):
+            more = count and seen >= count + EXTRA
+            if not missing or (not more and not browsed.state.consumers and attempt + 1 >= EMPTY_READS):
                 break
         if delete and address.of_task is not None:
             # States on the way to a result that is gone.
@@ -338,7 +339,7 @@ class Looks:
     def _messages(self, address: Address) -> int:
         most = 0
         # Requeued messages of a quorum queue are counted a little later.
-        for pause in PAUSES[:COUNTED] if address.is_quorum else PAUSES[:1]:
+        for pause in PAUSES[:COUNT_ATTEMPTS] if address.is_quorum else PAUSES[:1]:
             time.sleep(pause)
             (browsed,) = self._browse([(address.name, 0)])
             most = max(most, 0 if browsed is None else browsed.state.messages)
@@ -354,7 +355,7 @@ class Looks:
             (browsed,) = self._browse([(name, count)])
             if browsed is None or len(browsed.deliveries) < count:
                 return browsed
-            count = max(2 * count, browsed.state.messages + MORE)
+            count = max(2 * count, browsed.state.messages + EXTRA)
 
     def _refresh(self, *snapshots: Snapshot) -> QueueState | None:
         """Read queues again that have changed: the state of the first, None where there is none."""
@@ -369,13 +370,13 @@ class Looks:
                 if count == 0 and browsed.state.messages and waits:
                     snapshot.count = before
                     continue
-                browsed = self._browse_all(name, max(count, browsed.state.messages) + MORE)
+                browsed = self._browse_all(name, max(count, browsed.state.messages) + EXTRA)
             deliveries = [] if browsed is None else browsed.deliveries
             if browsed is not None:
                 snapshot.count = max(browsed.state.messages, len(deliveries))
             self._read(snapshot, deliveries)
             end = snapshot.at = time.monotonic()
-            snapshot.due = end + REST * (end - start)
+            snapshot.due = end + REREAD_FACTOR * (end - start)
         return None if answers[0] is None else answers[0].state
 
     @staticmethod
@@ -390,7 +391,7 @@ class Looks:
         for delivery, exc in refused:
             self._reports.unreadable(delivery, snapshot.address.name, exc)
         for delivery, task_id, _ in arrivals:
-            self._reports.stranger(delivery, snapshot.address, task_id)
+            self._reports.foreign(delivery, snapshot.address, task_id)
         snapshot.metas = chosen(meta for _, _, meta in arrivals)
         snapshot.notices = [meta for _, _, meta in arrivals if CANCELLED in meta]
 

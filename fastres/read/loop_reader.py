@@ -125,15 +125,15 @@ class LoopReader:
             self._called.wait(min(due, threading.TIMEOUT_MAX))
             return
         try:
-            self._waits.look([wait.join for wait in self._open], min(INTERVAL, due), self._has_news)
+            self._waits.look([wait.join for wait in self._open], min(INTERVAL, due), self._has_batches)
         except BrokerUnreachable as exc:
             # A wait gets its own exception at its timeout; otherwise the waits end.
             if all(wait.join.left() > 0 for wait in self._open):
                 for wait in list(self._open):
                     self._end(wait, exc)
 
-    def _has_news(self) -> bool:
-        return bool(self._commands) or any(wait.join.has_news() for wait in self._open)
+    def _has_batches(self) -> bool:
+        return bool(self._commands) or any(wait.join.has_batches() for wait in self._open)
 
     def _add(self, wait: Wait) -> None:
         try:
@@ -162,7 +162,7 @@ class LoopReader:
             self.keep(pairs)
         elif pairs:
             wait.arrived(pairs)
-        if wait.join.complete and not wait.join.has_news():
+        if wait.join.complete and not wait.join.has_batches():
             self._end(wait)
 
     def _end(self, wait: Wait, why: BaseException | None = None) -> None:

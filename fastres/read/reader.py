@@ -30,9 +30,9 @@ __all__ = ("Reader",)
 #: Seconds between two calls of the interval callback.
 INTERVAL = 1.0
 #: Seconds that a result may come behind a message for the same task that cannot be read.
-GRACE = 0.1
+LATE_RESULT = 0.1
 #: How often a queue is counted that is being delivered from meanwhile.
-COUNTS = 3
+COUNT_ATTEMPTS = 3
 
 
 class Reader:
@@ -82,7 +82,7 @@ class Reader:
             ready: asks how many there are in the queue.
         """
         taken = self._received(address)
-        for _ in range(COUNTS):
+        for _ in range(COUNT_ATTEMPTS):
             count, before = ready(), taken
             feed = self._feeds.get(address.name)
             if feed is not None:
@@ -237,17 +237,17 @@ class Reader:
                 inbox.check_access()
             if left <= 0:
                 raise self.time_is_over(join)
-            # All others were handed over. A wait for a single result is told at once, not at its timeout.
+            # All others were handed over. A wait for a single result fails at once, not at its timeout.
             if len(join.unreadable) >= len(join.aggregate) and (join.timeout is None or join.alone):
                 if join.looked_again:
                     self._raise_unreadable(join)
                 join.looked_again = True
-                left = min(left, GRACE)
+                left = min(left, LATE_RESULT)
             if rounds is not None:
                 rounds -= 1
                 if rounds < 0:
                     return
-            self.look([join], min(INTERVAL, left), join.has_news)
+            self.look([join], min(INTERVAL, left), join.has_batches)
             self.replies.notify()
             if on_interval is not None:
                 on_interval()

@@ -122,7 +122,7 @@ class ReplyInbox(Inbox):
 
     def _deliver(self, consumer: Consumer, deliveries: list[Delivery]) -> None:
         arrivals, _ = self._decode(consumer, deliveries)
-        news = []
+        new = []
         came, per_group = (self._arrived, self._unclaimed, self._handed_over), self._per_group
         for arrival in arrivals:
             delivery, task_id, meta = arrival
@@ -140,10 +140,10 @@ class ReplyInbox(Inbox):
                 group_id = meta.get("group_id")
                 if group_id:
                     per_group[group_id] = per_group.get(group_id, 0) + 1
-            news.append(arrival)
+            new.append(arrival)
         self._trim()
         if self.joins:
-            self._offer(consumer, news)
+            self._offer(consumer, new)
         self._acknowledge(consumer, deliveries)
 
     def _trim(self) -> None:

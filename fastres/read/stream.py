@@ -12,7 +12,7 @@ from celery import states
 
 from fastres._protocols import CANCELLED
 from fastres.errors import ResultsGone
-from fastres.read.inbox import MARK, TURN, Inbox
+from fastres.read.inbox import ACCESS_INTERVAL, MARK, Inbox
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 __all__ = ("Stream",)
 
 #: Seconds without a message after which missing results are taken to be gone.
-PATIENCE = 10.0
+MAX_SILENCE = 10.0
 
 
 class Stream(Inbox):
@@ -45,7 +45,7 @@ class Stream(Inbox):
         super().__init__(context, [address], exclusive=True, prefetch=prefetch)
         self._count = count
         #: Deliveries that were not handed over, with their channel.
-        self._news: deque[tuple[Consumer, list[Arrival]]] = deque()
+        self._batches: deque[tuple[Consumer, list[Arrival]]] = deque()
         #: The places of handed-over results, one bit each: after a reconnection some of them arrive again.
         self._came = bytearray(count // 8 + 1)
         self._unplaced: set[str] = set()
@@ -58,8 +58,8 @@ class Stream(Inbox):
         link.subscribe(self)
         try:
             while left > 0:
-                while self._news:
-                    consumer, arrivals = self._news.popleft()
+                while self._batches:
+                    consumer, arrivals = self._batches.popleft()
                     fresh = [arrival for arrival in arrivals if self._is_new(arrival)]
                     left -= len(fresh)
                     yield from fresh
@@ -75,7 +75,7 @@ class Stream(Inbox):
         return self._prefetch
 
     def _open(self, session: Session) -> None:
-        self._news.clear()
+        self._batches.clear()
         super()._open(session)
 
     def _read(self, left: int) -> None:
@@ -83,8 +83,8 @@ class Stream(Inbox):
         if self.due is not None and self.due <= time.monotonic():
             link.call(self.open)
         self.check_access()
-        link.read(TURN if self.due is not None else 1.0, lambda: bool(self._news), None)
-        if not self._news and time.monotonic() > self._at + PATIENCE:
+        link.read(ACCESS_INTERVAL if self.due is not None else 1.0, lambda: bool(self._batches), None)
+        if not self._batches and time.monotonic() > self._at + MAX_SILENCE:
             raise ResultsGone(
                 f"{left} of {self._count} results are not in queue {self.addresses[0].name!r}: they have expired "
                 "(result_expires), were deleted, or were read before"
@@ -110,7 +110,7 @@ class Stream(Inbox):
             if arrival[2]["status"] in states.READY_STATES and CANCELLED not in arrival[2]
         ]
         if finals:
-            self._news.append((consumer, finals))
+            self._batches.append((consumer, finals))
 
     def close(self, session: Session) -> None:
         if self.consumer is not None:

@@ -7,7 +7,7 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fastres.amqp.connector import be_patient, drop, establish
+from fastres.amqp.connector import drop, establish, set_socket_options
 from fastres.amqp.rabbitmq import RabbitMQ, session_of
 from fastres.errors import BrokerUnreachable
 from fastres.logs import logger
@@ -22,7 +22,7 @@ AT_ONCE = 1 << 17
 #: Messages that may be without a confirm, and their bytes. Those are kept, to be sent again.
 DEPTH, SIZE = 20_000, 1 << 23
 #: Seconds between two warnings that a broker takes nothing.
-COMPLAINTS = 60.0
+WARNING_INTERVAL = 60.0
 
 
 class Chunk(NamedTuple):
@@ -40,15 +40,15 @@ class Bulk:
     Args:
         connection: a kombu connection to RabbitMQ. The caller closes it.
         confirm: use confirms. If False, messages that a broken connection lost stay unknown.
-        patience: seconds after which a broker that says nothing is taken to be gone; one that says that it is
+        confirm_timeout: seconds after which a broker that says nothing is taken to be gone; one that says that it is
             short of memory or disk is waited for.
         policy: ``max_retries``, ``interval_start``, ``interval_step`` and ``interval_max`` of attempts to connect.
     """
 
-    def __init__(self, connection: Any, confirm: bool, patience: float, policy: Mapping[str, Any]) -> None:
+    def __init__(self, connection: Any, confirm: bool, confirm_timeout: float, policy: Mapping[str, Any]) -> None:
         self.connection = connection
         self._confirm = confirm
-        self._patience = patience
+        self._confirm_timeout = confirm_timeout
         self._policy = policy
         #: How many were written, and how many of the first ones the broker has answered for.
         self.written = 0
@@ -84,8 +84,8 @@ class Bulk:
         """Open a channel, on each connection one of the same number: the frames have it."""
         self.session = session_of(self.connection)
         assert isinstance(self.session, RabbitMQ)
-        be_patient(self.session.socket)
-        with self.session.patiently(self._patience):
+        set_socket_options(self.session.socket)
+        with self.session.with_timeout(self._confirm_timeout):
             self.channel = self.connection.connection.channel(self._number)
             self._number = self.channel.channel_id
             if self._confirm:
@@ -129,7 +129,7 @@ class Bulk:
             self.wait(lambda: self.answered >= self.written)
         try:
             self.session.hand_back()
-            with self.session.patiently(self._patience):
+            with self.session.with_timeout(self._confirm_timeout):
                 # The broker reads earlier messages before it replies to this.
                 self.channel.close()
             self.session.hand_back()
@@ -158,7 +158,7 @@ class Bulk:
         complained = time.monotonic()
         while not enough():
             try:
-                with self.session.patiently(self._patience):
+                with self.session.with_timeout(self._confirm_timeout):
                     self.session.wait_on(self.channel, enough)
             except socket.timeout as exc:
                 if exc.errno is not None:
@@ -167,9 +167,9 @@ class Bulk:
                 if not self.session.is_blocked:
                     raise BrokerUnreachable(
                         f"the broker {self.connection.as_uri()} has not confirmed a message for "
-                        f"{self._patience:.0f} seconds: {self._progress()}"
+                        f"{self._confirm_timeout:.0f} seconds: {self._progress()}"
                     ) from exc
-                if time.monotonic() - complained >= COMPLAINTS:
+                if time.monotonic() - complained >= WARNING_INTERVAL:
                     complained = time.monotonic()
                     logger.warning(
                         "The broker %s takes no messages for now, being short of memory or disk: %s",
@@ -179,7 +179,7 @@ class Bulk:
     def _send(self, chunk: Chunk) -> None:
         # If the broker reads nothing, the socket fills up in the middle of a frame.
         self._read(lambda: not self.session.is_blocked)
-        with self.session.patiently(self._patience):
+        with self.session.with_timeout(self._confirm_timeout):
             self.session.write(chunk.frames)
             self.session.poll()
 

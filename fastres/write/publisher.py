@@ -37,10 +37,10 @@ LARGE = 1 << 20
 
 
 #: Seconds between two checks for unconfirmed messages, and since the last publishing.
-WATCHED_EVERY = 0.2
+WATCH_INTERVAL = 0.2
 
 #: Seconds between two looks for a connection that its thread has lost.
-LOST = 1.0
+LOST_INTERVAL = 1.0
 
 
 class Publisher:
@@ -204,14 +204,14 @@ class Publisher:
     def _keep_watch(self) -> None:
         """The watcher: wait for confirms on connections on which no thread publishes any more."""
         while True:
-            time.sleep(WATCHED_EVERY)
+            time.sleep(WATCH_INTERVAL)
             with self._returned:
                 if self._watcher is not threading.current_thread():
                     return
                 if not any(self._windows):
                     self._watcher = None
                     return
-            self.wait_for_confirms(WATCHED_EVERY)
+            self.wait_for_confirms(WATCH_INTERVAL)
 
     # -- connections
 
@@ -254,7 +254,7 @@ class Publisher:
                     return self._idle.pop()
                 if len(self._writers) < self._limit:
                     return self._new_writer()
-                self._returned.wait(LOST)
+                self._returned.wait(LOST_INTERVAL)
 
     def _new_writer(self) -> Writer:
         writer = Writer(self)

@@ -27,20 +27,20 @@ if TYPE_CHECKING:
 __all__ = ("SIZE_LIMIT", "Writer")
 
 #: Queues that a connection remembers to have declared.
-DECLARED = 10_000
+MAX_DECLARED = 10_000
 #: A declaration is made again after this many seconds at the latest: it also keeps a queue from expiring.
 DECLARED_FOR = 60.0
 #: Seconds for a confirm while the broker reports an alarm (memory, disk).
-BLOCKED = 300.0
+BLOCKED_TIMEOUT = 300.0
 #: Seconds after each time that a quorum queue has refused a message, which may be because it is not yet made.
-MADE = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
+QUORUM_RETRIES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
 #: Why it may take longer.
 ALARM = "an alarm (memory, disk) makes it wait"
 SILENCE = "it stands still, or lacks something that it does not tell of: file handles, disk, most of its nodes"
 #: Bytes of messages that may wait for their confirm on one connection.
 WINDOW_SIZE = 16 << 20
 #: How often the confirms that have come are read while more is published: after how many messages, and seconds.
-POLL_EVERY, POLLED = 64, 0.1
+POLL_EVERY, POLL_INTERVAL = 64, 0.1
 #: How RabbitMQ words the refusal: "message size 300 is larger than configured max size 200".
 SIZE_LIMIT = re.compile(r"message size (\d+)\D+(\d+)")
 
@@ -117,7 +117,7 @@ class Writer:
         window, now = self.window, time.monotonic()
         if window.is_full():
             self._confirm(session, window.has_room)
-        elif not window.unconfirmed % POLL_EVERY or now - self._polled_at > POLLED:
+        elif not window.unconfirmed % POLL_EVERY or now - self._polled_at > POLL_INTERVAL:
             self._polled_at = now
             session.poll()
         self._send_again(session)
@@ -137,23 +137,23 @@ class Writer:
                 window.again.clear()
                 for publishing in again:
                     self._declared.pop(publishing.routing_key, None)
-                window.taken_again(again)
+                window.republished(again)
                 self._send(session, again)
             except BaseException:
                 window.again.extendleft(reversed(again))
                 raise
-        while window.doubtful:
-            publishing = window.doubtful[0]
+        while window.suspects:
+            publishing = window.suspects[0]
             try:
-                window.doubtful.popleft()
+                window.suspects.popleft()
                 self._send_and_wait(session, [publishing])
             except self.verdicts as exc:
                 if isinstance(exc, NotFound) and not says_no_queue(exc):
-                    window.doubtful.appendleft(publishing)
+                    window.suspects.appendleft(publishing)
                     raise
                 logger.error("A result is lost that nobody waited for: %s", refusal(exc, session.uri))
             except BaseException:
-                window.doubtful.appendleft(publishing)
+                window.suspects.appendleft(publishing)
                 raise
 
     def _send(self, session: Session, publishings: list[Publishing]) -> None:
@@ -179,14 +179,14 @@ class Writer:
         window, left = self.window, publishings
         returned = 0
         # A quorum queue refuses messages while another connection declares it.
-        pauses = iter(MADE if any(each.address and each.address.is_quorum for each in left) else ())
+        pauses = iter(QUORUM_RETRIES if any(each.address and each.address.is_quorum for each in left) else ())
         # A queue may have been deleted or have expired since this connection declared it: the broker then returns
         # the message, and it is sent again to a new one.
         while returned < 2:
             try:
                 self._send(session, left)
                 self._wait(session, lambda: not window.unconfirmed)
-                refused = set(map(id, window.doubtful))
+                refused = set(map(id, window.suspects))
             except PreconditionFailed as exc:
                 limit = SIZE_LIMIT.search(exc.reply_text or "")
                 if limit is None or len(publishings) > 1:
@@ -209,7 +209,7 @@ class Writer:
             returned += 1
             for publishing in left:
                 self._declared.pop(publishing.routing_key, None)
-            window.taken_again(left)
+            window.republished(left)
         raise QueueGone(f"queue {left[0].routing_key!r} is deleted as often as it is declared")
 
     def _wait(self, session: Session, enough: Callable[[], bool]) -> None:
@@ -220,7 +220,7 @@ class Writer:
                 return
             except socket.timeout as exc:
                 seconds = time.monotonic() - start
-                if session.is_blocked and seconds < BLOCKED:
+                if session.is_blocked and seconds < BLOCKED_TIMEOUT:
                     continue
                 why = ALARM if session.is_blocked else SILENCE
                 raise BrokerUnreachable(
@@ -239,7 +239,7 @@ class Writer:
         # A lone task's queue is declared once and never again: the oldest go first.
         self._declared.pop(address.name, None)
         self._declared[address.name] = time.monotonic()
-        if len(self._declared) > DECLARED:
+        if len(self._declared) > MAX_DECLARED:
             del self._declared[next(iter(self._declared))]
 
 

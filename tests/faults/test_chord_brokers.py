@@ -69,9 +69,9 @@ def joiner(proxy: Proxy, results: str, options: dict[str, Any], unrun: Unrun) ->
 
 #: Gives a broker up soon that does not answer.
 IMPATIENT = """
-    from fastres.chords import bodies
+    from fastres.chords import producer
 
-    bodies.PATIENCE = 1
+    producer.CONFIRM_TIMEOUT = 1
     app.backend.joiner.run()
 """
 

@@ -35,7 +35,7 @@ def unrun(app: Celery, broker: Broker) -> Unrun:
 JOINER = """
     from fastres.chords import joiner
 
-    joiner.LONG_ROUND = 0.5
+    joiner.SHARE_INTERVAL = 0.5
     app.backend.joiner.run()
 """
 

@@ -68,7 +68,7 @@ def group_on(node: Node, make_app: MakeApp) -> GroupResult:
 def test_the_node_of_a_queue_is_down(
     nodes: list[Node], make_app: MakeApp, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fastres.amqp.browse.PATIENCE", 5.0)
+    monkeypatch.setattr("fastres.amqp.browse.REPLY_TIMEOUT", 5.0)
     first, second = nodes[0].start(), nodes[1].start()
     here, there = group_on(first, make_app), group_on(second, make_app)
     lone = new_ids(1)[0]
@@ -110,7 +110,7 @@ def test_the_node_of_a_queue_stands_still(
     nodes: list[Node], make_app: MakeApp, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Who waits for it, and who looks, keeps nobody of the same process from the queues of other nodes."""
-    monkeypatch.setattr("fastres.amqp.browse.PATIENCE", 8.0)
+    monkeypatch.setattr("fastres.amqp.browse.REPLY_TIMEOUT", 8.0)
     first, second = nodes[0].start(), nodes[1].start()
     here, there, soon = group_on(first, make_app), group_on(second, make_app), group_on(first, make_app)
     lone = new_ids(1)[0]

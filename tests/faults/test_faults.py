@@ -297,7 +297,7 @@ def test_a_wait_that_subscribed_ends_at_its_timeout_when_the_network_stalls(
 
 def test_heartbeats_are_no_answer(alive: Node, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each of them would begin the timeout of a socket anew."""
-    monkeypatch.setattr("fastres.amqp.browse.PATIENCE", 1.0)
+    monkeypatch.setattr("fastres.amqp.browse.REPLY_TIMEOUT", 1.0)
     options = {"confirm_timeout": 1, "retry_policy": {"max_retries": 0}}
     with Proxy(alive.port) as proxy, client(proxy.url, result_backend_transport_options=options) as app:
         lone = app.AsyncResult(*page_ids(1))

@@ -311,7 +311,7 @@ def test_an_alarm_holds_results_back_until_it_is_over(
 def test_a_broker_that_stands_still_is_waited_for_until_an_end(
     own_node: Node, make_app: MakeApp, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fastres.amqp.browse.PATIENCE", 1.0)
+    monkeypatch.setattr("fastres.amqp.browse.REPLY_TIMEOUT", 1.0)
     app = make_app(own_node.url, result_backend_transport_options={"confirm_timeout": 1})
     there, later = page_ids(2)
     store(app, there, "there")

@@ -21,7 +21,7 @@ from fastres.chords.reducer import Chord, Merge, Reducer
 NOW = 1000.0
 
 
-def fed(*bodies: bytes, largest: int = module.LARGE) -> Reducer:
+def fed(*bodies: bytes, largest: int = module.MAX_MERGED) -> Reducer:
     reducer = Reducer(largest)
     reducer.feed([delivery(tag, body) for tag, body in enumerate(bodies, 1)], NOW)
     return reducer
@@ -164,14 +164,14 @@ def test_late_parts_are_kept_for_a_while_after_they_came() -> None:
     """They may be those of a chord that is sent again: its size is told when all of it was sent."""
     reducer = fed(size_event("c", 1), part_event("c", "a"))
     reducer.forget(reducer.complete["c"], NOW)
-    long_after = NOW + 10 * module.GRACE
+    long_after = NOW + 10 * module.LATE_PARTS_KEPT
     reducer.feed([delivery(3, part_event("c", "a"))], long_after)
-    assert not reducer.expired(None, long_after + module.GRACE / 2, time.time())
+    assert not reducer.expired(None, long_after + module.LATE_PARTS_KEPT / 2, time.time())
     reducer.feed([delivery(4, size_event("c", 1))], long_after + 1)
     assert list(reducer.complete) == ["c"]
     reducer.forget(reducer.complete["c"], long_after)
     reducer.feed([delivery(5, part_event("c", "a"))], long_after)
-    assert len(reducer.expired(None, long_after + module.GRACE + 1, time.time())) == 1
+    assert len(reducer.expired(None, long_after + module.LATE_PARTS_KEPT + 1, time.time())) == 1
 
 
 def test_chords_do_not_mix() -> None:
@@ -198,7 +198,7 @@ def test_the_next_to_be_complete_says_how_soon() -> None:
     assert fed(size_event("a", 9), size_event("b", 8), *parts).nearest() == 3
     # No task is lacking of one that waits for its mark; and to look at all would take long.
     assert fed(size_event("a", 5), *parts[:5]).nearest() == 0
-    assert fed(*(size_event(str(number), 9) for number in range(module.FEW_OPEN + 1))).nearest() == 0
+    assert fed(*(size_event(str(number), 9) for number in range(module.MAX_COMPARED + 1))).nearest() == 0
 
 
 # -- in any order, as often as it comes, merged and fed back, from one reducer to the next
@@ -207,8 +207,8 @@ def test_the_next_to_be_complete_says_how_soon() -> None:
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few events are many."""
-    monkeypatch.setattr(module, "MERGED", 4)
-    monkeypatch.setattr(module, "FEW", 2)
+    monkeypatch.setattr(module, "MERGED_EVENTS", 4)
+    monkeypatch.setattr(module, "MERGE_FACTOR", 2)
 
 
 @st.composite
@@ -335,8 +335,8 @@ def test_a_late_part_neither_fires_again_nor_stays_for_ever() -> None:
     reducer.feed([delivery(9, part_event("c", "a"))], NOW)
     assert not reducer.complete
     assert reducer.count == 1
-    assert reducer.expired(None, NOW + module.GRACE - 1, time.time()) == []
-    (late,) = reducer.expired(None, NOW + module.GRACE + 1, time.time())
+    assert reducer.expired(None, NOW + module.LATE_PARTS_KEPT - 1, time.time()) == []
+    (late,) = reducer.expired(None, NOW + module.LATE_PARTS_KEPT + 1, time.time())
     assert tags_of(late) == [9]
 
 
@@ -352,11 +352,11 @@ def test_a_chord_that_is_cancelled_is_complete_with_what_has_come() -> None:
     fire(reducer, "c")
     reducer.feed([delivery(8, part_event("c", "b")), delivery(9, cancelled)], NOW)
     assert reducer.open() == []
-    (late,) = reducer.expired(None, NOW + module.GRACE + 1, time.time())
+    (late,) = reducer.expired(None, NOW + module.LATE_PARTS_KEPT + 1, time.time())
     assert tags_of(late) == [8, 9]
     unknown = fed(cancelled)
     assert unknown.open() == []
-    assert [chord.id for chord in unknown.expired(None, NOW + module.GRACE + 1, time.time())] == ["c"]
+    assert [chord.id for chord in unknown.expired(None, NOW + module.LATE_PARTS_KEPT + 1, time.time())] == ["c"]
 
 
 def test_a_chord_that_is_sent_again_fires_again() -> None:
@@ -464,7 +464,7 @@ def test_what_is_held_of_a_large_chord() -> None:
         tracemalloc.stop()
     assert len(reducer.chords["c"].parts) == MANY
     assert len(log) == reducer.count < 100
-    assert most < 2 * module.MERGED + 100
+    assert most < 2 * module.MERGED_EVENTS + 100
     assert (held - logged) / MANY <= 400
 
 

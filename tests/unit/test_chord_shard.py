@@ -18,10 +18,10 @@ from fastres.chords.events import WITH_TERMS, Event, Part, Terms, pack_part, rea
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few events are many."""
-    monkeypatch.setattr(reducer, "MERGED", 4)
-    monkeypatch.setattr(reducer, "FEW", 2)
+    monkeypatch.setattr(reducer, "MERGED_EVENTS", 4)
+    monkeypatch.setattr(reducer, "MERGE_FACTOR", 2)
     monkeypatch.setattr(shard, "PREFETCH", 6)
-    monkeypatch.setattr(shard, "COMMIT", 1000)
+    monkeypatch.setattr(shard, "COMMIT_BYTES", 1000)
 
 
 def tasks_of(chord_id: str, count: int) -> list[str]:

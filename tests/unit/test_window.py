@@ -72,9 +72,9 @@ def test_a_lost_connection() -> None:
 def test_what_the_broker_refuses_is_doubtful() -> None:
     window, publishings = sent(3)
     window.refuse(2, False)
-    assert list(window.doubtful) == publishings[1:2]
-    window.lose(doubtful=True)
-    assert list(window.doubtful) == [publishings[0], publishings[2], publishings[1]]
+    assert list(window.suspects) == publishings[1:2]
+    window.lose(suspects=True)
+    assert list(window.suspects) == [publishings[0], publishings[2], publishings[1]]
     assert len(window) == 3
 
 
@@ -84,7 +84,7 @@ def test_who_gets_an_error_takes_his_own_back() -> None:
     window.confirm(1, False)
     window.refuse(2, False)
     assert window.withdraw(publishings[:3]) == [publishings[2], publishings[0], publishings[1]]
-    assert (window.unconfirmed, list(window.again), list(window.doubtful)) == (1, [], [])
+    assert (window.unconfirmed, list(window.again), list(window.suspects)) == (1, [], [])
     assert window.withdraw(publishings[:3]) == []
 
 
@@ -104,10 +104,10 @@ def test_nothing_gets_lost_whatever_happens() -> None:
             window.confirm(number - chance.randrange(before), chance.random() < 0.5)
             assert window.unconfirmed <= before
         elif event < 0.93:
-            window.lose(doubtful=chance.random() < 0.5)
+            window.lose(suspects=chance.random() < 0.5)
             number = 0
         assert len(window) <= len(there)
-        for place in (window.again, window.doubtful):
+        for place in (window.again, window.suspects):
             while place:
                 number += 1
                 window.add(number, [place.popleft()])
