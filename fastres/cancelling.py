@@ -94,11 +94,11 @@ def cancel(result: Any) -> None:
         )
     backend = _backend_of(result.app)
     single = [] if isinstance(result, ResultSet) else [result.id]
-    _tell_workers(backend, found.groups, found.tasks + single)
+    _notify_workers(backend, found.groups, found.tasks + single)
     with backend.in_one_write():
         for header in found.headers:
             backend.chords.fail(header, "It was cancelled")
-        _tell_waits(backend, found.groups, list(found.awaited))
+        _notify_waits(backend, found.groups, list(found.awaited))
 
 
 def revoke_rest(backend: Any, group_id: str) -> None:
@@ -107,7 +107,7 @@ def revoke_rest(backend: Any, group_id: str) -> None:
     The missing results of a small header arrive in a page, under ids that are not known here: its
     workers store that each was revoked.
     """
-    _tell_workers(backend, [group_id], [])
+    _notify_workers(backend, [group_id], [])
     if not _is_on_page(group_id):
         _put_notice(backend, _member_of(group_id), True)
 
@@ -121,11 +121,11 @@ def _backend_of(app: Any) -> Any:
     return backend
 
 
-def _tell_workers(backend: Any, group_ids: list[str], task_ids: list[str]) -> None:
+def _notify_workers(backend: Any, group_ids: list[str], task_ids: list[str]) -> None:
     backend.app.control.broadcast(COMMAND, arguments={"group_ids": group_ids, "task_ids": task_ids})
 
 
-def _tell_waits(backend: Any, group_ids: list[str], task_ids: list[str]) -> None:
+def _notify_waits(backend: Any, group_ids: list[str], task_ids: list[str]) -> None:
     """Put a notice into each queue of the results of groups and tasks."""
     addresses = backend.addresses
     named = addresses.by_result(task_ids)

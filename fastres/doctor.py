@@ -78,11 +78,11 @@ class Checkup:
         if advice:
             self._checks[-1]["advice"] = advice
         if not self._as_json:
-            self._out.echo(f"{self._word(outcome)} {what:<16} {detail}")
+            self._out.echo(f"{self._label(outcome)} {what:<16} {detail}")
             if advice:
                 self._out.echo(f"{'':4} {'':16} -> {advice}")
 
-    def _word(self, outcome: str) -> str:
+    def _label(self, outcome: str) -> str:
         words = {"ok": ("  ok", {"fg": "green"}), "warn": ("warn", {"fg": "yellow"}), "info": ("    ", {})}
         word, style = words.get(outcome, ("FAIL", {"fg": "red", "bold": True}))
         return str(self._out.style(word, **style)) if style else word
@@ -134,13 +134,13 @@ def examine(app: Any, check: Checkup, management: str | None = None) -> None:
             say(fact)
     with contextlib.closing(connection):
         if isinstance(session, RabbitMQ) and backend.joiner is not None:
-            _tell_of_permissions(backend, connection, check)
+            _print_permissions(backend, connection, check)
         _examine_results(backend, check)
         if isinstance(session, RabbitMQ) and backend.joiner is not None:
             _examine_policies(backend, session, check)
             if management is not None:
                 _ask_for_policies(management, backend, connection, check)
-        _tell_of_chords(backend, session, check)
+        _check_chords(backend, session, check)
 
 
 def _examine_results(backend: Any, check: Checkup) -> None:
@@ -204,7 +204,7 @@ def _look(backend: Any, task_id: str) -> None:
             raise TimeoutError(f"the result that was stored is not seen within {TIMEOUT:.0f} seconds")
 
 
-def _tell_of_permissions(backend: Any, connection: Any, check: Checkup) -> None:
+def _print_permissions(backend: Any, connection: Any, check: Checkup) -> None:
     """The permissions that clients and workers need, with those that Celery needs for tasks."""
     prefix = re.escape(backend.addresses.prefix + ".")
     app, vhost, exchange = backend.app, shlex.quote(connection.virtual_host), backend.addresses.exchange.name
@@ -226,7 +226,7 @@ def _tell_of_permissions(backend: Any, connection: Any, check: Checkup) -> None:
         check.tell(f"{who} needs", f"rabbitmqctl set_permissions -p {vhost} USER {quoted}")
 
 
-def _tell_of_chords(backend: Any, session: Session, check: Checkup) -> None:
+def _check_chords(backend: Any, session: Session, check: Checkup) -> None:
     if backend.joiner is None:
         check.tell("chords", "none with this backend")
     elif not session.single_active_consumer:

@@ -51,10 +51,10 @@ def _check(sender: Any = None, **kwargs: Any) -> None:
     check = getattr(backend, "check_writing", None)
     if check is not None:
         # An unreachable broker is retried for a while.
-        threading.Thread(target=_complain, args=(check,), name="fastres-check", daemon=True).start()
+        threading.Thread(target=_run_check, args=(check,), name="fastres-check", daemon=True).start()
 
 
-def _complain(check: Callable[[], None]) -> None:
+def _run_check(check: Callable[[], None]) -> None:
     try:
         check()
     except Exception as exc:

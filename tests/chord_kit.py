@@ -267,7 +267,7 @@ class Lab:
 
     def _start(self) -> Shard:
         self.firing = []
-        self.refusing: set[Any] = set()
+        self.refused_by: set[Any] = set()
         return Shard(self, self, 0)  # type: ignore[arg-type]
 
     def step(self, count: int) -> None:
@@ -320,7 +320,7 @@ class Lab:
     def is_postponed(self, chord: Chord) -> bool:
         return False
 
-    def patience(self, chords: list[Chord]) -> float:
+    def reply_timeout(self, chords: list[Chord]) -> float:
         return 1.0
 
     def notified(self, chord: Chord) -> bool | None:
@@ -337,7 +337,7 @@ class Lab:
         for body in bodies:
             self.log.publish(body)
 
-    def may_be_routed(self, chord: Chord) -> bool:
+    def retry_unrouted(self, chord: Chord) -> bool:
         return True
 
     # -- the broker

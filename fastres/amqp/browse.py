@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from amqp import spec
 from amqp.exceptions import ChannelError, error_for_code
 
-from fastres.amqp.session import Browsed, QueueState, ReplyTimer, says_no_queue
+from fastres.amqp.session import Browsed, QueueState, ReplyTimer, is_missing_queue
 from fastres.errors import BrokerUnreachable
 
 if TYPE_CHECKING:
@@ -292,7 +292,7 @@ class Slot:
             # A message or a consumer has arrived since the queue was found empty: it stays.
             kept = not self._deleted and code == PRECONDITION_FAILED
             refused = error_for_code(code, text, cause, ChannelError)
-            if not kept and not (code == NOT_FOUND and says_no_queue(refused)):
+            if not kept and not (code == NOT_FOUND and is_missing_queue(refused)):
                 self._refused = refused
             self._native.restart(self.channel)
             self._is_open = False

@@ -266,7 +266,7 @@ class Link:
             self.attempt(lambda now: now.beat(), reads=False)
         return max(0.0, self._beat_at - time.monotonic())
 
-    def cut(self, subscribers: Collection[Subscriber]) -> None:
+    def drop_with(self, subscribers: Collection[Subscriber]) -> None:
         """Drop the connection with these subscribers, so that the broker requeues their messages. Others reconnect."""
         self._subscribers = [subscriber for subscriber in self._subscribers if subscriber not in subscribers]
         self._drop()

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from fastres.amqp.session import Receiver
     from fastres.amqp.window import Window
 
-__all__ = ("FramedSession", "let_close", "method_frame")
+__all__ = ("FramedSession", "confirm_close", "method_frame")
 
 #: Bytes to read in one system call.
 CHUNK = 1 << 18
@@ -246,7 +246,7 @@ class FramedSession(Session):
 
     def _on_publishing_closed(self, channel: Any, window: Window, code: int, text: str, *method: int) -> None:
         if channel.is_open:
-            let_close(channel)
+            confirm_close(channel)
             self._closed_with = error_for_code(code, text, method, ChannelError)
             window.lose(suspects=True)
 
@@ -352,7 +352,7 @@ def _has_read_ahead(transport: Any) -> bool:
     return bool(transport._read_buffer) or (hasattr(transport.sock, "pending") and transport.sock.pending() > 0)
 
 
-def let_close(channel: Any, *why: Any) -> None:
+def confirm_close(channel: Any, *why: Any) -> None:
     """Agree to the end of a channel.
 
     Its number is not used again: RabbitMQ 3.10 repeats itself, once a minute, until it has read our answer, and

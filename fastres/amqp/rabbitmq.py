@@ -29,7 +29,7 @@ from fastres.amqp.framed import (
     OPEN_OK,
     QOS_OK,
     FramedSession,
-    let_close,
+    confirm_close,
     method_frame,
 )
 from fastres.amqp.publishing import milliseconds
@@ -295,7 +295,7 @@ class RabbitMQ(FramedSession):
     ) -> None:
         if not channel.is_open:
             return
-        let_close(channel)
+        confirm_close(channel)
         number = channel.channel_id
         for consumer in [consumer for consumer in self._receivers if consumer[0] == number]:
             del self._receivers[consumer]
@@ -394,7 +394,7 @@ class RabbitMQ(FramedSession):
         for tag in tags:
             self._receivers.pop((channel.channel_id, tag), None)
         # The broker may be closing it too, and answers all the same.
-        channel._callbacks[spec.Channel.Close] = partial(let_close, channel)
+        channel._callbacks[spec.Channel.Close] = partial(confirm_close, channel)
         channel.send_method(spec.Channel.Close, "BsBB", (0, "", 0, 0))
         # Messages that still arrive are read and dropped here.
         # If both sides close a channel at the same time, RabbitMQ may not reply: its own Close is enough.
@@ -421,7 +421,7 @@ class RabbitMQ(FramedSession):
                 if not address.is_quorum
             ]
         # The broker may close the channel because of a queue in use. The caller does not use the channel any more.
-        channel._callbacks[spec.Channel.Close] = partial(let_close, channel)
+        channel._callbacks[spec.Channel.Close] = partial(confirm_close, channel)
         if frames:
             channel.connection.transport.write(b"".join(frames))
             channel.connection.bytes_sent += len(frames)

@@ -32,9 +32,9 @@ __all__ = (
     "ReplyTimer",
     "Session",
     "all_up_to",
+    "is_missing_queue",
     "is_open",
     "make_delivery",
-    "says_no_queue",
 )
 
 #: The largest number of messages that a consumer can ask to be sent ahead of their acknowledgement.
@@ -130,7 +130,7 @@ class Session:
         try:
             answer = self._declaring_channel().queue_declare(name, passive=True)
         except self._connection.channel_errors as exc:
-            if str(exc.reply_code) != "404" or not says_no_queue(exc):
+            if str(exc.reply_code) != "404" or not is_missing_queue(exc):
                 raise
             return None
         return QueueState(answer[1], answer[2])
@@ -355,7 +355,7 @@ def all_up_to(tags: Sequence[Any], waiting: Iterable[Any]) -> Any:
     return max((tag for tag in tags if tag < lowest), default=None)
 
 
-def says_no_queue(exc: Any) -> bool:
+def is_missing_queue(exc: Any) -> bool:
     """Whether a 404 means that there is no queue; otherwise the node that it is on is down."""
     return MISSING.search(str(exc.reply_text)) is not None
 

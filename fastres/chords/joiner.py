@@ -84,7 +84,7 @@ class Joiner:
         #: chord in the last one the broker closed the channel.
         self.firing: list[Chord] = []
         self.one_by_one = False
-        self.refusing: set[Destinations] = set()
+        self.refused_by: set[Destinations] = set()
         #: Bytes from which messages are not merged any more.
         self.largest = MAX_MERGED
         #: Chords whose body the broker has refused, with its reason.
@@ -95,18 +95,18 @@ class Joiner:
         #: before that, in seconds.
         self._postponed: dict[tuple[str, str], tuple[float, float]] = {}
         #: Shards, and events to be written into them again.
-        self._unwritten: deque[tuple[str, list[bytes]]] = deque()
+        self._to_write_back: deque[tuple[str, list[bytes]]] = deque()
         #: Chords whose body was returned by the broker: there is no queue at its route.
         self._unrouted: set[tuple[str, str]] = set()
         #: Calls of errbacks that are due, and the number of threads that work on them.
         self._to_notify: deque[Callable[[], None]] = deque()
         self._notifiers = 0
         self._notifying = threading.Lock()
-        self._useless = False
+        self._unsupported = False
 
     def start(self) -> None:
         """Join chords in a thread of this process, from now on, if ``chord_joiner`` lets it."""
-        if self._useless or not self.backend.options.chord_joiner:
+        if self._unsupported or not self.backend.options.chord_joiner:
             return
         if self._thread is None or not self._thread.is_alive():
             self._stopping.clear()
@@ -135,7 +135,7 @@ class Joiner:
             try:
                 with busy():
                     shards = self._connect()
-                if self._useless:
+                if self._unsupported:
                     return
                 if retry != FIRST_RETRY:
                     logger.warning("The joiner of chords reads again at %s", self._connection.as_uri())
@@ -146,10 +146,10 @@ class Joiner:
                 logger.error("The joiner of chords leaves them to others: %s", exc)
                 retry = LONGEST_RETRY
             except Exception as exc:
-                self._complain(exc)
+                self._handle_error(exc)
             finally:
                 with busy():
-                    self._leave()
+                    self._close_connections()
             self._stopping.wait(retry)
             retry = min(retry * 2, LONGEST_RETRY)
         self._write_back()
@@ -163,7 +163,7 @@ class Joiner:
         self.backend.counts.connected("joiner")
         self._session = session = session_of(connection)
         if not isinstance(session, RabbitMQ) or not session.single_active_consumer:
-            self._useless = True
+            self._unsupported = True
             logger.info("%s has no single active consumers: chords are left to chord_unlock.", connection.as_uri())
             return []
         session.socket.settimeout(REPLY_TIMEOUT)
@@ -180,7 +180,7 @@ class Joiner:
         options, expires = self.backend.options, self._app.conf.get("result_chord_expires")
         if expires is None:
             expires = self.backend.expires
-        next_round, next_long_round = 0.0, time.monotonic() + SHARE_INTERVAL
+        next_check, next_share = 0.0, time.monotonic() + SHARE_INTERVAL
         while not self._stopping.is_set() or self._is_notifying():
             # Events that arrived during the last commit are handled without another read.
             if not any(shard.received for shard in shards):
@@ -189,16 +189,16 @@ class Joiner:
             with busy():
                 worked = [shard.work() for shard in shards]
                 self.backend.counts.shards = sum(shard.active for shard in shards)
-                if time.monotonic() >= next_round:
-                    next_round = time.monotonic() + CHECK_INTERVAL
+                if time.monotonic() >= next_check:
+                    next_check = time.monotonic() + CHECK_INTERVAL
                     self._write_back()
                     for shard in shards:
                         shard.maintain(options.chord_renewal, expires)
                     if self._connection.heartbeat:
                         self._connection.heartbeat_check()
-                if len(shards) > 1 and time.monotonic() >= next_long_round:
-                    next_long_round = time.monotonic() + SHARE_INTERVAL
-                    self._share_out(shards)
+                if len(shards) > 1 and time.monotonic() >= next_share:
+                    next_share = time.monotonic() + SHARE_INTERVAL
+                    self._hand_over_shards(shards)
                 for number, shard in enumerate(shards):
                     if shard.wanted_prefetch is not None:
                         shard.leave()
@@ -206,14 +206,14 @@ class Joiner:
                 if any(shard.cancelled for shard in shards):
                     raise ConnectionResetError("the queue of a shard was deleted")
             if any(worked):
-                nearest = min(shard.reducer.nearest() for shard in shards)
-                time.sleep(min(max(nearest * GATHER_PER_PART, GATHER), MAX_GATHER))
+                fewest_missing = min(shard.reducer.fewest_missing() for shard in shards)
+                time.sleep(min(max(fewest_missing * GATHER_PER_PART, GATHER), MAX_GATHER))
 
     def _is_notifying(self) -> bool:
         """Whether a joiner that stops waits for running errbacks, which another joiner would call again."""
         return False in self._notified.values() and time.monotonic() < self._stop_at
 
-    def _share_out(self, shards: list[Shard]) -> None:
+    def _hand_over_shards(self, shards: list[Shard]) -> None:
         """Leave shards to joiners that came later."""
         active = [number for number, shard in enumerate(shards) if shard.active]
         if not active:
@@ -224,7 +224,7 @@ class Joiner:
             shards[number].leave()
             shards[number] = Shard(self, self._session, number)
 
-    def _leave(self) -> None:
+    def _close_connections(self) -> None:
         self.backend.counts.shards = 0
         connection, self._connection, self._session = self._connection, None, None
         tasks, self._tasks, self._producer = self._tasks, None, None
@@ -232,7 +232,7 @@ class Joiner:
             if each is not None:
                 drop(each, broken=not self._stopping.is_set())
 
-    def _complain(self, exc: Exception) -> None:
+    def _handle_error(self, exc: Exception) -> None:
         firing, self.firing = self.firing, []
         if isinstance(exc, TimeoutError) and firing:
             self.postpone(firing, f"it was not taken in time ({exc})")
@@ -317,9 +317,9 @@ class Joiner:
                     self._notified[key] = True
 
         self._notified[key] = False
-        self._aside(notify)
+        self._run_in_thread(notify)
 
-    def _aside(self, notify: Callable[[], None]) -> None:
+    def _run_in_thread(self, notify: Callable[[], None]) -> None:
         """Have another thread do it."""
         with self._notifying:
             self._to_notify.append(notify)
@@ -344,20 +344,20 @@ class Joiner:
 
     def put_back(self, name: str, bodies: list[bytes]) -> None:
         # First: whatever goes wrong now, they are in no queue any more.
-        self._unwritten.append((name, bodies))
+        self._to_write_back.append((name, bodies))
         self._write_back()
 
     def _write_back(self) -> None:
         """Publish the events that are held in memory only; those that the broker does not take are kept."""
-        while self._unwritten:
+        while self._to_write_back:
             try:
-                self.backend.chords.put_back(*self._unwritten[0])
+                self.backend.chords.put_back(*self._to_write_back[0])
             except Exception as exc:
                 logger.error("Events of chords could not be written into the log again, and are kept: %r", exc)
                 return
-            self._unwritten.popleft()
+            self._to_write_back.popleft()
 
-    def may_be_routed(self, chord: Chord) -> bool:
+    def retry_unrouted(self, chord: Chord) -> bool:
         key = chord.id, chord.run
         known = key in self._unrouted
         self._unrouted.add(key)
@@ -368,7 +368,7 @@ class Joiner:
 
     def forget(self, chord: Chord) -> None:
         if chord.terms is not None and chord.terms.revoke and len(chord.parts) < (chord.total or 0):
-            self._aside(partial(self._revoke_rest, chord.id))
+            self._run_in_thread(partial(self._revoke_rest, chord.id))
         key = chord.id, chord.run
         self._unrouted.discard(key)
         self._notified.pop(key, None)

@@ -16,7 +16,7 @@ from kombu.utils.uuid import uuid
 
 from fastres._impl import listed
 from fastres.amqp.publishing import Publishing
-from fastres.amqp.session import says_no_queue
+from fastres.amqp.session import is_missing_queue
 from fastres.chords.events import JSON, UTF8
 
 __all__ = ("BodyProducer", "NodeDown", "Values", "filled", "is_kombus_json")
@@ -148,7 +148,7 @@ class BodyProducer(Producer):  # type: ignore[misc]
             raise
         except NotFound as exc:
             # Seen here and not by its type later: tasks and signals of users may raise the same.
-            if not says_no_queue(exc):
+            if not is_missing_queue(exc):
                 self.broken = exc
             raise
 

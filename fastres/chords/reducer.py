@@ -1,9 +1,9 @@
 """The state of the open chords, and the messages in the broker that contain it.
 
 The reducer accepts events in any order, and repeatedly: the state of a chord is the sum of its events. All of it is in
-delivered, unacknowledged messages, so that it outlives the process. A message that
-waits for its acknowledgement is dear in the broker's memory (6 kB), so those of a chord are merged: ``MERGED_EVENTS``
-parts into one batch, ``MERGE_FACTOR`` batches into a larger one, up to ``MAX_MERGED`` bytes.
+delivered, unacknowledged messages, so that it outlives the process. Each takes 6 kB of the broker's memory, so those of
+a chord are merged: ``MERGED_EVENTS`` parts into one batch, ``MERGE_FACTOR`` batches into a larger one, up to
+``MAX_MERGED`` bytes.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ __all__ = ("Chord", "Held", "Merge", "Reducer", "id_of")
 
 #: How many single events are merged into a batch, and how many batches into a larger one.
 MERGED_EVENTS, MERGE_FACTOR = 1000, 10
-#: Bytes from which a message is not merged any more.
+#: Messages of this size, in bytes, are not merged any further.
 MAX_MERGED = 1 << 19
 #: Chords that have fired and are remembered, and for how many seconds a part of one that comes late is kept: the
 #: same chord may have been sent again, which is known only when its size comes.
 MAX_FIRED, LATE_PARTS_KEPT = 100_000, 60.0
-#: Open chords up to which it is found out which of them lacks the fewest parts.
+#: The largest number of open chords whose missing parts are compared: see ``fewest_missing``.
 MAX_COMPARED = 100
-#: In the place of when a chord has fired that has not.
-_NEVER = math.inf, ""
-#: In the key of a part, before its place: there is another part of the same id.
+#: Default for chords that have not fired.
+_NOT_FIRED = math.inf, ""
+#: Separates id and place in the key of a part whose id another part has too.
 ANOTHER = "\0"
 
 
@@ -64,23 +64,24 @@ class Chord:
     """The state of a chord."""
 
     __slots__ = (
-        "added", "at", "born", "closed", "context", "counted", "failed", "first", "held", "id", "last", "needed",
-        "notified", "parts", "plan", "root", "run", "since", "size", "succeeded", "terms", "under_way",
+        "added", "at", "closed", "context", "counted", "failed", "first", "first_seen", "held", "id", "last",
+        "needed", "notified", "parts", "pending_merges", "plan", "root", "run", "since", "size", "succeeded",
+        "terms",
     )  # fmt: skip
 
-    def __init__(self, id: str, born: float) -> None:
+    def __init__(self, id: str, first_seen: float) -> None:
         self.id = id
-        #: When this joiner first heard of it, on the monotonic clock.
-        self.born = born
+        #: When this joiner received its first event, on the monotonic clock.
+        self.first_seen = first_seen
         #: Wall clock, in seconds: when its first and its last known event were sent.
         self.since, self.at = math.inf, 0.0
         self.size: int | None = None
-        #: Names this time that it was sent.
+        #: The id of this sending: a chord may be sent again.
         self.run = ""
-        #: How many parts make it complete.
+        #: The number of parts that make it complete.
         self.needed = math.inf
         self.added: set[str] = set()
-        #: Errbacks that know already that a part has failed.
+        #: Errbacks that were already called for a failed part.
         self.notified: set[str] = set()
         #: Packed; empty: not known yet.
         self.plan = b""
@@ -89,38 +90,39 @@ class Chord:
         #: The last part that arrived, its root task, and the context of its request.
         self.last = self.root = ""
         self.context: dict[str, Any] = {}
-        #: On which terms it ends, how many tasks are to succeed and have, and whether its deadline has passed.
+        #: Its terms (``fastres.settle``), how many tasks must succeed and have succeeded, and whether its deadline has
+        #: passed.
         self.terms: Terms | None = None
         self.first, self.succeeded = 0, 0
         self.closed = False
-        #: Why it cannot go on; empty: it can, as far as is known.
+        #: Why it has failed; empty: it has not.
         self.failed = ""
         #: By level: single events, batches, batches of batches.
         self.held: list[list[Held]] = [[]]
-        #: How many merged events have not come back yet.
-        self.under_way = 0
-        #: How many parts were counted that have failed or were revoked, among how many: see ``status``.
+        #: The number of published merged events that were not delivered yet.
+        self.pending_merges = 0
+        #: For ``status``: how many parts were looked at, and of these, how many have failed and were revoked.
         self.counted = (0, 0, 0)
 
     @property
     def total(self) -> int | None:
-        """How many parts it takes."""
+        """The number of its parts; None: not known yet."""
         return None if self.size is None else self.size + len(self.added)
 
     @property
-    def whole(self) -> bool:
-        """Whether all that it takes is known."""
+    def is_complete(self) -> bool:
+        """Whether it has all parts that it needs."""
         return len(self.parts) >= self.needed
 
     def update_needed(self) -> None:
-        """Find out how many parts it takes."""
+        """Compute how many parts it needs."""
         if self.size is None or not self.plan:
             return
         over = self.closed or self.failed or (self.first and self.succeeded >= self.first)
         self.needed = 0 if over else self.size + len(self.added)
 
     def set_terms(self, terms: Terms) -> None:
-        """Learn on which terms it ends."""
+        """Set the terms on which it ends."""
         self.terms, self.first = terms, terms.first or 0
         self.succeeded = sum(map(is_success, self.parts.values())) if self.first else 0
 
@@ -129,7 +131,7 @@ class Chord:
         return {expand(key): part for key, part in self.parts.items()}
 
     def add(self, task_id: str, packed: bytes, event: Event) -> int | str:
-        """Learn of a part: the key that it has in ``parts``."""
+        """Add a part. Returns its key in ``parts``."""
         key: int | str = compact(task_id)
         parts = self.parts
         before = parts.get(key)
@@ -141,7 +143,7 @@ class Chord:
             key = f"{task_id}{ANOTHER}{place_of(packed).decode(errors='replace')}"
             if key in parts:
                 return key
-        # There may be a million that say the same.
+        # There may be a million equal ones.
         parts[key] = REFERENCE if packed == REFERENCE else packed
         if self.first and is_success(packed):
             self.succeeded += 1
@@ -178,17 +180,17 @@ class Reducer:
         #: Events of no chord, with their delivery tags.
         self.others: list[tuple[int, Event]] = []
         #: Delivery tags of events that are not needed any more.
-        self.spent: list[int] = []
+        self.obsolete: list[int] = []
         #: Messages that are no events, and why.
         self.refused: list[tuple[Delivery, Exception]] = []
         #: The number of held messages.
         self.count = 0
         #: Chords with enough single events to merge.
-        self._crowded: dict[str, Chord] = {}
+        self._to_merge: dict[str, Chord] = {}
         #: Fired chords: the time, on the monotonic clock, and the name of the run.
         self._fired: dict[str, tuple[float, str]] = {}
         #: Merged events that were not delivered yet, by their mark: the chord, and the parts in the event.
-        self._under_way: dict[str, tuple[Chord, tuple[int | str, ...]]] = {}
+        self._pending_merges: dict[str, tuple[Chord, tuple[int | str, ...]]] = {}
         self._marks = map("{}.{}".format, repeat(uuid()), count())
 
     def feed(self, deliveries: Iterable[Delivery], now: float) -> None:
@@ -208,25 +210,25 @@ class Reducer:
             if not event.chord:
                 self.others.append((delivery.delivery_tag, event))
                 continue
-            merged = self._under_way.pop(event.mark, None) if event.mark else None
+            merged = self._pending_merges.pop(event.mark, None) if event.mark else None
             chord = chords.get(event.chord)
             if merged is not None:
-                merged[0].under_way -= 1
+                merged[0].pending_merges -= 1
                 if merged[0] is not chord:
                     # It has expired.
-                    self.spent.append(delivery.delivery_tag)
+                    self.obsolete.append(delivery.delivery_tag)
                     continue
             if chord is None:
-                if event.run and self._fired.get(event.chord, _NEVER)[1] == event.run:
-                    # Its sender was not sure that this had come.
-                    self.spent.append(delivery.delivery_tag)
+                if event.run and self._fired.get(event.chord, _NOT_FIRED)[1] == event.run:
+                    # Its sender published it twice.
+                    self.obsolete.append(delivery.delivery_tag)
                     continue
                 chord = chords[event.chord] = Chord(event.chord, now)
             more = event.size is not None or bool(
                 event.added or event.plan or event.notified or event.failed or event.terms
             )
             if more:
-                self._learn(chord, event, rest)
+                self._update(chord, event, rest)
             at = event.at
             if at > chord.at:
                 chord.at = at
@@ -238,26 +240,26 @@ class Reducer:
                 keys: tuple[int | str, ...] = (chord.add(task_id, rest, event),)
             elif merged is None:
                 start = event.plan
-                learnt = []
+                new_keys = []
                 for task_id, length in event.parts:
-                    learnt.append(chord.add(task_id, rest[start : start + length], event))
+                    new_keys.append(chord.add(task_id, rest[start : start + length], event))
                     start += length
-                keys = tuple(learnt)
+                keys = tuple(new_keys)
             else:
-                # All this is known: the same numbers need not be there twice.
+                # All parts are known: their keys are shared, to save memory.
                 keys = merged[1]
             self._hold(chord, Held(delivery.delivery_tag, now, len(delivery.body), keys, more))
-            if len(chord.parts) >= chord.needed and not chord.under_way:
+            if len(chord.parts) >= chord.needed and not chord.pending_merges:
                 self.complete[chord.id] = chord
             elif self.complete:
                 # One more task was added to it.
                 self.complete.pop(chord.id, None)
 
-    def _learn(self, chord: Chord, event: Event, rest: bytes) -> None:
+    def _update(self, chord: Chord, event: Event, rest: bytes) -> None:
         """Add the fields of an event that are not parts."""
         if event.size is not None:
             chord.size, chord.run = event.size, event.run
-            # It was sent again.
+            # The chord was sent again.
             self._fired.pop(chord.id, None)
         chord.added.update(event.added)
         chord.notified.update(event.notified)
@@ -275,7 +277,7 @@ class Reducer:
             messages = chord.held[0]
             messages.append(held)
             if len(messages) >= MERGED_EVENTS:
-                self._crowded[chord.id] = chord
+                self._to_merge[chord.id] = chord
             return
         while parts >= MERGED_EVENTS:
             level, parts = level + 1, parts // MERGE_FACTOR
@@ -283,22 +285,22 @@ class Reducer:
             chord.held.append([])
         messages = chord.held[level]
         messages.append(held)
-        if len(messages) >= MERGE_FACTOR and self._is_crowded(messages, level):
-            self._crowded[chord.id] = chord
+        if len(messages) >= MERGE_FACTOR and self._is_mergeable(messages, level):
+            self._to_merge[chord.id] = chord
 
     # -- merging held messages
 
     def merges(self) -> Iterator[Merge]:
         """Merge the messages of chords that have too many."""
-        while self._crowded:
-            _, chord = self._crowded.popitem()
-            if chord.whole:
+        while self._to_merge:
+            _, chord = self._to_merge.popitem()
+            if chord.is_complete:
                 continue
             for level, messages in enumerate(chord.held):
-                if self._is_crowded(messages, level) and (merge := self._merge(chord, messages)):
+                if self._is_mergeable(messages, level) and (merge := self._merge(chord, messages)):
                     yield merge
 
-    def tighten(self) -> Iterator[Merge]:
+    def merge_all(self) -> Iterator[Merge]:
         """Merge all messages of each chord."""
         for chord in self.chords.values():
             if sum(map(len, chord.held)) > 1 and (merge := self._merge(chord, list(chord.messages()))):
@@ -311,7 +313,7 @@ class Reducer:
             if old:
                 yield self._replace(chord, old)
 
-    def _is_crowded(self, messages: list[Held], level: int) -> bool:
+    def _is_mergeable(self, messages: list[Held], level: int) -> bool:
         if not level:
             return len(messages) >= MERGED_EVENTS
         return (
@@ -323,7 +325,7 @@ class Reducer:
         return self._replace(chord, mergeable) if len(mergeable) > 1 else None
 
     def snapshot(self, chord: Chord) -> list[bytes]:
-        """All that is known of a chord as new events, for when its messages are gone."""
+        """The state of a chord as new events, for when its messages are gone."""
         bodies: list[bytes] = []
         keys: list[int | str] = []
         size, more = len(chord.plan), True
@@ -347,8 +349,8 @@ class Reducer:
         def close() -> None:
             nonlocal keys, size, more
             mark = next(self._marks)
-            self._under_way[mark] = chord, tuple(keys)
-            chord.under_way += 1
+            self._pending_merges[mark] = chord, tuple(keys)
+            chord.pending_merges += 1
             bodies.append(self._batch(chord, keys, more, mark))
             keys, size, more = [], 0, False
 
@@ -392,15 +394,15 @@ class Reducer:
         self.count -= sum(map(len, chord.held))
         self.complete.pop(chord.id, None)
         self.chords.pop(chord.id, None)
-        self._crowded.pop(chord.id, None)
+        self._to_merge.pop(chord.id, None)
         self._fired.pop(chord.id, None)
         if over:
             self._fired[chord.id] = now, chord.run
         if len(self._fired) > MAX_FIRED:
             del self._fired[next(iter(self._fired))]
 
-    def nearest(self) -> float:
-        """The least number of parts that any open chord lacks; 0 if there are many open chords.
+    def fewest_missing(self) -> float:
+        """The least number of parts that an open chord lacks; 0 if there are many open chords.
 
         A chord of unknown size counts with the number of its parts: its size event may arrive at any moment, and the
         more parts have arrived before, the longer the joiner can wait between two reads.
@@ -423,14 +425,14 @@ class Reducer:
 
     # -- deadlines and expiry
 
-    def close_overdue(self, wall: float) -> None:
+    def close_at_deadline(self, wall: float) -> None:
         """Close chords whose deadline has passed; ``wall`` is the time, in seconds since the epoch."""
         for chord in self.chords.values():
             terms = chord.terms
             if terms is not None and terms.deadline is not None and terms.deadline <= wall and not chord.closed:
                 chord.closed = True
                 chord.update_needed()
-                if chord.whole and not chord.under_way:
+                if chord.is_complete and not chord.pending_merges:
                     self.complete[chord.id] = chord
 
     def expired(self, seconds: float | None, now: float, wall: float) -> list[Chord]:
@@ -443,5 +445,5 @@ class Reducer:
         return [
             chord for chord in self.chords.values()
             if (seconds and chord.at < wall - seconds)
-            or (chord.size is None and self._is_late(chord) and chord.born < now - LATE_PARTS_KEPT)
+            or (chord.size is None and self._is_late(chord) and chord.first_seen < now - LATE_PARTS_KEPT)
         ]  # fmt: skip

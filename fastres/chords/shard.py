@@ -37,7 +37,7 @@ PREFETCH = 20_000
 COMMIT_BYTES, COMMIT_MESSAGES = 1 << 24, 5_000
 #: Seconds before each other attempt to have a queue take a body that it has refused: it may just be made.
 REFUSED_RETRIES = (0.05, 0.2)
-#: How RabbitMQ words that it has done a part of a commit.
+#: The text of RabbitMQ's error after it has carried out a part of a commit.
 PARTIAL = "partial tx completion"
 
 
@@ -77,11 +77,11 @@ class Caller(Protocol):
     #: Chords in the commit that is under way, and whether commits are to hold one chord each.
     firing: list[Chord]
     one_by_one: bool
-    #: Destinations one of several bodies was refused.
-    refusing: set[Destinations]
+    #: Destinations of a commit of several chords that a queue has refused in part: there, each chord is sent alone.
+    refused_by: set[Destinations]
 
     def call(self, chord: Chord) -> list[Publishing]:
-        """The messages that a chord goes on with, those that are not published yet.
+        """Make a complete chord's body: its messages that are not published yet.
 
         Raises:
             Failed: its errbacks are to be notified.
@@ -92,25 +92,25 @@ class Caller(Protocol):
         """Whether a chord waits because the broker has not accepted its body in time."""
 
     def postpone(self, chords: list[Chord], why: str) -> None:
-        """Let others go first: it may be the queue of these that does not answer, and no other."""
+        """Try these chords again later: perhaps only their queue does not answer."""
 
     def reply_timeout(self, chords: list[Chord]) -> float:
-        """Seconds that the broker may take for the bodies of these."""
+        """Seconds that the broker may take to accept the bodies of these chords."""
 
     def notified(self, chord: Chord) -> bool | None:
         """Whether a chord has failed and its errbacks were notified; None: they are about to be."""
 
     def notify(self, chord: Chord, failed: Failed) -> None:
-        """Notify a chord's errbacks, sooner or later."""
+        """Have a chord's errbacks called by another thread."""
 
     def forget(self, chord: Chord) -> None:
-        """A chord has fired."""
+        """Drop what is kept of a chord that has fired."""
 
     def put_back(self, name: str, bodies: list[bytes]) -> None:
         """Publish events to a shard again that the broker has acknowledged although it refused the body."""
 
-    def may_be_routed(self, chord: Chord) -> bool:
-        """There was no queue for a body: whether to try once more, with its queues declared anew."""
+    def retry_unrouted(self, chord: Chord) -> bool:
+        """Whether to publish a body once more that had no queue. Its queues are declared again before."""
 
 
 class Shard:
@@ -136,7 +136,7 @@ class Shard:
         self.wanted_prefetch: int | None = None
         #: The delivery tags that are not acknowledged, in order.
         self._open: dict[int, None] = {}
-        #: The mark of this reader's first event: when it has come, so has all that was in the queue before.
+        #: The mark of the event that this reader publishes first. Once it has arrived, so have all older events.
         self._mark = ""
         self._caught_up = False
         self._channel = session.channel()
@@ -146,7 +146,7 @@ class Shard:
         self._channel.events["basic_return"].add(self._on_return)
         session.declare(joiner.addresses.queue(address))
         if session.has_other_arguments(self.name):
-            # One that was made with another queue_type is as good.
+            # A queue that was declared with the other queue_type works too.
             address = replace(address, is_quorum=not address.is_quorum)
             if not session.is_there_as(joiner.addresses.queue(address)):
                 raise RuntimeError(
@@ -155,7 +155,7 @@ class Shard:
                 )
         self._prefetch = prefetch or PREFETCH
         if address.is_quorum:
-            # Without a limit RabbitMQ makes it 2,000 there.
+            # For a quorum queue RabbitMQ would turn 0, no limit, into 2,000.
             self._prefetch = min(self._prefetch, LARGEST_PREFETCH)
         session.prefetch(self._channel, self._prefetch if self._prefetch <= LARGEST_PREFETCH else 0)
         self._tag = f"fastres-joiner-{number}"
@@ -163,11 +163,11 @@ class Shard:
 
     @property
     def active(self) -> bool:
-        """Whether this is the joiner that reads, as far as it has noticed."""
+        """Whether this joiner has received events, and so is the active consumer."""
         return bool(self._mark)
 
     def leave(self) -> None:
-        """Let the next one in the line read."""
+        """Stop reading, so that the next joiner becomes the active consumer."""
         self._session.hand_back()
         self._session.leave(self._channel, [self._tag], self._open)
 
@@ -187,7 +187,7 @@ class Shard:
         self.reducer.feed(received, time.monotonic())
         if received and not self._mark:
             self._mark = uuid()
-            self._commit_ours([self._publishing(write_event(Event(mark=self._mark)))], [])
+            self._commit_internal([self._publishing(write_event(Event(mark=self._mark)))], [])
         self._answer()
         # Not before: the event of an added task may be behind the last part.
         if self._caught_up and self.reducer.complete:
@@ -200,7 +200,7 @@ class Shard:
         """Handle questions, messages that are not events, and events that are not needed any more."""
         reducer = self.reducer
         publishings: list[Publishing] = []
-        tags, reducer.spent = reducer.spent, []
+        tags, reducer.obsolete = reducer.obsolete, []
         others, reducer.others = reducer.others, []
         for tag, event in others:
             tags.append(tag)
@@ -222,7 +222,7 @@ class Shard:
                 hash(delivery.body),
             )
         if tags:
-            self._commit_ours(publishings, tags)
+            self._commit_internal(publishings, tags)
 
     def _set_aside(self, delivery: Delivery) -> Publishing:
         return Publishing(_message(delivery.body, delivery.content_type), "", self._refused_queue().name)
@@ -235,7 +235,8 @@ class Shard:
     def _fire(self, chords: Iterable[Chord]) -> None:
         """Publish the bodies of complete chords, several in a commit."""
         joiner = self._joiner
-        # A commit that a queue refuses is done in part: it is known of which chords if all go to that queue.
+        # RabbitMQ carries out a part of a commit that a queue refuses. If all messages go to one queue, it is known
+        # which part.
         batches: dict[Destinations, Batch] = {}
         for chord in chords:
             if joiner.is_postponed(chord):
@@ -258,24 +259,24 @@ class Shard:
             except Exception as exc:
                 self._give_up(chord, exc)
                 continue
-            where = frozenset((publishing.exchange, publishing.routing_key) for publishing in found)
-            batch = batches.setdefault(where, Batch())
+            destinations = frozenset((publishing.exchange, publishing.routing_key) for publishing in found)
+            batch = batches.setdefault(destinations, Batch())
             if batch.has_no_room(found):
-                self._finish(batches.pop(where), where)
-                batch = batches[where] = Batch()
+                self._commit_bodies(batches.pop(destinations), destinations)
+                batch = batches[destinations] = Batch()
             batch.add(chord, found)
-            if joiner.one_by_one or where in joiner.refusing:
-                self._finish(batches.pop(where))
-                joiner.refusing.discard(where)
-        for where, batch in batches.items():
-            self._finish(batch, where)
+            if joiner.one_by_one or destinations in joiner.refused_by:
+                self._commit_bodies(batches.pop(destinations))
+                joiner.refused_by.discard(destinations)
+        for destinations, batch in batches.items():
+            self._commit_bodies(batch, destinations)
         joiner.one_by_one = False
 
-    def _finish(self, batch: Batch, where: Destinations = frozenset()) -> None:
+    def _commit_bodies(self, batch: Batch, destinations: Destinations = frozenset()) -> None:
         """Publish bodies and acknowledge their events, in one transaction."""
         self._joiner.firing = firing = [chord for chord, _ in batch.chords]
         with self._session.within(self._joiner.reply_timeout(firing)):
-            self._send_before(batch)
+            self._send_confirmed(batch)
         self._joiner.firing = chords = [chord for chord, _ in batch.chords]
         if not chords:
             return
@@ -291,8 +292,8 @@ class Shard:
                 if len(chords) == 1:
                     chords[0].failed = refusal_of(str(exc))
                 else:
-                    # Which of them it refused shows when each is sent by itself.
-                    self._joiner.refusing.add(where)
+                    # Sending each by itself shows which of them it refuses.
+                    self._joiner.refused_by.add(destinations)
                 self._joiner.put_back(
                     self.name, [body for chord in chords for body in self.reducer.snapshot(chord)]
                 )
@@ -304,7 +305,7 @@ class Shard:
             lost = {(each.exchange, each.routing_key) for each in found} & returned
             self.reducer.forget(chord, now, over=not lost)
             if lost:
-                if not self._joiner.may_be_routed(chord):
+                if not self._joiner.retry_unrouted(chord):
                     queues = ", ".join(sorted(routing_key for _, routing_key in lost))
                     chord.failed = f"There is no queue for its body: {queues}"
                 self._joiner.put_back(self.name, self.reducer.snapshot(chord))
@@ -313,7 +314,7 @@ class Shard:
                 self._joiner.backend.counts.joiner.bodies += not self._joiner.notified(chord)
                 self._joiner.forget(chord)
 
-    def _send_before(self, batch: Batch) -> None:
+    def _send_confirmed(self, batch: Batch) -> None:
         """Publish the messages that need a confirm before the transaction, and leave the others to it.
 
         So are returned messages, for which there is no queue. Chords with a refused message are left out, and
@@ -332,10 +333,10 @@ class Shard:
             unrouted += more
         left = {id(each) for each in unrouted}
         left.update(id(each) for _, found in batch.chords for each in found if not (each.confirm or everything))
-        refusing = {id(each): each.routing_key for each in refused}
+        refused_by = {id(each): each.routing_key for each in refused}
         chords, batch.chords = batch.chords, []
         for chord, found in chords:
-            queues = sorted({refusing[id(each)] for each in found if id(each) in refusing})
+            queues = sorted({refused_by[id(each)] for each in found if id(each) in refused_by})
             if queues:
                 chord.failed = refusal_of(f"queue {', '.join(queues)} does not take it")
             else:
@@ -349,7 +350,7 @@ class Shard:
             chord.id, address.name, exc, exc_info=exc,
         )  # fmt: skip
         bodies = self.reducer.snapshot(chord)
-        self._commit_ours(
+        self._commit_internal(
             [Publishing(_message(body, CONTENT_TYPE), "", address.name) for body in bodies],
             [held.tag for held in chord.messages()],
         )
@@ -358,7 +359,7 @@ class Shard:
     def maintain(self, renewal: float, expires: float | None) -> None:
         """Renew events that have been held for long, and drop expired chords."""
         now, wall = time.monotonic(), time.time()
-        # Not before all was read: nothing that is old may be missing because it was not.
+        # Not before all older events were read: an unread event may keep a chord from expiring.
         expired = self.reducer.expired(expires, now, wall) if self._caught_up else []
         for chord in expired:
             if chord.size is not None:
@@ -371,11 +372,11 @@ class Shard:
             for chord in expired:
                 self.reducer.forget(chord, now)
         if self._caught_up:
-            self.reducer.close_overdue(wall)
+            self.reducer.close_at_deadline(wall)
         self._replace(self.reducer.renew(now - renewal))
 
     def _replace(self, merges: Iterable[Merge]) -> None:
-        """Replace messages by others that say the same, those of several chords in a commit."""
+        """Replace messages by merged ones with the same content, those of several chords in a commit."""
         batch: list[Merge] = []
         size = count = 0
         for merge in merges:
@@ -391,24 +392,24 @@ class Shard:
     def _commit_merges(self, merges: list[Merge]) -> None:
         bodies = chain.from_iterable(merge.bodies for merge in merges)
         tags = [tag for merge in merges for tag in merge.tags]
-        self._commit_ours([self._publishing(body) for body in bodies], tags)
+        self._commit_internal([self._publishing(body) for body in bodies], tags)
         for merge in merges:
             self.reducer.release(merge.chord, merge.tags)
 
     def _make_room(self) -> None:
-        """Hold fewer messages, or ask for more of them ahead."""
+        """Merge held messages, or raise the prefetch, when the open chords fill it."""
         if self._prefetch > LARGEST_PREFETCH or self.reducer.count * 2 < self._prefetch:
             return
-        self._replace(self.reducer.tighten())
-        # So that this is not to be done again soon.
+        self._replace(self.reducer.merge_all())
+        # A quarter leaves time before the next merge.
         if self.reducer.count * 4 >= self._prefetch and self._prefetch != LARGEST_PREFETCH:
             self.wanted_prefetch = self._prefetch * 2
 
     def _publishing(self, body: bytes) -> Publishing:
         return Publishing(_message(body, CONTENT_TYPE), "", self.name)
 
-    def _commit_ours(self, publishings: list[Publishing], tags: list[int]) -> None:
-        """Publish to queues of fastres, and then acknowledge the replaced messages.
+    def _commit_internal(self, publishings: list[Publishing], tags: list[int]) -> None:
+        """Publish to queues of fastres with confirms, and then acknowledge the replaced messages.
 
         In one transaction RabbitMQ would acknowledge although a queue is full.
 

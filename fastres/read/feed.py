@@ -84,15 +84,15 @@ class Feed(Inbox):
         self._last: deque[Arrival] = deque(maxlen=REMEMBERED)
         self._left_over: list[Batch] = []
         #: Deliveries that no join will ever be handed.
-        self._stuck = 0
+        self._undeliverable = 0
         #: The latest state of each task that has one and no result.
         self._latest_state: dict[str, Delivery] = {}
         #: While sharing: reported states; the number of messages that were in the queues when they were opened and
         #: have not arrived yet; when the first held message arrived, and when the last.
         self._reported: set[int] = set()
         self._backlog = 0
-        self._began: float | None = None
-        self._came = 0.0
+        self._reading_since: float | None = None
+        self._last_arrival = 0.0
         #: Queues of single tasks whose results were taken.
         self._finished: list[Address] = []
         #: Results that were handed over and are to be taken out of their queues, by queue.
@@ -101,7 +101,7 @@ class Feed(Inbox):
     def _open(self, session: Session) -> None:
         self._left_over.clear()
         self._latest_state.clear()
-        self._stuck = 0
+        self._undeliverable = 0
         self._backlog = 0
         if not self._declares and not any(session.browse([(address.name, 0) for address in self.addresses])):
             self.due = time.monotonic() + self._absence
@@ -114,11 +114,11 @@ class Feed(Inbox):
             super()._open(session)
             if self.consumer is None:
                 self._exclusive, self.shares, self._prefetch = True, False, self._prefetch_to_take
-        self._came = time.monotonic()
+        self._last_arrival = time.monotonic()
         # Waiting for the first message does not count as reading.
-        self._began = self._came if self._backlog else None
+        self._reading_since = self._last_arrival if self._backlog else None
         if self.shares and self.consumer is not None and self._backlog:
-            self.due = self._came + HOLD_TIME
+            self.due = self._last_arrival + HOLD_TIME
 
     def act(self, session: Session) -> None:
         if self.due is None or time.monotonic() < self.due:
@@ -132,12 +132,12 @@ class Feed(Inbox):
 
     def is_catching_up(self) -> bool:
         """Whether messages are still to come that were in the queues before."""
-        return self.shares and self._backlog > 0 and time.monotonic() < self._came + HOLD_TIME
+        return self.shares and self._backlog > 0 and time.monotonic() < self._last_arrival + HOLD_TIME
 
     def give_back(self, session: Session) -> None:
-        took = 0.0 if self._began is None else max(0.0, self._came - self._began)
+        reading_time = 0.0 if self._reading_since is None else max(0.0, self._last_arrival - self._reading_since)
         self._leave()
-        self.due = time.monotonic() + max(SHORTEST_PAUSE, min(took * PAUSE_FACTOR, LONGEST_PAUSE))
+        self.due = time.monotonic() + max(SHORTEST_PAUSE, min(reading_time * PAUSE_FACTOR, LONGEST_PAUSE))
 
     def holds(self) -> bool:
         return self.shares and self.consumer is not None and bool(self.consumer.unacknowledged)
@@ -195,7 +195,7 @@ class Feed(Inbox):
         self._last.extend([(None, task_id, meta) for _, task_id, meta in arrivals[-REMEMBERED:]])
         if not take:
             return
-        if time.monotonic() > self._came + POLL_AFTER:
+        if time.monotonic() > self._last_arrival + POLL_AFTER:
             # The broker may have closed the channel because of its consumer_timeout.
             self.context.link.attempt(lambda session: session.poll())
         if not self.shares and consumer is self.consumer and not consumer.cancelled:
@@ -245,7 +245,7 @@ class Feed(Inbox):
         if self.shares:
             self._offer_shared(consumer, arrivals, len(deliveries))
             return
-        self._came = time.monotonic()
+        self._last_arrival = time.monotonic()
         ready, states_, repeated, foreign = self._offer(consumer, arrivals)
         if states_ or self._latest_state:
             self._drop_old_states(consumer, ready, states_)
@@ -260,17 +260,17 @@ class Feed(Inbox):
             self.share_from_now_on()
             self._offer_cancelled(consumer, arrivals)
             return
-        self._stuck += refused
-        if self._prefetch and self._stuck > self._prefetch / 2:
+        self._undeliverable += refused
+        if self._prefetch and self._undeliverable > self._prefetch / 2:
             self.context.link.attempt(self._unlimit)
 
     def _offer_shared(self, consumer: Consumer, arrivals: list[Arrival], count: int) -> None:
         """Offer messages that other readers may want too."""
         self._backlog = max(0, self._backlog - count)
-        self._came = time.monotonic()
-        if self._began is None:
-            self._began = self._came
-        self.due = self._came + HOLD_TIME if self._backlog or self.due is None else self.due
+        self._last_arrival = time.monotonic()
+        if self._reading_since is None:
+            self._reading_since = self._last_arrival
+        self.due = self._last_arrival + HOLD_TIME if self._backlog or self.due is None else self.due
         finals: dict[str, Arrival] = {}
         new: list[Arrival] = []
         for arrival in arrivals:

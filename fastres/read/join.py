@@ -124,7 +124,7 @@ class Join:
         #: Ids of which a message came that cannot be read, and why.
         self.unreadable: dict[str, Exception] = {}
         #: Whether a readable one was given the time to come after it.
-        self.looked_again = False
+        self.checked_again = False
 
     def offer(self, arrivals: list[Arrival], inbox: Inbox | None, consumer: Consumer | None) -> Sorted:
         """Accept the results that this join waits for. Returns: that of ``Aggregate.feed``."""
@@ -169,7 +169,7 @@ class Join:
         """The timeout on the monotonic clock."""
         return time.monotonic() + self.left()
 
-    def time_is_over(self, why: str) -> ResultsMissing:
+    def timeout_error(self, why: str) -> ResultsMissing:
         """The exception at the timeout.
 
         Args:

@@ -172,7 +172,7 @@ class Reader:
             if isinstance(inbox, Feed) and not inbox.joins:
                 self._release(inbox)
                 left.append(inbox)
-        self.link.cut(left)
+        self.link.drop_with(left)
 
     def _take(self, address: Address, task_ids: set[str]) -> None:
         """Take handed-over results from a queue that other readers use too."""
@@ -236,12 +236,12 @@ class Reader:
             for inbox in join.inboxes:
                 inbox.check_access()
             if left <= 0:
-                raise self.time_is_over(join)
+                raise self.timeout_error(join)
             # All others were handed over. A wait for a single result fails at once, not at its timeout.
             if len(join.unreadable) >= len(join.aggregate) and (join.timeout is None or join.alone):
-                if join.looked_again:
+                if join.checked_again:
                     self._raise_unreadable(join)
-                join.looked_again = True
+                join.checked_again = True
                 left = min(left, LATE_RESULT)
             if rounds is not None:
                 rounds -= 1
@@ -252,7 +252,7 @@ class Reader:
             if on_interval is not None:
                 on_interval()
 
-    def time_is_over(self, join: Join, unreachable: BrokerUnreachable | None = None) -> ResultsMissing:
+    def timeout_error(self, join: Join, unreachable: BrokerUnreachable | None = None) -> ResultsMissing:
         """The exception at the timeout of a join."""
         refused = [str(inbox.refused) for inbox in join.inboxes if inbox.refused is not None]
         if unreachable is not None:
@@ -261,7 +261,7 @@ class Reader:
             why = f"They cannot be read: {refused[0]}"
         else:
             why = f"The broker {self.link.uri} has nothing more of them."
-        return join.time_is_over(why)
+        return join.timeout_error(why)
 
     def _give_back(self, join: Join) -> None:
         """Before control goes to the user, perhaps for long: requeue held messages for other readers."""

@@ -205,7 +205,7 @@ class Waits:
         except BrokerUnreachable as exc:
             if join.left() > 0:
                 raise
-            raise self._reader.time_is_over(join, exc) from exc
+            raise self._reader.timeout_error(join, exc) from exc
         finally:
             # Outside of the method: a signal may come before its first line.
             try:

@@ -15,7 +15,7 @@ from kombu.utils.uuid import uuid
 
 from fastres.amqp.connector import abandon
 from fastres.amqp.publishing import Message, Publishing
-from fastres.amqp.session import says_no_queue
+from fastres.amqp.session import is_missing_queue
 from fastres.amqp.window import Window
 from fastres.errors import BrokerUnreachable, ResultTooLarge, refusal
 from fastres.logs import logger
@@ -312,7 +312,7 @@ def _perform(operation: Callable[[Writer], T], writer: Writer) -> T:
     try:
         return operation(writer)
     except NotFound as exc:
-        if says_no_queue(exc):
+        if is_missing_queue(exc):
             raise
         # The node that a queue is on is down: it comes back, as a broker does.
         raise ConnectionResetError(exc.reply_text) from exc

@@ -13,7 +13,7 @@ from amqp.exceptions import NotFound, PreconditionFailed
 
 from fastres.amqp.connector import drop, establish
 from fastres.amqp.rabbitmq import session_of
-from fastres.amqp.session import says_no_queue
+from fastres.amqp.session import is_missing_queue
 from fastres.amqp.window import Window
 from fastres.errors import BrokerUnreachable, MessageRefused, QueueGone, ResultTooLarge, refusal
 from fastres.logs import logger
@@ -148,7 +148,7 @@ class Writer:
                 window.suspects.popleft()
                 self._send_and_wait(session, [publishing])
             except self.verdicts as exc:
-                if isinstance(exc, NotFound) and not says_no_queue(exc):
+                if isinstance(exc, NotFound) and not is_missing_queue(exc):
                     window.suspects.appendleft(publishing)
                     raise
                 logger.error("A result is lost that nobody waited for: %s", refusal(exc, session.uri))

@@ -69,9 +69,9 @@ def test_as_many_successes_as_its_terms_say_are_enough() -> None:
 
 def test_a_deadline_closes_a_chord_over_what_has_come() -> None:
     reducer = fed(size_event("c", 4, terms=Terms(deadline=50.0)), part_event("c", "a"), size_event("other", 2))
-    reducer.close_overdue(49.0)
+    reducer.close_at_deadline(49.0)
     assert not reducer.complete
-    reducer.close_overdue(51.0)
+    reducer.close_at_deadline(51.0)
     (chord,) = reducer.complete.values()
     assert (chord.id, chord.closed, list(chord.results())) == ("c", True, ["a"])
 
@@ -80,7 +80,7 @@ def test_terms_outlive_a_merge_and_a_snapshot() -> None:
     terms = Terms(tolerate=0.5, first=3, deadline=50.0)
     reducer = fed(size_event("c", 4, terms=terms), part_event("c", "a"), part_event("c", "failed", FAILED))
     chord = reducer.chords["c"]
-    for bodies in (reducer.snapshot(chord), [body for merge in reducer.tighten() for body in merge.bodies]):
+    for bodies in (reducer.snapshot(chord), [body for merge in reducer.merge_all() for body in merge.bodies]):
         assert read_event(bodies[0])[0].version == WITH_TERMS
         (again,) = fed(*bodies).chords.values()
         assert (again.terms, again.first, again.succeeded, len(again.parts)) == (terms, 3, 1, 2)
@@ -88,8 +88,8 @@ def test_terms_outlive_a_merge_and_a_snapshot() -> None:
 
 def test_a_chord_whose_deadline_passes_during_a_merge_waits_for_it() -> None:
     reducer = fed(size_event("c", 4, terms=Terms(deadline=50.0)), part_event("c", "a"))
-    (merge,) = reducer.tighten()
-    reducer.close_overdue(51.0)
+    (merge,) = reducer.merge_all()
+    reducer.close_at_deadline(51.0)
     assert not reducer.complete
     reducer.feed([delivery(10 + at, body) for at, body in enumerate(merge.bodies)], NOW)
     assert list(reducer.complete) == ["c"]
@@ -192,13 +192,13 @@ def test_what_is_no_event_and_what_is_about_no_chord() -> None:
 
 def test_the_next_to_be_complete_says_how_soon() -> None:
     parts = [part_event(chord, task_id) for chord in "ab" for task_id in ids(5)]
-    assert fed().nearest() == 0
+    assert fed().fewest_missing() == 0
     # How many parts it has is told at any moment now.
-    assert fed(*parts[:5]).nearest() == 5
-    assert fed(size_event("a", 9), size_event("b", 8), *parts).nearest() == 3
+    assert fed(*parts[:5]).fewest_missing() == 5
+    assert fed(size_event("a", 9), size_event("b", 8), *parts).fewest_missing() == 3
     # No task is lacking of one that waits for its mark; and to look at all would take long.
-    assert fed(size_event("a", 5), *parts[:5]).nearest() == 0
-    assert fed(*(size_event(str(number), 9) for number in range(module.MAX_COMPARED + 1))).nearest() == 0
+    assert fed(size_event("a", 5), *parts[:5]).fewest_missing() == 0
+    assert fed(*(size_event(str(number), 9) for number in range(module.MAX_COMPARED + 1))).fewest_missing() == 0
 
 
 # -- in any order, as often as it comes, merged and fed back, from one reducer to the next
@@ -231,7 +231,7 @@ def orders(draw: st.DrawFn) -> tuple[int, list[str], list[bytes]]:
 
 ACTIONS = st.one_of(
     st.tuples(st.just("read"), st.integers(1, 8)),
-    st.tuples(st.sampled_from(["merges", "tighten", "renew", "end"]), st.just(0)),
+    st.tuples(st.sampled_from(["merges", "merge_all", "renew", "end"]), st.just(0)),
 )
 
 
@@ -260,7 +260,7 @@ def test_a_chord_is_complete_once_with_exactly_its_parts(
             merges = reducer.renew(NOW + 1) if action == "renew" else getattr(reducer, action)()
             commit(log, reducer, merges)
         chord = reducer.complete.get("c")
-        assert reducer.count == len(log.unacknowledged) - len(reducer.spent)
+        assert reducer.count == len(log.unacknowledged) - len(reducer.obsolete)
         if chord is not None and before <= 0:
             assert chord.size == size
             assert len(chord.parts) >= size + len(chord.added)
@@ -282,7 +282,7 @@ def test_merged_events_say_the_same_in_few_messages() -> None:
         reducer.feed(log.deliver(3), NOW)
         commit(log, reducer, reducer.merges())
     assert len(log) < 4 + 2 * 4
-    commit(log, reducer, reducer.tighten())
+    commit(log, reducer, reducer.merge_all())
     (body,) = log.ready.values()
     event, _ = read_event(body)
     assert (event.chord, event.size, event.added, event.plan) == ("c", 41, ["more"], len(PLAN))
@@ -293,7 +293,7 @@ def test_merged_events_say_the_same_in_few_messages() -> None:
 def test_times_and_the_root_outlive_a_merge() -> None:
     part = write_event(Event("c", at=20.0, parts=[("a", 1)], root="root"), parts=[b"x"])
     reducer = fed(size_event("c", 2, at=10.0), part)
-    (merge,) = reducer.tighten()
+    (merge,) = reducer.merge_all()
     again = fed(*merge.bodies).chords["c"]
     assert (again.since, again.at, again.last, again.root) == (10.0, 20.0, "a", "root")
 
@@ -312,13 +312,13 @@ def test_renewed_is_what_has_been_held_for_long() -> None:
 def test_a_batch_is_cut_where_it_is_large() -> None:
     tasks = ids(30)
     reducer = fed(size_event("c", 99), *(part_event("c", task, b"x" * 400) for task in tasks), largest=1000)
-    (merge,) = reducer.tighten()
+    (merge,) = reducer.merge_all()
     assert len(merge.bodies) == len({read_event(body)[0].mark for body in merge.bodies}) == 10
     assert [read_event(body)[0].size for body in merge.bodies] == [99] + [None] * 9
     assert set(fed(*merge.bodies).chords["c"].parts) == set(tasks)
     reducer.release(merge.chord, merge.tags)
     reducer.feed([delivery(100 + tag, body) for tag, body in enumerate(merge.bodies)], NOW)
-    assert list(reducer.tighten()) == [], "what is large stays as it is"
+    assert list(reducer.merge_all()) == [], "what is large stays as it is"
 
 
 # -- what comes late
@@ -374,7 +374,7 @@ def test_a_size_that_is_told_twice_opens_no_chord_again() -> None:
     reducer = fed(size, part_event("c", "a"))
     fire(reducer, "c")
     reducer.feed([delivery(9, size)], NOW)
-    assert (reducer.chords, reducer.count, reducer.spent) == ({}, 0, [9])
+    assert (reducer.chords, reducer.count, reducer.obsolete) == ({}, 0, [9])
     again = write_event(Event("c", at=2.0, size=1, run="second", plan=len(PLAN)), PLAN)
     reducer.feed([delivery(10, again), delivery(11, part_event("c", "a"))], NOW)
     assert list(reducer.complete) == ["c"]
@@ -392,7 +392,7 @@ def test_open_chords_are_told_the_oldest_first_and_without_late_parts() -> None:
 def test_a_chord_waits_for_what_was_merged_to_come_back() -> None:
     """If it fired before, a batch of it would be in the log and its end would not."""
     reducer = fed(*(part_event("c", task) for task in ids(3)))
-    (merge,) = reducer.tighten()
+    (merge,) = reducer.merge_all()
     reducer.release(merge.chord, merge.tags)
     reducer.feed([delivery(9, size_event("c", 3))], NOW)
     assert not reducer.complete
@@ -404,12 +404,12 @@ def test_a_chord_waits_for_what_was_merged_to_come_back() -> None:
 
 def test_a_batch_that_comes_back_after_its_chord_has_expired_is_spent() -> None:
     reducer = fed(*(part_event("c", task, at=1.0) for task in ids(3)))
-    (merge,) = reducer.tighten()
+    (merge,) = reducer.merge_all()
     reducer.release(merge.chord, merge.tags)
     (chord,) = reducer.expired(60, NOW, 100.0)
     reducer.forget(chord, NOW)
     reducer.feed([delivery(10, merge.bodies[0])], NOW)
-    assert reducer.spent == [10]
+    assert reducer.obsolete == [10]
     assert (reducer.chords, reducer.count) == ({}, 0)
 
 

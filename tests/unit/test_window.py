@@ -51,7 +51,7 @@ def test_what_comes_back_is_sent_again_and_not_for_ever() -> None:
     window.confirm(2, True)
     assert list(window.again) == [second]
     window.again.clear()
-    window.taken_again([second])
+    window.republished([second])
     window.add(3, [second])
     window.confirm(3, False)
     assert not window
