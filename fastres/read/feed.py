@@ -310,7 +310,7 @@ class Feed(Inbox):
         finals = [arrival for arrival in arrivals[-REMEMBERED:] if arrival[2]["status"] in states.READY_STATES]
         if finals:
             self._last.extend([(None, task_id, meta) for _, task_id, meta in finals])
-            self.context.looks.see([(consumer.address_of(delivery), meta) for delivery, _, meta in finals])
+            self.context.looks.remember([(consumer.address_of(delivery), meta) for delivery, _, meta in finals])
 
     def _drop_old_states(self, consumer: Consumer, ready: list[Arrival], states_: list[Arrival]) -> None:
         """Of a task's states that are not final, only the latest is kept."""

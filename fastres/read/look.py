@@ -34,27 +34,26 @@ __all__ = ("Looks", "chosen")
 
 #: The number of remembered snapshots of queues.
 SNAPSHOTS = 16
-#: Messages that are asked for at the first look at a queue, and how many more than it held at the one before.
+#: Messages to request at the first look at a queue, and at a later look beyond the number it held before.
 FIRST, EXTRA = 2, 2
-#: Seconds before each look at a queue whose messages another reader may hold: longer in all than
-#: ``feed.HOLD_TIME``.
+#: Seconds before each look at a queue whose messages another reader may hold. Their sum exceeds ``feed.HOLD_TIME``.
 PAUSES = (0.0, 0.002, 0.005, 0.01, 0.02, 0.03)
 #: How often the messages of a quorum queue are counted.
 COUNT_ATTEMPTS = 4
-#: Seconds after all of them in which a queue is read without another attempt: a wait keeps holding its messages.
+#: Seconds after the last of these looks in which a queue is read once only: a wait keeps holding its messages.
 RETRY_PAUSE = 0.25
 #: How many times an empty queue without consumers is read: another look may hold its messages.
 EMPTY_READS = 4
-#: A queue of more messages than this is read again after this many times the seconds it took the last time:
-#: polling every member of a large group costs a bounded part of the time that passes.
+#: A queue with more messages than ``LARGE`` is read again only after ``REREAD_FACTOR`` times the seconds that the last
+#: read took, so that polling every member of a large group costs a bounded share of the time.
 LARGE, REREAD_FACTOR = 200, 4
-#: Queues that are looked at in one write, and messages up to which one is read to know many tasks at once.
+#: Queues that are read in one write, and the largest queue, in messages, that is read for the states of many tasks.
 QUEUES, MAX_READ = 100, 20_000
-#: Seconds for which a result that was seen beside another one is known.
+#: Seconds for which a result stays known that was read together with another one.
 KNOWN_FOR = 1.0
 #: Seconds for which the snapshot of a queue is kept after the last look.
 KEPT_FOR = 60.0
-#: Groups of which it is remembered how many results have come, and queues of which some results are forgotten.
+#: The number of groups whose progress is remembered, and of queues whose forgotten results are.
 REMEMBERED = 1000
 
 
@@ -72,13 +71,13 @@ class Snapshot:
         #: Messages that could not be read, by their task id.
         self.unreadable: dict[str | None, Exception] = {}
         #: When it was read, and when it may be read again, on the monotonic clock.
-        self.at = 0.0
-        self.due = 0.0
+        self.read_at = 0.0
+        self.reread_at = 0.0
         #: Until when it is read without another attempt, on the monotonic clock.
         self.no_retry_until = 0.0
 
-    def guess(self) -> int:
-        """How many messages to ask for; none of a large queue before it is known that it has changed."""
+    def expected_count(self) -> int:
+        """The number of messages to request; 0 for a large queue, which is read only after its count has changed."""
         if self.count is None:
             return FIRST
         return 0 if self.count > LARGE else self.count + EXTRA
@@ -123,27 +122,27 @@ class Looks:
         """The result of a task, or else its latest state; None when there is neither.
 
         Args:
-            waits_too: whether it may be this process that holds the messages.
+            waits_too: whether a wait of this process may hold the messages.
 
         Raises:
             fastres.errors.BacklogLimitExceeded: a task with a queue of its own has more results than that.
-            kombu.exceptions.ContentDisallowed, kombu.exceptions.DecodeError: it cannot be read.
+            kombu.exceptions.ContentDisallowed, kombu.exceptions.DecodeError: the result cannot be decoded.
             amqp.exceptions.AccessRefused: the user may not read the queue.
         """
         results = self._snapshot(self._addresses.result(task_id))
-        on_the_way = self._snapshot(self._addresses.states(task_id))
+        states_ = self._snapshot(self._addresses.states(task_id))
         if task_id in self._forgotten.get(results.address.name, ()):
             return None
         known = results.metas.get(task_id)
-        if known is not None and self._stays(known) and time.monotonic() < results.at + KNOWN_FOR:
+        if known is not None and self._is_settled(known) and time.monotonic() < results.read_at + KNOWN_FOR:
             return known
         before = set(results.metas)
         for attempt, pause in enumerate(PAUSES):
             if pause:
                 # With jitter, so that two looks do not stay in step.
                 time.sleep(pause * (0.75 + random() / 2))
-            state = self._refresh(results, on_the_way)
-            if task_id in results.metas or self._is_sure(results, state, before, attempt):
+            state = self._refresh(results, states_)
+            if task_id in results.metas or self._is_absent(results, state, before, attempt):
                 known = None
                 break
             if time.monotonic() < results.no_retry_until and not waits_too:
@@ -153,10 +152,10 @@ class Looks:
             results.no_retry_until = time.monotonic() + RETRY_PAUSE
         if results.count is not None and results.count > backlog_limit and ids.parse(task_id) is None:
             raise BacklogLimitExceeded(task_id)
-        # A result that was seen before, and that another reader holds for long, still counts.
-        meta = results.metas.get(task_id) or known or results.cancelled(task_id) or on_the_way.metas.get(task_id)
+        # A result that was read before still counts while another reader holds it.
+        meta = results.metas.get(task_id) or known or results.cancelled(task_id) or states_.metas.get(task_id)
         if meta is None:
-            for unreadable in (results.unreadable, on_the_way.unreadable):
+            for unreadable in (results.unreadable, states_.unreadable):
                 if task_id in unreadable:
                     raise unreadable[task_id]
         if meta is not None and SENT_AT in meta:
@@ -165,9 +164,9 @@ class Looks:
         return meta
 
     def tasks(self, task_ids: Collection[str]) -> dict[str, Meta | None]:
-        """As :meth:`task` for each task, with one look at each queue, and no second look at held messages.
+        """The same as :meth:`task` for many tasks, with one look at each queue and no retry for held messages.
 
-        Those of queues with too many messages to read are left out.
+        Tasks whose queue has too many messages to read are left out.
         """
         queues: dict[str, list[str]] = {}
         for task_id in task_ids:
@@ -185,8 +184,10 @@ class Looks:
                         continue
                     browsed = self._browse_all(name, browsed.state.messages + EXTRA)
                 arrivals, _ = self._decoder.decode_all([] if browsed is None else browsed.deliveries)
-                said = [meta for _, _, meta in arrivals if CANCELLED in meta]
-                notices = {task_id: meta for notice in said for task_id, meta in cancelled(notice, queues[name])}
+                notices_read = [meta for _, _, meta in arrivals if CANCELLED in meta]
+                notices = {key: meta for notice in notices_read for key, meta in cancelled(notice, queues[name])}
+                    task_id: meta for notice in notices_read for task_id, meta in cancelled(notice, queues[name])
+                }
                 for task_id, meta in {**notices, **chosen(meta for _, _, meta in arrivals)}.items():
                     # Results come before states: see above.
                     if task_id in found and found[task_id] is None:
@@ -194,12 +195,12 @@ class Looks:
         return found
 
     @staticmethod
-    def _stays(meta: Meta) -> bool:
-        """Whether this is a task's last word: of several results the first that is a success counts."""
+    def _is_settled(meta: Meta) -> bool:
+        """Whether later results cannot replace this one: the first success counts."""
         return bool(meta["status"] == states.SUCCESS)
 
     @staticmethod
-    def _is_sure(snapshot: Snapshot, state: QueueState | None, before: set[str], attempt: int) -> bool:
+    def _is_absent(snapshot: Snapshot, state: QueueState | None, before: set[str], attempt: int) -> bool:
         """Whether a missing result does not exist, rather than being held by another reader for a moment."""
         if state is None or (snapshot.count or 0) > LARGE:
             return True
@@ -210,21 +211,21 @@ class Looks:
         # A reader that holds messages holds the first ones.
         return bool(before) and before.issubset(snapshot.metas)
 
-    def see(self, seen: Iterable[tuple[Address, Meta]]) -> None:
-        """Know results that a wait has seen on its way."""
+    def remember(self, seen: Iterable[tuple[Address, Meta]]) -> None:
+        """Add results that a wait has read to the snapshots."""
         by_address: dict[Address, list[Meta]] = {}
         for address, meta in seen:
             by_address.setdefault(address, []).append(meta)
         for address, metas in by_address.items():
             snapshot = self._snapshot(address)
-            snapshot.metas.update({meta["task_id"]: meta for meta in metas if self._stays(meta)})
-            snapshot.at = time.monotonic()
+            snapshot.metas.update({meta["task_id"]: meta for meta in metas if self._is_settled(meta)})
+            snapshot.read_at = time.monotonic()
 
     def forget(self, task_id: str) -> None:
         """Delete the result and the states of a task.
 
-        One that stands among many others, of which this is not the first that is forgotten, is deleted with the
-        next ones: half of them are read at a time.
+        In a large queue, results are removed in bulk: once half of its results are forgotten, or when the queue may
+        be read again.
         """
         for address in (self._addresses.result(task_id), self._addresses.states(task_id)):
             name = address.name
@@ -236,17 +237,17 @@ class Looks:
             forgotten = self._forgotten.setdefault(name, set())
             forgotten.add(task_id)
             count = browsed.state.messages
-            if count <= LARGE or 2 * len(forgotten) >= count or time.monotonic() >= snapshot.due:
+            if count <= LARGE or 2 * len(forgotten) >= count or time.monotonic() >= snapshot.reread_at:
                 start = time.monotonic()
                 self.take(address, forgotten)
                 self._forgotten.pop(name, None)
                 end = time.monotonic()
-                snapshot.due = end + REREAD_FACTOR * (end - start)
+                snapshot.reread_at = end + REREAD_FACTOR * (end - start)
 
     def take(self, address: Address, task_ids: Collection[str]) -> None:
         """Take the messages of some tasks out of their queue.
 
-        It is deleted when that leaves it empty, unless tasks that are still to be sent will share it.
+        An empty queue is deleted, unless tasks that are sent later will share it.
         """
         missing, seen = set(task_ids), 0
         delete = self._auto_delete and not address.is_page
@@ -298,18 +299,18 @@ class Looks:
         address = self._addresses.group(group_id)
         kin = ids.parse(group_id)
         if kin is not None and kin.kind == ids.Kind.PAGE:
-            # A small chord's header shares its queue with others, and its group id with the chord's body.
+            # The header of a small chord shares its queue with other tasks, and its group id with the body.
             arrivals, _ = self._decoder.decode_all([found for found in self.read(address) if found.keep])
             count = len({task_id for _, task_id, meta in arrivals if meta.get("group_id") == group_id})
         else:
             count = count_all(address, partial(self._messages, address))
-        # While a reader holds messages, the count of the queue is too low; results do not disappear.
-        most: int = max(count, self._progress.get(group_id, 0))
-        self._progress[group_id] = most
-        return most
+        # The count of a queue is too low while a reader holds messages; progress never decreases.
+        highest: int = max(count, self._progress.get(group_id, 0))
+        self._progress[group_id] = highest
+        return highest
 
     def read(self, address: Address) -> list[Delivery]:
-        """All messages of a queue, which stay there."""
+        """Read all messages of a queue and leave them there."""
         for pause in PAUSES:
             if pause:
                 time.sleep(pause)
@@ -325,10 +326,10 @@ class Looks:
     def _snapshot(self, address: Address) -> Snapshot:
         snapshot: Snapshot | None = self._snapshots.get(address.name)
         if snapshot is None:
-            # A large group's takes memory for as long as it is kept.
+            # The snapshot of a large group takes much memory: drop old ones.
             before = time.monotonic() - KEPT_FOR
             for name, other in list(self._snapshots.items()):
-                if 0 < other.at < before:
+                if 0 < other.read_at < before:
                     self._snapshots.pop(name, None)
             snapshot = self._snapshots[address.name] = Snapshot(address)
         return snapshot
@@ -337,19 +338,19 @@ class Looks:
         return self._publisher.run(lambda writer: writer.connect().browse(asked))
 
     def _messages(self, address: Address) -> int:
-        most = 0
+        highest = 0
         # Requeued messages of a quorum queue are counted a little later.
         for pause in PAUSES[:COUNT_ATTEMPTS] if address.is_quorum else PAUSES[:1]:
             time.sleep(pause)
             (browsed,) = self._browse([(address.name, 0)])
-            most = max(most, 0 if browsed is None else browsed.state.messages)
-        return most
+            highest = max(highest, 0 if browsed is None else browsed.state.messages)
+        return highest
 
     def _browse_all(self, name: str, count: int) -> Browsed | None:
-        """All messages of a queue, which stay there, when ``count`` were expected.
+        """Read all messages of a queue, of which ``count`` are expected, and leave them there.
 
-        The broker may answer how many there are before it has put back those that were read before. So only an
-        answer with fewer messages than were asked for is known to be whole.
+        The broker may count before it has requeued messages of the previous read. Only an answer with fewer messages
+        than were requested is known to be complete.
         """
         while True:
             (browsed,) = self._browse([(name, count)])
@@ -358,15 +359,15 @@ class Looks:
             count = max(2 * count, browsed.state.messages + EXTRA)
 
     def _refresh(self, *snapshots: Snapshot) -> QueueState | None:
-        """Read queues again that have changed: the state of the first, None where there is none."""
-        asked = [(snapshot.address.name, snapshot.guess()) for snapshot in snapshots]
+        """Read changed queues again. Returns the state of the first queue; None: it does not exist."""
+        asked = [(snapshot.address.name, snapshot.expected_count()) for snapshot in snapshots]
         start = time.monotonic()
         answers = self._browse(asked)
         for snapshot, (name, count), browsed in zip(snapshots, asked, answers):
             before, snapshot.count = snapshot.count, None if browsed is None else browsed.state.messages
             if browsed is not None and len(browsed.deliveries) >= count:
-                # There are more, or may be.
-                waits = not self._has_changed(snapshot, before) or start < snapshot.due
+                # The queue may have more messages.
+                waits = not self._has_changed(snapshot, before) or start < snapshot.reread_at
                 if count == 0 and browsed.state.messages and waits:
                     snapshot.count = before
                     continue
@@ -375,13 +376,13 @@ class Looks:
             if browsed is not None:
                 snapshot.count = max(browsed.state.messages, len(deliveries))
             self._read(snapshot, deliveries)
-            end = snapshot.at = time.monotonic()
-            snapshot.due = end + REREAD_FACTOR * (end - start)
+            end = snapshot.read_at = time.monotonic()
+            snapshot.reread_at = end + REREAD_FACTOR * (end - start)
         return None if answers[0] is None else answers[0].state
 
     @staticmethod
     def _has_changed(snapshot: Snapshot, before: int | None) -> bool:
-        # A queue that drops the oldest may change without growing.
+        # A queue with a maximum length drops its oldest message, and changes without growing.
         full = snapshot.address.max_length
         return snapshot.count != before or (full is not None and (snapshot.count or 0) >= full)
 
@@ -397,7 +398,7 @@ class Looks:
 
 
 def chosen(metas: Iterable[Meta]) -> dict[str, Meta]:
-    """The one that counts for each task: the first success, otherwise the latest."""
+    """The meta that counts for each task: the first success, otherwise the latest."""
     best: dict[str, Meta] = {}
     for meta in metas:
         before = best.get(meta["task_id"])
