@@ -47,11 +47,11 @@ if TYPE_CHECKING:
 
 __all__ = ("RabbitMQ", "session_of")
 
-#: Queues that are declared and consumed from in one write: there must be room for the answers.
+#: The number of queues that are declared and consumed from in one write: the socket must hold the answers.
 PIPELINED = 200
-#: Queues with other arguments that are remembered: each is found out again at the cost of a channel.
+#: The number of remembered queues with other arguments: finding out costs a channel each time.
 MAX_FOREIGN = 10_000
-#: Seconds within which a broker that is there opens a channel, and agrees to the end of one.
+#: Seconds that the broker may take to open and to close a channel.
 OPEN_TIMEOUT, CLOSE_TIMEOUT = 1.0, 6.0
 #: RabbitMQ's words for a queue with an exclusive consumer; a missing permission has the same reply code.
 IN_USE = "in exclusive use"
@@ -102,7 +102,7 @@ class RabbitMQ(FramedSession):
             and arguments.get("x-queue-type") == "quorum"
             and self._is_from(*DELIVERY_LIMIT_SINCE)
         ):
-            # Looks requeue messages. A message must not be lost because it was looked at often.
+            # Looks requeue messages: a message must not be dropped because it was read often.
             return {**arguments, "x-delivery-limit": -1}
         return arguments
 
@@ -126,7 +126,7 @@ class RabbitMQ(FramedSession):
         return taken
 
     def declare(self, queue: Any) -> QueueState:
-        """Declare a queue, or take the one that is there with other arguments."""
+        """Declare a queue, or use the existing one that has other arguments."""
         if queue.name not in self._foreign:
             try:
                 return super().declare(queue)
@@ -144,11 +144,11 @@ class RabbitMQ(FramedSession):
         return state
 
     def has_other_arguments(self, name: str) -> bool:
-        """Whether a queue that was declared is there with other arguments."""
+        """Whether a declared queue exists with other arguments."""
         return name in self._foreign
 
     def is_there_as(self, queue: Any) -> bool:
-        """Whether a queue is there with just these arguments."""
+        """Whether a queue exists with exactly these arguments."""
         try:
             super().declare(queue)
         except PreconditionFailed:
@@ -193,7 +193,7 @@ class RabbitMQ(FramedSession):
         except PreconditionFailed:
             if not awaited[DECLARE_OK]:
                 raise
-            # A queue is there with other arguments: the messages went down with the channel.
+            # A queue exists with other arguments. The messages were lost with the channel.
             window.withdraw(publishings)
             for queue in queues:
                 self.declare(queue)
@@ -211,7 +211,7 @@ class RabbitMQ(FramedSession):
             if each.is_open:
                 each.send_method(spec.Channel.Close, "BsBB", (0, "", 0, 0))
                 each.is_open = False
-        # An operation for which the broker asks no node of a queue.
+        # For this operation the broker needs no answer from a queue's node.
         with self.within(OPEN_TIMEOUT):
             self._declaring_channel()
 
@@ -277,7 +277,7 @@ class RabbitMQ(FramedSession):
             try:
                 self._await(channel, awaited, declared=states)
             except self._connection.channel_errors:
-                # One of the queues is there with other arguments, or taken, which ends the channel for all.
+                # One of the queues has other arguments or an exclusive consumer: the broker has closed the channel.
                 self.leave(channel, [tag for _, tag in consumers], ())
                 return None
         return states
@@ -310,7 +310,7 @@ class RabbitMQ(FramedSession):
         acks = [] if all_up_to is None else [(all_up_to, True)]
         if all_up_to is None or all_up_to < max(tags):
             acks += [(tag, False) for tag in tags if all_up_to is None or tag > all_up_to]
-        # One message that stays makes those behind it be acknowledged one by one, but not written one by one.
+        # Behind a message that stays, each is acknowledged with a frame of its own; all frames are one write.
         connection = self._connection.connection
         pack, channel_id = ACKNOWLEDGEMENT.pack, channel.channel_id
         connection.transport.write(
@@ -329,14 +329,14 @@ class RabbitMQ(FramedSession):
     def post(self, channel: Any, message: Any, exchange: str, routing_key: str) -> None:
         """Publish a message of py-amqp on a transactional channel: it is not visible before the commit.
 
-        It comes back with the commit (``basic_return``) if there is no queue for it.
+        If there is no queue for it, the broker returns it with the commit (``basic_return``).
         """
         channel.send_method(spec.Basic.Publish, "Bssbb", (0, exchange, routing_key, True, False), message)
 
     def post_confirmed(self, publishings: Sequence[Publishing]) -> tuple[list[Publishing], list[Publishing]]:
         """Publish messages of py-amqp, and wait for the broker's confirms.
 
-        Returns: those for which there is no queue, and those that their queue has refused.
+        Returns: the messages without a queue, and those that a queue has refused.
 
         Raises:
             amqp.exceptions.ChannelError: the broker has closed the channel over one of them.
@@ -363,7 +363,7 @@ class RabbitMQ(FramedSession):
         return unrouted, refused
 
     def is_classic(self, queue: Any) -> bool:
-        """Whether a queue that is there is a classic one, for sure."""
+        """Whether a queue exists and is certainly a classic one."""
         arguments = queue.queue_arguments or {}
         if "x-queue-type" in arguments or queue.no_declare:
             return bool(arguments.get("x-queue-type") == "classic")
@@ -379,7 +379,7 @@ class RabbitMQ(FramedSession):
         return False
 
     def commit(self, channel: Any) -> None:
-        """Have all that was published and acknowledged on a transactional channel happen, or nothing of it."""
+        """Commit the publishings and acknowledgements of a transactional channel."""
         channel.send_method(spec.Tx.Commit)
         self._await(channel, {COMMIT_OK: 1})
 
@@ -393,7 +393,7 @@ class RabbitMQ(FramedSession):
             return
         for tag in tags:
             self._receivers.pop((channel.channel_id, tag), None)
-        # The broker may be closing it too, and answers all the same.
+        # The broker may be closing the channel too, and still answers.
         channel._callbacks[spec.Channel.Close] = partial(confirm_close, channel)
         channel.send_method(spec.Channel.Close, "BsBB", (0, "", 0, 0))
         # Messages that still arrive are read and dropped here.
@@ -402,7 +402,7 @@ class RabbitMQ(FramedSession):
             with self.within(CLOSE_TIMEOUT):
                 self._await(channel, {CLOSE_OK: 1}, over=lambda: not channel.is_open)
         except socket.timeout:
-            # A node with a queue that was consumed from stands still.
+            # The node of a consumed queue does not respond.
             channel.is_open = False
             self.give_up(channel)
             return
@@ -430,7 +430,7 @@ class RabbitMQ(FramedSession):
                 return
 
     def _delete_unconditionally(self, name: str, full: bool = False) -> bool:
-        """Delete a quorum queue, which takes no condition, if it seems to be empty and unused; whether it is gone.
+        """Delete a quorum queue if it seems to be empty and unused: the broker takes no condition. Returns: whether it is gone.
 
         Messages that arrive between the last check and the deletion are lost.
         """
@@ -452,5 +452,5 @@ def session_of(connection: Any) -> Session:
 
 
 def _agree(channel: Any, *why: Any) -> None:
-    """Answer the broker, which has closed a channel that we have given up."""
+    """Confirm that the broker has closed a channel that was given up."""
     channel.send_method(spec.Channel.CloseOk)

@@ -32,10 +32,10 @@ __all__ = ("Context", "Inbox")
 ACCESS_INTERVAL = 0.1
 #: Seconds between two attempts to consume after a refusal.
 REFUSED_INTERVAL = 1.0
-#: Seconds that the broker may take to let a queue be read, and until it is asked again if that was too long: at
-#: first, and at most. Other threads wait for the connection meanwhile.
+#: Seconds that the broker may take to open a consumer, while other threads wait for the connection; and until the next
+#: attempt after a timeout, at first and at most.
 OPEN_TIMEOUT, SUSPENSION, MAX_SUSPENSION = 6.0, 1.0, 20.0
-#: Queues of which it is remembered how many results were taken.
+#: The number of queues whose count of taken results is remembered.
 REMEMBERED = 1000
 #: The delivery of an arrival.
 MARK = itemgetter(0)
@@ -85,9 +85,9 @@ class Inbox:
         self.consumer: Consumer | None = None
         #: When to :meth:`act`, on the monotonic clock.
         self.due: float | None = None
-        #: Why it is not open, None: it is, or there is no connection.
+        #: Why the broker refused to open it; None: it is open, or there is no connection.
         self.refused: Exception | None = None
-        #: Until when it is not opened, on the monotonic clock, and how many seconds that is the next time.
+        #: When it may be opened again, on the monotonic clock, and the seconds of the next suspension.
         self._suspended_until = 0.0
         self._suspended = SUSPENSION
         self._exclusive = exclusive
@@ -108,8 +108,8 @@ class Inbox:
                 self._open(session)
             self._suspended = SUSPENSION
         except (socket.timeout, BrokerUnreachable):
-            # RabbitMQ does not reply, for up to a minute, about a queue whose node does not respond. Other reads over
-            # this connection must go on.
+            # For up to a minute RabbitMQ does not reply if a queue's node does not respond. Other reads over this
+            # connection must go on.
             consumer, self.consumer = self.consumer, None
             self._suspended_until = self.due = time.monotonic() + self._suspended
             self._suspended = min(2 * self._suspended, MAX_SUSPENSION)
@@ -135,19 +135,19 @@ class Inbox:
                 session.prefetch(consumer.channel, self._sent_ahead)
                 self._found([self._consume(consumer, address) for address in self.addresses])
         except Busy as exc:
-            # One reader at a time: results shared out between two would complete neither's join.
+            # One reader at a time: if two shared the results, neither join would be complete.
             self._leave()
             self.refused = exc
-            # Not in step with another one.
+            # With jitter, so that two readers do not stay in step.
             self.due = time.monotonic() + ACCESS_INTERVAL * (1 + random())
         else:
-            # Once more, if it was busy before.
+            # It may have been busy before.
             self.refused = None
             if self.consumer is not None:
                 session.watch(self.consumer.channel, self.consumer.on_close)
 
     def check_access(self) -> None:
-        """Raises: fastres.AccessRefused: the broker does not let us read, and will not when it is asked again."""
+        """Raises: fastres.AccessRefused: the user may not read the queue."""
         if isinstance(self.refused, AccessRefused):
             raise self.refused
 
@@ -156,7 +156,7 @@ class Inbox:
         return self.consumer
 
     def _subscribe(self, consumer: Consumer) -> bool:
-        """Consume from all addresses at once, if they let us."""
+        """Consume from all addresses in one round trip; False: a queue prevents that."""
         queues = [self.context.addresses.queue(address) for address in self.addresses]
         tags = [self.context.next_tag() for _ in queues]
         consumer.addresses.update(zip(tags, self.addresses))
@@ -167,7 +167,7 @@ class Inbox:
             return False
         for address, state in zip(self.addresses, answer):
             self._check_consumers(consumer, address)
-            # Nothing is acknowledged before all of it was read.
+            # A feed that shares acknowledges nothing before it has read all messages.
             for _ in range(state.messages // LARGEST_PREFETCH if address.is_quorum else 0):
                 self._consume(consumer, address)
         self._found(answer)
@@ -175,7 +175,7 @@ class Inbox:
 
     @property
     def _sent_ahead(self) -> int:
-        """Messages that the broker sends ahead of their acknowledgement, 0: all it has."""
+        """The prefetch; 0: no limit."""
         if self._prefetch or not any(address.is_quorum for address in self.addresses):
             return self._prefetch
         # Without a limit RabbitMQ sends 2,000 messages of a quorum queue.
@@ -184,8 +184,8 @@ class Inbox:
     def _check_consumers(self, consumer: Consumer, address: Address) -> None:
         """Checks that RabbitMQ does not make when a quorum queue is consumed.
 
-        Raises: Busy: there are two consumers that want to be the only one, or none: while another connection has
-            the queue made, it forgets whoever consumes.
+        Raises: Busy: the queue has two exclusive consumers, or none: RabbitMQ forgets consumers while another
+            connection declares the queue.
         """
         if address.is_quorum:
             state = consumer.session.inspect(address.name)
@@ -204,7 +204,7 @@ class Inbox:
         return False
 
     def flush(self) -> None:
-        """Pass received deliveries on."""
+        """Process received deliveries."""
         if self.consumer is None:
             return
         received = self.consumer.take_received()
@@ -214,7 +214,7 @@ class Inbox:
             self.context.link.attempt(self._reopen)
 
     def awaited(self) -> int:
-        """How many results the joins at this inbox wait for, of those that may come before one is acknowledged."""
+        """The number of results that may arrive before the next acknowledgement and that joins wait for."""
         awaited = sum(len(join.aggregate) for join in self.joins)
         return min(awaited, self._prefetch) if self._prefetch else awaited
 
@@ -225,7 +225,7 @@ class Inbox:
         return not self.joins
 
     def handed_over(self, batch: Batch, count: int, take: bool) -> None:
-        """The first ``count`` results of a batch are the user's now."""
+        """Called when the first ``count`` results of a batch were handed to the user."""
         raise NotImplementedError
 
     def holds(self) -> bool:
@@ -264,14 +264,14 @@ class Inbox:
         raise NotImplementedError
 
     def _acknowledge(self, consumer: Consumer, deliveries: Iterable[Delivery]) -> int:
-        """Acknowledge deliveries: how many there were that had not been."""
+        """Acknowledge deliveries. Returns: how many were not acknowledged before."""
         tags = consumer.settle(deliveries)
         if tags and consumer is self.consumer:
             self.context.link.attempt(lambda session: consumer.acknowledge(tags), reads=False)
         return len(tags)
 
     def _decode(self, consumer: Consumer, deliveries: list[Delivery]) -> tuple[list[Arrival], int]:
-        """The results in deliveries, and how many deliveries held none."""
+        """Returns: the results in deliveries, and the number of deliveries without a valid result."""
         arrivals, refused = self.context.decoder.decode_all(deliveries)
         for delivery, exc in refused:
             self.context.reports.unreadable(delivery, consumer.address_of(delivery).name, exc)
@@ -285,7 +285,7 @@ class Inbox:
         """Offer arrivals to every join. Returns, by outcome, the best for each: ready, state, repeated, foreign."""
         if len(self.joins) == 1:
             return self.joins[0].offer(arrivals, self, consumer)
-        # By their places: arrivals may be equal.
+        # By identity: arrivals may be equal.
         came: list[set[int]] = [set(), set(), set()]
         for join in self.joins:
             for places, sort in zip(came, join.offer(arrivals, self, consumer)):

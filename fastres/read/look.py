@@ -186,8 +186,6 @@ class Looks:
                 arrivals, _ = self._decoder.decode_all([] if browsed is None else browsed.deliveries)
                 notices_read = [meta for _, _, meta in arrivals if CANCELLED in meta]
                 notices = {key: meta for notice in notices_read for key, meta in cancelled(notice, queues[name])}
-                    task_id: meta for notice in notices_read for task_id, meta in cancelled(notice, queues[name])
-                }
                 for task_id, meta in {**notices, **chosen(meta for _, _, meta in arrivals)}.items():
                     # Results come before states: see above.
                     if task_id in found and found[task_id] is None:

@@ -29,9 +29,9 @@ __all__ = ("Reader",)
 
 #: Seconds between two calls of the interval callback.
 INTERVAL = 1.0
-#: Seconds that a result may come behind a message for the same task that cannot be read.
+#: Seconds to wait for a valid result after an unreadable message of the same task.
 LATE_RESULT = 0.1
-#: How often a queue is counted that is being delivered from meanwhile.
+#: How often messages are counted while the queue delivers.
 COUNT_ATTEMPTS = 3
 
 
@@ -91,7 +91,7 @@ class Reader:
             taken = self._received(address)
             if taken == before:
                 break
-        # While more is being delivered than can be counted this is too few, and never too many.
+        # During fast deliveries the count may be too low, and is never too high.
         return count + before
 
     def _received(self, address: Address) -> int:
@@ -99,29 +99,29 @@ class Reader:
         return self._context.taken(address) + (feed.held(address) if feed is not None else 0)
 
     def tasks(self, join: Join, addresses: list[Address], take: bool, declares: bool) -> None:
-        """Let a join have results of tasks that need not have anything to do with each other.
+        """Subscribe a join to the results of unrelated tasks.
 
         Args:
-            declares: make the queues that are not there.
+            declares: declare queues that do not exist.
         """
         self._attach(join, addresses, take=take, deletes=self._auto_delete, declares=declares)
 
     def group(self, join: Join, addresses: list[Address], leftovers: list[Address]) -> None:
-        """Let a join take the results of a group, and delete ``leftovers`` when they were all taken."""
+        """Subscribe a join to a group, whose results it takes. Deletes ``leftovers`` when all were taken."""
         self._attach(
             join, addresses, take=True, exclusive=True, prefetch=self._prefetch, deletes=self._auto_delete,
             leftovers=leftovers,
         )  # fmt: skip
 
     def stream(self, address: Address, count: int) -> Iterator[Arrival]:
-        """So many results from a group's queue, whichever tasks they are of; each is taken.
+        """Take ``count`` results from the queue of a group, of any of its tasks.
 
-        Raises: fastres.ResultsGone: some of them are not there.
+        Raises: fastres.ResultsGone: the queue has fewer results.
         """
         return iter(Stream(self._context, address, count, self._prefetch))
 
     def reply(self, join: Join) -> None:
-        """Let a join receive from the reply queues."""
+        """Subscribe a join to the reply queues."""
         with self.link.exclusively(join.deadline):
             self.replies.attach(join)
         join.inboxes.append(self.replies)
@@ -144,7 +144,7 @@ class Reader:
             self.link.subscribe(feed, join.deadline)
 
     def leave(self, join: Join) -> None:
-        """End a join, however it ended; :meth:`abandon` it if that is interrupted."""
+        """Unsubscribe a join. If this is interrupted, call :meth:`abandon`."""
         ended: list[Feed] = []
 
         def leave() -> None:
@@ -164,7 +164,7 @@ class Reader:
         self.link.soon(leave, take)
 
     def abandon(self, join: Join) -> None:
-        """After an interrupted end of a join: leave no consumer behind that holds messages of other waits."""
+        """After an interrupted :meth:`leave`: drop consumers that would hold messages of other waits."""
         left: list[Feed] = []
         for inbox in join.inboxes:
             if join in inbox.joins:
@@ -192,7 +192,7 @@ class Reader:
                 del self._feeds[address.name]
 
     def handed_over(self, join: Join, count: int, take: bool) -> None:
-        """The first ``count`` results of the batch in hand are the user's now."""
+        """Note that the first ``count`` results of the current batch were handed to the user."""
         batch = join.in_hand
         if batch is None:
             return
@@ -209,15 +209,15 @@ class Reader:
         on_interval: Callable[[], Any] | None = None,
         rounds: int | None = None,
     ) -> Iterator[Batch]:
-        """Yield the batches of a join until all its results have arrived; each is then the one in hand.
+        """Yield the batches of a join until all its results have arrived. The last one yielded is ``join.in_hand``.
 
         Args:
             on_interval: called about once a second, and after each batch.
-            rounds: how often to look, None: until all is there.
+            rounds: how often to read; None: until all results have arrived.
 
         Raises:
-            fastres.ResultsMissing: not all came in time.
-            fastres.AccessRefused: the broker does not let us read.
+            fastres.ResultsMissing: not all results arrived before the timeout.
+            fastres.AccessRefused: the user may not read the queue.
             kombu.exceptions.ContentDisallowed, kombu.exceptions.DecodeError: a missing result arrived, and cannot be
                 read.
         """
@@ -264,7 +264,7 @@ class Reader:
         return join.timeout_error(why)
 
     def _give_back(self, join: Join) -> None:
-        """Before control goes to the user, perhaps for long: requeue held messages for other readers."""
+        """Requeue held messages for other readers before the user's code runs, perhaps for long."""
         for inbox in join.inboxes:
             if inbox.holds():
                 self.link.soon(partial(self.link.attempt, inbox.give_back))
