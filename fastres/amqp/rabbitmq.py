@@ -430,9 +430,9 @@ class RabbitMQ(FramedSession):
                 return
 
     def _delete_unconditionally(self, name: str, full: bool = False) -> bool:
-        """Delete a quorum queue if it seems to be empty and unused: the broker takes no condition. Returns: whether it is gone.
+        """Delete a quorum queue if it seems to be empty and unused. Returns: whether it is gone.
 
-        Messages that arrive between the last check and the deletion are lost.
+        The broker takes no condition: messages that arrive between the last check and the deletion are lost.
         """
         for pause in EMPTY_CHECKS:
             if pause:
