@@ -26,7 +26,7 @@ def load(name: str) -> dict[str, ModuleType]:
     """The modules of an implementation, ``"c"`` or ``"python"``.
 
     Raises:
-        ImportError: it is not there, or not whole.
+        ImportError: it is missing or incomplete.
     """
     try:
         return {module: importlib.import_module(f"{PACKAGES[name]}.{module}") for module in MODULES}
@@ -43,7 +43,7 @@ def load(name: str) -> dict[str, ModuleType]:
 
 
 def choose() -> str:
-    """The implementation that ``FASTRES_IMPL`` asks for; unset, the compiled one where it is installed.
+    """The implementation that ``FASTRES_IMPL`` names; if unset, the compiled one where it is installed.
 
     Raises:
         ValueError: ``FASTRES_IMPL`` is neither ``c`` nor ``python``.
@@ -53,7 +53,7 @@ def choose() -> str:
         return asked
     if asked:
         raise ValueError(f"FASTRES_IMPL={asked!r}: expected 'c', 'python', or not set")
-    # Only a package that is not there at all is passed over: one that is there and fails must be seen.
+    # Only a missing package is passed over: a package that fails must be noticed.
     if importlib.util.find_spec(PACKAGES["c"]) is not None:
         return "c"
     warnings.warn(

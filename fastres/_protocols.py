@@ -22,8 +22,8 @@ COMPRESSION = "compression"
 KEEP = "fastres-keep"
 #: When a state on the way was sent, in its meta: seconds since the epoch, where queues get out of order.
 SENT_AT = "fastres-sent-at"
-#: In the meta of a notice of cancellation: the ids of the tasks that it is about, or True: all whose results are
-#: in its queue. Its message has the header ``KEEP``.
+#: In the meta of a notice of cancellation: the ids of the cancelled tasks, or True: all tasks whose results are in its
+#: queue. Its message has the header ``KEEP``.
 CANCELLED = "fastres-cancelled"
 
 #: A frame that is not for fastres: type, channel, payload.
@@ -221,8 +221,8 @@ class InOrder(Protocol):
     """Sorts the parts of a chord by their places in the header."""
 
     def __call__(self, parts: Sequence[bytes]) -> list[bytes] | None:
-        """Packed parts whose first line is the place; None: one has more than a place there, or none, or one
-        behind the last, or that of another part.
+        """Sort packed parts whose first line is their place. Returns None if a first line is not a place, or if a place
+        is missing, too large, or repeated.
         """
 
 

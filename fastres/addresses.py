@@ -43,10 +43,10 @@ class Address:
     of_task: str | None = None
     #: Whether tasks that are still to be sent will share it.
     is_page: bool = False
-    #: Whether it is there for good, and read by one consumer at a time while others stand by.
+    #: Whether it never expires, and has a single active consumer.
     is_log: bool = False
-    #: Whether it is replicated: what is given back may come behind what was sent later, there are no exclusive
-    #: consumers, and it cannot be deleted on the condition that it is empty.
+    #: Whether it is a quorum queue: requeued messages may come behind later ones, there are no exclusive consumers, and
+    #: it cannot be deleted on the condition that it is empty.
     is_quorum: bool = False
 
 

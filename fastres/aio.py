@@ -184,7 +184,7 @@ def _to_loop(callback: Callable[[Any], object]) -> Callable[[Any], None]:
 async def _waiting(
     backend: Any, task_ids: Callable[[], Iterable[str]], timeout: float | None
 ) -> AsyncIterator[asyncio.Queue[tuple[Any, BaseException | None]]]:
-    """A queue of what comes: lists of task ids and metas with None; at the end None, with an error or None."""
+    """A queue of ``(pairs, None)`` with task ids and metas; last ``(None, error)``, where the error may be None."""
     reader = _loop_reader(backend)
     came: asyncio.Queue[tuple[Any, BaseException | None]] = asyncio.Queue()
     put = _to_loop(came.put_nowait)

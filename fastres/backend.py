@@ -224,7 +224,7 @@ class AMQPBackend(Waiting, Celery31, Backend):  # type: ignore[misc]
         self._publisher.publish(self.addresses.result(meta["task_id"]), message, declare=True)
 
     def in_one_write(self) -> contextlib.AbstractContextManager[None]:
-        """A context at whose end this thread's results and chord events are published together."""
+        """A context. At its end, this thread's results and chord events are published together."""
         return self._publisher.together()
 
     def unconfirmed(self) -> int:

@@ -172,7 +172,7 @@ def _with_id(freeze: Any) -> Any:
 def _choose(task_ids: TaskIds, options: Any, group_id: Any, chord: Any, group_index: Any) -> str:
     """A new id for a signature with these options that is frozen with these arguments."""
     around = _frozen.group_id
-    # Celery gives a chord's body the id of its header as its group: the group around it is the right one.
+    # Celery gives a chord's body the id of its header as its group. Its group is the one around the chord.
     own_group = around if around is not None else group_id or options.get("group_id")
     has_index = group_index is not None or options.get("group_index") is not None
     # A task that is added to a chord has no index in its header.

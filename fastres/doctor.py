@@ -162,7 +162,7 @@ def _examine_results(backend: Any, check: Checkup) -> None:
 
 
 def _examine_policies(backend: Any, session: Session, check: Checkup) -> None:
-    """Whether results stay in their queue. AMQP does not show policies: those that act later are not noticed."""
+    """Check that results stay in their queue. AMQP does not show policies: delayed effects are not noticed."""
     kin = ids.new_kin()
     members = [ids.new_id(kin, ids.Kind.MEMBER) for _ in range(PROBES)]
     address = backend.addresses.result(members[0])

@@ -49,7 +49,7 @@ class ConsumerTimeout(Error, amqp.exceptions.PreconditionFailed):  # type: ignor
 
 
 class QueueGone(Error, OperationalError):  # type: ignore[misc]
-    """A queue is deleted as often as it is declared."""
+    """A queue was deleted again each time that it was declared."""
 
 
 class MessageRefused(Error, amqp.exceptions.MessageNacked):  # type: ignore[misc]

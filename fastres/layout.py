@@ -92,7 +92,7 @@ class SharedQueues:
             self.reader.tasks(join, others, take, declares=not (join.alone and others[0].of_task is not None))
 
     def look(self, task_id: str, backlog_limit: int) -> Meta | None:
-        """The latest state of a task, which stays where it is; None: there is none."""
+        """Read the latest state of a task and leave it in its queue; None: there is none."""
         feed = self.reader.feed_of(self.addresses.result(task_id))
         # Messages that this process holds are not in their queue.
         held = None if feed is None else feed.peek(task_id)
@@ -103,7 +103,7 @@ class SharedQueues:
         return self.looks.tasks(task_ids)
 
     def progress(self, group_id: str) -> int:
-        """How many results of a group have come."""
+        """The number of results of a group that have arrived."""
         return self.looks.progress(group_id, self.reader.progress)
 
     def forget(self, task_id: str) -> None:
@@ -182,7 +182,7 @@ class Mailbox:
         return {}
 
     def progress(self, group_id: str) -> int:
-        """How many results of a group have come to this client."""
+        """The number of results of a group that have arrived at this client."""
         self._read()
         return self._replies.in_group(group_id)
 

@@ -58,7 +58,7 @@ class Reports:
             )
 
     def foreign(self, delivery: Delivery, address: Address, task_id: str) -> None:
-        """Report a result that is in the queue of another task, if it is."""
+        """Report a result if it is in the queue of another task."""
         if address.of_task is not None and task_id != address.of_task:
             self.add(
                 "unknown", address.name, task_id, delivery.delivery_tag,

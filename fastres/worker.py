@@ -93,7 +93,7 @@ def _speed_up_revoke(backend: Any) -> None:
             try:
                 stack.close()
             except Exception as exc:
-                # As Celery does when it is one.
+                # As Celery does for a single task.
                 logger.warning("Failed to mark %d tasks as revoked in backend: %s", len(task_ids), exc)
             return returned
 
@@ -151,7 +151,7 @@ def _hook_cancel(**kwargs: Any) -> None:
 
 
 def _is_cancelled(request: Any, known: Any) -> bool:
-    """Whether a task belongs to a group of those that were cancelled: as a member, or as a step of one."""
+    """Whether a task belongs to a cancelled group, as a member or as a step of a member's chain."""
     kin = ids.parse(request.id)
     if kin is not None and kin.kind != ids.Kind.PAGE and KIN.format(kin.kin) in known:
         return True

@@ -31,7 +31,7 @@ cdef extern from * nogil:
 
 __all__ = ("Decoder", "encode")
 
-# What JSON carries as it is nests no deeper than this; the rest is left to kombu.
+# Values that nest deeper are left to kombu.
 cdef int DEEPEST = 64
 
 

@@ -306,7 +306,7 @@ cdef class Frames:
             raise FrameSyntaxError(f"a body of {size} bytes")
         flags = short_(cursor)
         if flags & 1:
-            # The specification lets flags go on in another short; nobody has ever had that many properties.
+            # By the specification, flags may continue in another short; basic.properties needs one only.
             raise FrameSyntaxError("continued property flags")
         if flags & 0x8000:
             value = known_text(cursor, self._content_type, self._content_type_bytes)

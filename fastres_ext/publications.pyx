@@ -19,7 +19,7 @@ cdef enum:
     OVERHEAD = 8
 
 
-# Writes forward; whoever makes one has measured what will be written.
+# Writes forward, without checks: the caller has computed the size before.
 cdef struct Pen:
     unsigned char* p
 

@@ -263,7 +263,7 @@ class Slot:
         self._add(spec.Basic.Ack, "Lb", (tag, False))
 
     def delete(self) -> None:
-        """Delete the queue if it is empty: on the channel of the acknowledgements, which come first."""
+        """Delete the queue if it is empty, on the channel of the acknowledgements, so that they are handled before."""
         if self._is_open:
             self._deleted = False
             self._add(spec.Queue.Delete, "Bsbbb", (0, self._name, True, True, False))
@@ -275,7 +275,7 @@ class Slot:
         return self._state is not None and has_all and self._deleted and self._given_back
 
     def answer(self, payload: bytes) -> bool:
-        """Handle a reply of the broker. Returns: False: it is not for the browser."""
+        """Handle a reply of the broker. Returns: whether it is for the browser."""
         method = payload[:4]
         if method == GET_EMPTY:
             self._empty += 1

@@ -45,7 +45,7 @@ BATCH = 1000
 #: Seconds without a reply after which the broker is taken to be gone, and the tolerance beyond a deadline. Less than
 #: the time between two heartbeats with Celery's ``broker_heartbeat``, each of which restarts py-amqp's waits.
 REPLY_TIMEOUT, MARGIN = 25.0, 0.2
-#: Seconds for a broker to agree to the end of a connection.
+#: Seconds for a broker to confirm the end of a connection.
 CLOSE_TIMEOUT = 1.0
 #: Seconds after which a thread that waits for another one checks by itself.
 RECHECK_INTERVAL = 0.1
@@ -199,7 +199,7 @@ class Link:
     def unsubscribe(
         self, subscriber: Subscriber, on_close: Callable[[Session], None], deadline: float | None = None
     ) -> None:
-        """Close a subscriber with a last word to the broker, if it is there to hear it."""
+        """Remove a subscriber, and call ``on_close`` if there is a connection."""
         with self.exclusively():
             if subscriber in self._subscribers:
                 self._subscribers.remove(subscriber)
@@ -276,7 +276,7 @@ class Link:
         with self.exclusively():
             connection, session, self._connection, self._session = self._connection, self._session, None, None
             if connection is not None and session is not None:
-                # A broker that does not say goodbye is not waited for.
+                # The broker may not respond.
                 with contextlib.ExitStack() as stack:
                     with contextlib.suppress(OSError):
                         stack.enter_context(session.with_timeout(CLOSE_TIMEOUT))
@@ -285,7 +285,7 @@ class Link:
                 self._wakeup.close()
 
     def abandon(self) -> None:
-        """In a forked child: forget the parent's connection, without a word on it."""
+        """In a forked child: drop the parent's connection, and send nothing over it."""
         abandon(self._connection)
         self._wakeup.close()
         self.__init__(self._connect, self._retry_policy, self._heartbeat, self._counts)  # type: ignore[misc]
@@ -350,7 +350,7 @@ class Link:
     # -- the connection
 
     def _try_to_connect(self, deadline: float | None) -> Session | None:
-        """Connect if it is time for an attempt: the session over the connection, None without one.
+        """Connect if it is time for an attempt. Returns: the session; None: there is no connection.
 
         Raises:
             fastres.BrokerUnreachable: that was the last attempt.
@@ -362,7 +362,7 @@ class Link:
             self._connecting.heartbeat = self._heartbeat
         connection = self._connecting
         timeout = connection.connect_timeout
-        # Where there are several URLs to try, the last one has its share of the time too.
+        # If there are several URLs, the time is shared between them.
         connection.connect_timeout = min(
             timeout or REPLY_TIMEOUT, _left(deadline, math.inf) / max(1, len(connection.alt))
         )
@@ -378,7 +378,7 @@ class Link:
             self._failed(connection, exc, deadline)
             return None
         except BaseException:
-            # Interrupted, perhaps in the middle of a greeting.
+            # Interrupted, perhaps during the handshake.
             self._connecting = None
             self._drop()
             raise

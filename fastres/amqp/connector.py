@@ -24,8 +24,8 @@ __all__ = ("Connector", "abandon", "drop", "establish", "set_socket_options")
 SCHEMES = {"fastres": False, "fastres-rpc": False, "fastress": True, "fastress-rpc": True, "amqp": False}
 
 #: Of the sockets: for how long the broker may take nothing in, in milliseconds, before the system ends the
-#: connection. py-amqp has one second, in which a broker that is busy or short of memory takes nothing either; and
-#: what was written without a confirm goes down with the connection.
+#: connection. py-amqp sets one second, in which a busy broker, or one short of memory, may read nothing either; and
+#: unconfirmed messages would be lost with the connection.
 SOCKET_SETTINGS = {socket.TCP_USER_TIMEOUT: 60_000} if hasattr(socket, "TCP_USER_TIMEOUT") else {}
 
 

@@ -86,7 +86,7 @@ class FramedSession(Session):
         return sock
 
     def drain(self, timeout: float) -> None:
-        """Read as much as has come, after waiting for it for ``timeout`` seconds, and give it to its receivers.
+        """Wait for ``timeout`` seconds, read all bytes that have arrived, and pass deliveries to their receivers.
 
         Raises: socket.timeout: nothing came.
         """
@@ -240,7 +240,7 @@ class FramedSession(Session):
             )
             channel.events["basic_ack"].add(window.confirm)
             channel.events["basic_nack"].add(window.refuse)
-            # Not raised to the thread that happens to read it, but to the one that waits for a reply on this channel.
+            # Raised to the thread that waits for a reply on this channel, not to the thread that happens to read it.
             channel._callbacks[spec.Channel.Close] = partial(self._on_publishing_closed, channel, window)
         return self._publishing_channel
 

@@ -216,11 +216,11 @@ class Session:
         """Register a callback for when the broker closes a channel, called before the exception is raised."""
 
     def with_timeout(self, seconds: float) -> contextlib.AbstractContextManager[None]:
-        """A context that limits each wait for the broker, with ``socket.timeout``, to so many seconds."""
+        """A context in which each wait for the broker is limited to ``seconds``: ``socket.timeout``."""
         return contextlib.nullcontext()
 
     def within(self, seconds: float) -> contextlib.AbstractContextManager[None]:
-        """The same, where it is not to be less anyway."""
+        """The same, unless the limit in force is lower."""
         return contextlib.nullcontext()
 
     def give_up(self, channel: Any) -> None:
@@ -233,7 +233,7 @@ class Session:
         raise socket.timeout("the broker does not answer")
 
     def limit(self, seconds: float) -> None:
-        """Limit each wait for the broker to so many seconds, from now on, for writes too."""
+        """Limit each read and write from now on to ``seconds``."""
 
     def poll(self) -> None:
         """Read frames that have arrived: a closed channel, confirms, Connection.Blocked."""
@@ -344,7 +344,7 @@ def _keep(deliveries: list[DeliveryProtocol], got: list[DeliveryProtocol]) -> li
 
 
 def all_up_to(tags: Sequence[Any], waiting: Iterable[Any]) -> Any:
-    """The highest of these delivery tags before which nothing else waits: one frame acknowledges so many.
+    """The highest of these delivery tags up to which one frame can acknowledge all messages.
 
     Args:
         waiting: the other delivery tags that are not acknowledged, in order.
@@ -356,7 +356,7 @@ def all_up_to(tags: Sequence[Any], waiting: Iterable[Any]) -> Any:
 
 
 def is_missing_queue(exc: Any) -> bool:
-    """Whether a 404 means that there is no queue; otherwise the node that it is on is down."""
+    """Whether a 404 means that the queue does not exist; otherwise its node is down."""
     return MISSING.search(str(exc.reply_text)) is not None
 
 
@@ -371,7 +371,7 @@ class ReplyTimer:
         self._end = time.monotonic() + self._seconds
 
     def check(self) -> None:
-        """Called when something else has come. Raises: socket.timeout: no answer has, for too long."""
+        """Called when other frames have arrived. Raises: socket.timeout: the limit has passed."""
         if time.monotonic() > self._end:
             raise socket.timeout(f"no answer for {self._seconds:.1f} seconds")
 

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 __all__ = ("Wakeup",)
 
-#: While many results are awaited, bytes that a read waits for: at most, and for each result, where any has more.
-#: And for how many seconds, likewise. Fewer results than ``READ_AT_ONCE`` are read as they come.
+#: While many results are awaited, a read waits for ``RESULT_SIZE`` bytes for each, up to ``MAX_READ``, for at most
+#: ``GATHER_PER_RESULT`` seconds for each, up to ``MAX_GATHER``. Up to ``READ_AT_ONCE`` results are read as they arrive.
 MAX_READ, RESULT_SIZE = 1 << 18, 200
 MAX_GATHER, GATHER_PER_RESULT = 0.05, 5e-5
 READ_AT_ONCE = 50
@@ -40,7 +40,7 @@ class Wakeup:
             end.close()
 
     def wait(self, session: RabbitMQ, timeout: Callable[[], float], awaited: Callable[[], int]) -> bool:
-        """Whether the broker has sent something, within so many seconds or until another thread wakes it.
+        """Wait for bytes of the broker, a timeout, or a wake-up. Returns: whether there are bytes.
 
         Args:
             timeout: returns the seconds. Called after the socket pair was made, so that no later wake-up is missed.

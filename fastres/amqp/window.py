@@ -47,7 +47,7 @@ class Window:
         return len(self._sent) >= self._depth or self._bytes >= self._size
 
     def has_room(self) -> bool:
-        """Whether it is not worth while to wait for more confirms: they come many at a time."""
+        """Whether at least half of the window is free. Confirms arrive many at a time, so a wait ends there."""
         return 2 * len(self._sent) <= self._depth and 2 * self._bytes <= self._size
 
     def add(self, first: int, publishings: Collection[Publishing]) -> None:

@@ -44,7 +44,7 @@ CONTENT_TYPE = "application/x-fastres-chord"
 #: The delivery mode of events: on disk too.
 PERSISTENT = 2
 
-#: The highest version of events that this one reads, and the one that has terms.
+#: The highest event version that this joiner reads; and the version since which events have terms.
 VERSION = WITH_TERMS = 2
 
 JSON = "application/json"
@@ -79,7 +79,7 @@ class Event(msgspec.Struct, omit_defaults=True, gc=False):
     notified: list[str] = msgspec.field(default_factory=list, name="told")
     #: The length of the plan, in bytes.
     plan: int = 0
-    #: The task id of the one part in it; or those of several, and the lengths of their parts, in bytes.
+    #: The task id of a single part; or of several parts, the task ids and the lengths in bytes.
     part: str = ""
     parts: list[tuple[str, int]] = []
     #: The root task of the last part, if it is another task, and fields of its request: ``log.context_of``.
@@ -89,7 +89,7 @@ class Event(msgspec.Struct, omit_defaults=True, gc=False):
     terms: Terms | None = None
     #: Why the chord fails, whatever its parts are: the broker has refused its body, or it was cancelled.
     failed: str = ""
-    #: The name of a merged event, by which its joiner recognizes it when it is delivered.
+    #: The name of a merged event. Its joiner recognizes the event by it.
     mark: str = ""
     #: The reply queue of a question about open chords.
     ask: str = ""

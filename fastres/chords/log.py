@@ -47,12 +47,12 @@ if TYPE_CHECKING:
 
 __all__ = ("Log", "shard_of")
 
-#: The header of a body's signature that says which shard its chord is joined in: sender and workers may differ in
-#: how many there are.
+#: The header of a body's signature with the number of the chord's shard: the sender and the workers may be set to
+#: different numbers of shards.
 SHARD = "fastres-shard"
 #: The fields of a request of Celery.
 CELERY_FIELDS = frozenset((*vars(Context), "argsrepr", "compression", "kwargsrepr", "lang", "on_failure", "task"))
-#: Chords that were begun, and of which the size is not known yet.
+#: The number of chords that were sent without a size yet whose plans are kept.
 MAX_PLANS = 10_000
 
 
@@ -119,7 +119,7 @@ class Log:
         try:
             shard, plan, terms = self._plans.pop(chord_id)
         except KeyError:
-            # A group inside of a header, whose parts are the chord's.
+            # A group inside a header: its parts are the chord's.
             return
         event = Event(chord_id, at=time.time(), size=size, run=uuid(), plan=len(plan))
         if terms is not None:
@@ -173,7 +173,7 @@ class Log:
         return pack_part(Part(place, state, content_type, content_encoding, body, compression))
 
     def add(self, chord_id: str, task_id: str) -> None:
-        """A task is added to a chord, by the one of its header that runs just now."""
+        """Add a task to a chord. Called by the running task of its header."""
         task = get_current_task()
         body = getattr(task and task.request, "chord", None)
         shard = shard_of(body) if body else self.shard(chord_id)
@@ -184,7 +184,7 @@ class Log:
         self._send(shard, task_id, write_event(Event(chord_id, at=time.time(), added=[task_id])))
 
     def fail(self, chord_id: str, why: str) -> None:
-        """Have a chord fail, if it is open: its errbacks are called."""
+        """Fail an open chord: its errbacks are called."""
         event = Event(chord_id, at=time.time(), failed=why, version=WITH_TERMS)
         self._send(self.shard(chord_id), chord_id, write_event(event))
 
@@ -238,7 +238,7 @@ def _is_json(value: Any) -> bool:
 
 
 def shard_of(body: Any) -> int | None:
-    """The shard that the chord with this body is joined in; None: there is no body, or it is joined otherwise."""
+    """The shard in which the chord of a body is joined; None: no body, or not joined from the log."""
     if not body:
         return None
     shard = ((body.get("options") or {}).get("headers") or {}).get(SHARD)

@@ -106,7 +106,7 @@ class BodyProducer(Producer):  # type: ignore[misc]
         super().__init__(channel, auto_declare=False)
         self.publishings = publishings
         self._is_classic = is_classic
-        #: Queues of which it is known, by their name.
+        #: Whether queues are classic, by name.
         self._classic: dict[str, bool] = {}
         #: The exception of a connection that broke while publishing: not an exception of the user's code.
         self.broken: Exception | None = None
@@ -178,7 +178,7 @@ class BodyProducer(Producer):  # type: ignore[misc]
 
 
 def _leads_to(entity: Any, exchange: str, routing_key: str) -> bool:
-    """Whether this queue receives messages with this route, as far as the application knows."""
+    """Whether the application knows that this queue receives messages with this route."""
     if not isinstance(entity, Queue):
         return False
     if not exchange:
@@ -193,5 +193,5 @@ def is_kombus_json() -> bool:
 
 
 def filled(tree: list[Any], of: Callable[[str], Any]) -> list[Any]:
-    """A tree of task ids with something else in the place of each."""
+    """A tree of task ids in which each id is replaced."""
     return [filled(item, of) if isinstance(item, list) else of(item) for item in tree]

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ("ROUTES", "Routes", "redirected")
 
-#: Tasks of which it is remembered where they go.
+#: The number of tasks whose routes are remembered.
 REMEMBERED = 1000
 #: The fields of a part's context that contain routes.
 ROUTES = ("queue", "queues")

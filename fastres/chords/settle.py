@@ -105,7 +105,7 @@ def checked(*, tolerate: float | None, first: int | None, deadline: float | None
 
 
 def allowed_of(terms: Terms, total: int) -> int | None:
-    """How many of so many tasks may fail; None: all of them."""
+    """The number of tasks that may fail; None: all."""
     if terms.tolerate is None:
         return None
     is_share = isinstance(terms.tolerate, float) and terms.tolerate < 1

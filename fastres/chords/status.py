@@ -47,7 +47,7 @@ class Open(msgspec.Struct):
     running_since: float = 0.0
     #: The default queue of the joiner's application; empty: unknown.
     queue: str = ""
-    #: How many parts of all of them have come, and are to come as far as is known.
+    #: The numbers of parts of all open chords that have arrived, and that are missing as far as known.
     parts: int = 0
     missing: int = 0
     #: The counters of the joiner.

@@ -77,7 +77,7 @@ class Bulk:
 
     def __exit__(self, kind: object, *exc: object) -> None:
         if kind is not None:
-            # It may have come in the middle of a frame.
+            # The exception may have come in the middle of a frame.
             drop(self.connection)
 
     def _open(self) -> None:
@@ -102,7 +102,7 @@ class Bulk:
         return int(self.connection.connection.frame_max)
 
     def write(self, frames: bytes, count: int) -> None:
-        """Send so many messages, and wait for confirms if too many are outstanding.
+        """Send messages, and wait for confirms if too many are outstanding.
 
         Raises:
             fastres.BrokerUnreachable: the broker could not be reached within the policy.

@@ -121,7 +121,7 @@ class Publisher:
             self._publish(publishings)
 
     def _publish(self, publishings: list[Publishing]) -> None:
-        # A large one is confirmed at once in any case: it is how its refusal is noticed.
+        # A large message always waits for its confirm: only so is its refusal noticed.
         confirm = self.confirm or any(len(publishing.message.body) >= LARGE for publishing in publishings)
         start = time.perf_counter()
         self.run(lambda writer: writer.publish(publishings, confirm))

@@ -32,14 +32,14 @@ MAX_DECLARED = 10_000
 DECLARED_FOR = 60.0
 #: Seconds for a confirm while the broker reports an alarm (memory, disk).
 BLOCKED_TIMEOUT = 300.0
-#: Seconds after each time that a quorum queue has refused a message, which may be because it is not yet made.
+#: Seconds before each retry after a quorum queue has refused a message: it may still be being created.
 QUORUM_RETRIES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
 #: Why it may take longer.
 ALARM = "an alarm (memory, disk) makes it wait"
 SILENCE = "it stands still, or lacks something that it does not tell of: file handles, disk, most of its nodes"
 #: Bytes of messages that may wait for their confirm on one connection.
 WINDOW_SIZE = 16 << 20
-#: How often the confirms that have come are read while more is published: after how many messages, and seconds.
+#: While messages are published, confirms are read after this many messages, or this many seconds.
 POLL_EVERY, POLL_INTERVAL = 64, 0.1
 #: How RabbitMQ words the refusal: "message size 300 is larger than configured max size 200".
 SIZE_LIMIT = re.compile(r"message size (\d+)\D+(\d+)")
@@ -84,7 +84,7 @@ class Writer:
         self._declared.clear()
 
     def clear(self, address: Address) -> None:
-        """Make sure that there is a queue, and that it is empty."""
+        """Declare a queue if needed, and empty it."""
         self.connect().declare(self._addresses.queue(address))
         self.connect().purge(address.name)
 
@@ -113,7 +113,7 @@ class Writer:
             self._confirm(session, lambda: not self.window.unconfirmed)
 
     def _make_room(self, session: Session) -> None:
-        """Read the confirms that have come, now and then; wait for them when too many are awaited."""
+        """Read confirms at intervals; wait for them when too many are outstanding."""
         window, now = self.window, time.monotonic()
         if window.is_full():
             self._confirm(session, window.has_room)
@@ -123,7 +123,7 @@ class Writer:
         self._send_again(session)
 
     def _confirm(self, session: Session, enough: Callable[[], bool]) -> None:
-        # The broker closes the channel over a message, not over the one that is to be sent now.
+        # The broker closed the channel because of an earlier message, not because of the one to send now.
         with contextlib.suppress(*self.refusals):
             self._wait(session, enough)
 
