@@ -47,7 +47,7 @@ GROUP_OPTIONS = ("chord", "connection", "group_id", "group_index", "producer", "
 TIMED_OPTIONS, TEMPLATE_SECONDS = ("countdown", "expires"), 1.0
 #: Seconds after which pending messages are written, if a slow iterable yields no more.
 FLUSH_INTERVAL = 0.02
-#: Random ids that are made at once.
+#: The number of random ids that are generated at once.
 IDS = 512
 
 
@@ -153,8 +153,8 @@ class _Sending:
     Args:
         app: the application.
         signature: of its tasks, without their arguments.
-        body: that of its chord, None: it is no chord's header.
-        confirm: have the broker confirm them.
+        body: the body of its chord; None: the group is not the header of a chord.
+        confirm: wait for the broker's confirms.
     """
 
     def __init__(self, app: Any, signature: Any, body: Any, confirm: bool) -> None:
@@ -205,7 +205,7 @@ class _Sending:
     def _send_in_bulk(self, first: list[tuple[Any, ...]], rest: Iterator[Any], ids: _Ids) -> dict[int, str] | None:
         """Send tasks made from a template, and add their ids.
 
-        Returns: why some were refused, by their place; None: nothing was sent, there is no template for them.
+        Returns: the reasons of refusals, by place in the group; None: nothing was sent, no template fits these tasks.
         """
         app = self._app
         with app.pool.acquire(block=True) as connection:
@@ -225,8 +225,8 @@ class _Sending:
                     sampler.channel.close()
                     return bulk.refused if alike else None
             except connection.channel_errors as exc:
-                said = refusal(exc, connection.as_uri())
-                raise said from (None if said is exc else exc)
+                error = refusal(exc, connection.as_uri())
+                raise error from (None if error is exc else exc)
 
     def _sample(self, sampler: Sampler, args: tuple[Any, ...], place: int) -> Sample:
         self._send_one(sampler, args, place)
@@ -251,7 +251,7 @@ class _Sending:
                 flush()
                 made = flushed
                 if not is_open(sampler.channel):
-                    # It went with a connection that broke.
+                    # It was lost with its connection.
                     sampler = Sampler(bulk.session.channel())
                 sample = self._sample(sampler, _checked(args, place), place)
                 template = Template(self._app, bulk, self._signature, sample, self._confirm)
@@ -275,7 +275,7 @@ class _Sending:
 
     @staticmethod
     def _end(bulk: Bulk, flush: Callable[[], None]) -> None:
-        """Tasks before one that cannot be sent are sent, as by Celery."""
+        """Send the tasks before one that cannot be sent, as Celery does."""
         flush()
         bulk.finish()
 
@@ -292,7 +292,7 @@ class _Ids:
         self._at = 0
 
     def begin(self, sample: str) -> None:
-        """New ones are of the kin of this one, if it has one."""
+        """Give new ids the kin of this id, if it has one."""
         kin = parse(sample)
         if kin is not None:
             self._begin = new_id(kin.kin, kin.kind)[:20]
@@ -368,7 +368,7 @@ def _retry_policy(app: Any) -> dict[str, Any]:
 
 
 def _is_plain(app: Any, signature: Any) -> bool:
-    """Whether nothing but Celery and fastres looks at this application's tasks on their way."""
+    """Whether only code of Celery and fastres handles this application's tasks while they are sent."""
     task = app.tasks.get(signature.task)
     amqp_ = app.amqp
     of_app, of_task, of_amqp, of_canvas, of_kombu = (

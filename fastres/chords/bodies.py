@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 __all__ = ("Bodies", "Failed")
 
-#: Exceptions of users' code, which fail a chord and nothing else. Tasks raise ``SystemExit`` too.
+#: Exceptions of users' code, which fail one chord only. Tasks raise ``SystemExit`` too.
 USERS = (Exception, SystemExit, KeyboardInterrupt)
 
 
@@ -70,7 +70,7 @@ class Bodies:
         self._intercept(self._app.amqp)
 
     def _intercept(self, amqp: Any) -> None:
-        """A chain and a chord do not pass the producer on that they are given."""
+        """Replace the producer where tasks are published: chains and chords do not pass on the one they are given."""
         send = amqp.send_task_message
 
         def send_task_message(producer: Any, name: str, *args: Any, **options: Any) -> Any:
@@ -190,7 +190,7 @@ class Bodies:
         elsewhere: list[str] = []
         packed = list(chord.parts.values())
         parts: dict[str, Part] = {}
-        # There may be a million, and as a rule they are all the same.
+        # There may be a million, and usually all are references.
         if packed.count(REFERENCE) < len(packed):
             addresses = self._backend.addresses
             header = addresses.group(chord.id).name
@@ -240,7 +240,7 @@ class Bodies:
             raise Failed(body, f"Dependency {id_of(task_id)} raised {safe_repr(exc)}", exc)
 
     def _decode(self, task_id: str, part: Part) -> Any:
-        """Raises: DecodeError: it cannot be made a value."""
+        """Raises: DecodeError: the result cannot be decoded."""
         try:
             value = loads(part.result, part.content_type, part.content_encoding, accept=self._backend.accept)
             return self._backend.exception_to_python(value) if part.state in states.EXCEPTION_STATES else value
@@ -256,7 +256,7 @@ def _as_value(part: Part) -> Part:
 
 
 def _pruned(tree: list[Any], parts: dict[str, Part]) -> list[Any]:
-    """Without the tasks that have not come."""
+    """The tree without the tasks whose parts are missing."""
     return [
         _pruned(each, parts) if isinstance(each, list) else each
         for each in tree
@@ -273,7 +273,7 @@ def _tasks_of(body: Any) -> Iterator[Any]:
 
 
 def _ends_of(body: Any) -> Iterator[Any]:
-    """The tasks that a body has returned with."""
+    """The tasks of a body whose results are the result of the body."""
     if isinstance(body, group):
         for task in body.tasks:
             yield from _ends_of(task)
@@ -287,8 +287,8 @@ def _ends_of(body: Any) -> Iterator[Any]:
 
 def _fingerprint(errback: Any) -> str:
     """Identifies an errback: equal for copies of the same errback."""
-    what = errback["task"], tuple(errback["args"]), sorted(errback["kwargs"].items())
-    return sha1(repr(what).encode()).hexdigest()[:16]
+    identity = errback["task"], tuple(errback["args"]), sorted(errback["kwargs"].items())
+    return sha1(repr(identity).encode()).hexdigest()[:16]
 
 
 def _in_order(parts: dict[str, Part]) -> list[str]:

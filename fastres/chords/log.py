@@ -63,7 +63,7 @@ class Log:
         backend: the backend of the chords.
         publisher: publishes them.
         addresses: the backend's addresses.
-        shards: how many there are.
+        shards: the number of shards.
     """
 
     def __init__(self, backend: Any, publisher: Publisher, addresses: Addresses, shards: int) -> None:
@@ -72,7 +72,7 @@ class Log:
         self._addresses = addresses
         self._shards = shards
         self._compression: str | None = backend.app.conf.get("result_compression")
-        #: Of chords by their id: the shard, the packed plan, and the terms.
+        #: Shard, packed plan and terms by chord id.
         self._plans = LRUCache(limit=MAX_PLANS)
         self._routes = Routes(backend.app)
         self._supported: bool | None = None
@@ -80,13 +80,13 @@ class Log:
         self._unread: set[int] = set()
 
     def supported(self) -> bool:
-        """Whether the broker lets one joiner at a time read a shard."""
+        """Whether the broker has single active consumers, which shards need."""
         if self._supported is None:
             self._supported = self._publisher.run(lambda writer: writer.connect().single_active_consumer)
         return self._supported
 
     def begin(self, chord_id: str, body: Any, results: Any) -> None:
-        """A chord is about to be sent: its body, and the results of its header.
+        """Register the body and the header's results of a chord that is about to be sent.
 
         Raises:
             celery.exceptions.ImproperlyConfigured, kombu.exceptions.EncodeError: it cannot be sent like this.
@@ -105,7 +105,7 @@ class Log:
         self._plans[chord_id] = shard, pack_plan(Plan(content_type, content_encoding, content)), terms
 
     def _serialize(self, body: Any, structure: list[Any] | None) -> Any:
-        """As the tasks of the header are, which carry the body; its own serializer may not take a signature."""
+        """Serialize the body like the tasks of the header. Its own serializer may not accept a signature."""
         try:
             return dumps((body, structure), self._backend.app.conf.task_serializer)
         except EncodeError:
@@ -115,7 +115,7 @@ class Log:
             return dumps((body, structure), own)
 
     def size(self, chord_id: str, size: int) -> None:
-        """How many parts a chord has that was begun before."""
+        """Publish the number of parts of a chord that was registered with :meth:`begin`."""
         try:
             shard, plan, terms = self._plans.pop(chord_id)
         except KeyError:
@@ -129,10 +129,10 @@ class Log:
         self._send(shard, chord_id, write_event(event, plan))
 
     def part(self, request: Any, state: str, result: Any, notified: list[str] | None = None) -> None:
-        """A task of a chord's header has returned or raised, or was revoked.
+        """Publish the part of a header task that has returned or raised, or was revoked.
 
         Args:
-            notified: errbacks that know of it already.
+            notified: errbacks that were called already.
         """
         shard = shard_of(request.chord)
         chord_id, task_id = request.group, request.id
@@ -160,7 +160,7 @@ class Log:
     def _pack(self, request: Any, state: str, result: Any) -> bytes:
         place = request.group_index
         if wants_reference(request.chord) and state not in states.EXCEPTION_STATES:
-            # It is read from where results are.
+            # The body reads it from the queue of the results.
             if self._addresses.result(request.id).name == self._addresses.group(request.group).name:
                 return REFERENCE
             result = None
@@ -189,14 +189,14 @@ class Log:
         self._send(self.shard(chord_id), chord_id, write_event(event))
 
     def put_back(self, name: str, bodies: list[bytes]) -> None:
-        """Write events of chords again that are out of a shard, and wait for the broker's confirm."""
+        """Publish events to a shard again that were acknowledged there, and wait for the broker's confirm."""
         for body in bodies:
             message = Message(body, CONTENT_TYPE, "binary", "", PERSISTENT, {})
             self._publisher.publish(Address(name), message, declare=False)
         self._publisher.wait_for_confirms()
 
     def shard(self, chord_id: str) -> int:
-        """Where a chord is joined that is sent with the settings of this process."""
+        """The shard of a chord, with the settings of this process."""
         return crc32(chord_id.encode()) % self._shards
 
     def _send(self, shard: int, correlation_id: str, body: bytes) -> None:
@@ -246,7 +246,7 @@ def shard_of(body: Any) -> int | None:
 
 
 def _structure(results: Any) -> list[Any] | None:
-    """Task ids as deep as the groups that they are in; None where there are no groups in a header."""
+    """Task ids, nested like the groups in a header; None if there are no groups in it."""
     if isinstance(results, _regen) or not any(isinstance(result, GroupResult) for result in results):
         return None
 
