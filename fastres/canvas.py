@@ -10,8 +10,8 @@ sent by themselves). The hooks put ids there (see ``fastres.ids``), for the appl
 | any other                                       | the sender's current page                               |
 | the group of a small header                     | the sender's current page, and so its members           |
 
-Nothing depends on them: every id says where its result is. They are put in place when Celery makes the backend,
-which is after it has made up the id of the first task of a process: that one lies apart.
+Correctness does not depend on them: every id determines the queue of its result. The hooks are installed when Celery
+creates the backend, after it has generated the id of the process's first task: that task has a queue of its own.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ if TYPE_CHECKING:
 
 __all__ = ("PAGE_SIZE", "TaskIds", "install")
 
-#: How many ids a page has. A larger page spares declarations of queues, a smaller one spares those who wait for
-#: one of its results from reading the others.
+#: The number of ids on a page. Larger pages save declarations of queues; with smaller ones, a wait for one result reads
+#: fewer others.
 PAGE_SIZE = 50
-#: Seconds for which ids are taken from a page at most; and the part of the time that results are kept for.
+#: Seconds for which a page is used: at most ``PAGE_SECONDS``, and at most this share of ``result_expires``.
 PAGE_SECONDS, PAGE_PART = 300.0, 0.1
 #: The attribute of an application that has its :class:`TaskIds`.
 ATTRIBUTE = "fastres_task_ids"
@@ -58,9 +58,9 @@ class TaskIds:
     """Generates the ids of the tasks that a process sends with one application.
 
     Args:
-        expires: seconds that results are kept for, None: for ever.
-        pages: whether lone tasks share queues. Not over transports that cannot be read without being in the way of
-            others; a queue costs less there.
+        expires: ``result_expires`` in seconds; None: no limit.
+        pages: whether single tasks share queues. False for transports that cannot read a queue without hiding its
+            messages from other readers; a queue costs less there.
     """
 
     def __init__(self, expires: float | None, pages: bool = True) -> None:
@@ -78,7 +78,7 @@ class TaskIds:
         self._until = 0.0
 
     def on_page(self, count: int = 1) -> str:
-        """A new id on the current page, which is to have so many: a header is on one page, larger than others."""
+        """A new id on the current page, with room for ``count`` ids: a header is never split over two pages."""
         with self._lock:
             now = time.monotonic()
             if self._left <= 0 or now > self._until:
@@ -88,7 +88,7 @@ class TaskIds:
 
     @staticmethod
     def of_group(group_id: str, kind: Kind = Kind.MEMBER) -> str:
-        """A new id in the queue of a group; a group on a page has its members there."""
+        """A new id in the queue of a group. The members of a group on a page are on that page."""
         of_group = parse(group_id)
         if of_group is not None and of_group.kind == Kind.PAGE:
             kind = Kind.PAGE
@@ -96,7 +96,7 @@ class TaskIds:
 
 
 def install(app: Any, expires: float | None, pages: bool = True) -> None:
-    """Have fastres make the ids of an application's tasks: ``expires`` and ``pages`` as of :class:`TaskIds`."""
+    """Generate the ids of an application's tasks; ``expires`` and ``pages`` as for :class:`TaskIds`."""
     if getattr(app, ATTRIBUTE, None) is not None:
         return
     task_ids = TaskIds(expires, pages)
@@ -126,7 +126,7 @@ _installed = False
 
 
 def _install_once() -> None:
-    """Hook Celery's classes, for all applications: those without :class:`TaskIds` notice nothing."""
+    """Hook Celery's classes. For applications without :class:`TaskIds` nothing changes."""
     global _installed
     with _lock:
         if _installed:
@@ -238,7 +238,7 @@ def _with_body_id(run: Any) -> Any:
         task_ids = _task_ids(body)
         if task_ids is not None:
             if not isinstance(self.tasks, canvas.group) and "task_id" not in self.options:
-                # Celery has just made one up for it.
+                # Celery has just generated one.
                 header.options.pop("task_id", None)
             _place(header, body)
             if options.get("task_id") is None:

@@ -25,15 +25,15 @@ if TYPE_CHECKING:
 
 __all__ = ("Feed",)
 
-#: Seconds since something came after which the broker is listened to before anything is acknowledged.
+#: Seconds without deliveries after which the connection is read before the next acknowledgement.
 POLL_AFTER = 1.0
 #: Seconds for which shared results are held, and pauses before they are read again: the shortest, the factor to
 #: the time that reading took, and the longest.
 HOLD_TIME, SHORTEST_PAUSE, PAUSE_FACTOR, LONGEST_PAUSE = 0.05, 0.05, 2, 2.0
-#: Seconds between two looks for a queue that is not there: at first, and at most.
+#: Seconds between two checks for a missing queue, at first and at most.
 SHORTEST_ABSENCE, LONGEST_ABSENCE = 0.005, 0.1
-#: Handed-over results that a feed keeps for joins that begin late. Few, because keeping many would push the data of
-#: the next results out of the processor's cache.
+#: The number of handed-over results that a feed keeps for joins that begin late. More would push the next results out of
+#: the processor's cache.
 REMEMBERED = 250
 #: Whether a delivery is to stay in its queue.
 KEPT = attrgetter("keep")
@@ -53,10 +53,9 @@ class Feed(Inbox):
         take: acknowledge handed-over results. If False, requeue all.
         exclusive: one reader at a time takes: others wait for their turn.
         prefetch: messages that the broker sends ahead, 0: all it has.
-        deletes: whether a queue is deleted when its result was taken, a group's when all that came was.
+        deletes: delete the queue of a task when its result was taken, and the queue of a group when all were.
         leftovers: queues to delete with the others.
-        declares: whether to declare queues that do not exist. The queue of a single task may never be written to:
-            its id may be invented.
+        declares: declare queues that do not exist. False for the queue of a single task, whose id may be invented.
     """
 
     def __init__(
@@ -83,7 +82,7 @@ class Feed(Inbox):
         #: For joins that begin late: the last results, and the results that ended joins have left.
         self._last: deque[Arrival] = deque(maxlen=REMEMBERED)
         self._left_over: list[Batch] = []
-        #: Deliveries that no join will ever be handed.
+        #: The number of deliveries that are never handed to a join.
         self._undeliverable = 0
         #: The latest state of each task that has one and no result.
         self._latest_state: dict[str, Delivery] = {}
@@ -109,7 +108,7 @@ class Feed(Inbox):
             return
         super()._open(session)
         if self.consumer is None and self._exclusive:
-            # Another reader waits for a part of the results, or takes all. With the former, the queue can be shared.
+            # Another reader waits for some of the results, or takes all. In the first case, the queue can be shared.
             self._share()
             super()._open(session)
             if self.consumer is None:
@@ -131,7 +130,7 @@ class Feed(Inbox):
             self.due = None
 
     def is_catching_up(self) -> bool:
-        """Whether messages are still to come that were in the queues before."""
+        """Whether messages that were in the queues at the start have not arrived yet."""
         return self.shares and self._backlog > 0 and time.monotonic() < self._last_arrival + HOLD_TIME
 
     def give_back(self, session: Session) -> None:
@@ -149,11 +148,11 @@ class Feed(Inbox):
         for batch in waiting:
             join.offer(batch.arrivals, self, batch.consumer)
         if self.holds() and join.aggregate:
-            # Its result may be held, and not be among the remembered ones.
+            # Its result may be held without being among the remembered results.
             self.due = time.monotonic()
 
     def share_from_now_on(self) -> None:
-        """A join has come that takes nothing."""
+        """Share the queues from now on: a new join takes nothing."""
         if not self.shares:
             self._share()
             self.due = time.monotonic()
@@ -175,7 +174,7 @@ class Feed(Inbox):
         return None
 
     def held(self, address: Address) -> int:
-        """How many messages have come from an address and were not acknowledged yet."""
+        """The number of unacknowledged messages from an address."""
         consumer = self.consumer
         if consumer is None:
             return 0

@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
 __all__ = ("CACHED", "Batch", "Inbox", "Join", "cancelled", "sent_at")
 
-#: Results that this process has read and can be asked for again: Celery 3.1's default for result_cache_max.
+#: The number of read results that can be asked for again: Celery 3.1's default for result_cache_max.
 CACHED = 100
-#: A wait of no seconds still lets the broker answer once.
+#: Seconds: even with a timeout of 0, the broker has time to answer once.
 LEAST_TIMEOUT = 0.05
 
 
@@ -49,16 +49,16 @@ class Inbox(Protocol):
     """The interface of inboxes that joins use."""
 
     joins: list[Join]
-    #: When to :meth:`act`, on the monotonic clock; None: not before something comes.
+    #: When to :meth:`act`, on the monotonic clock; None: not before messages arrive.
     due: float | None
-    #: Why nothing can come, None: it can, or there is no connection.
+    #: Why the broker refused to open it; None: it is open, or there is no connection.
     refused: Exception | None
 
     def act(self, session: Session) -> None:
         """Do work that is due."""
 
     def check_access(self) -> None:
-        """Raises: fastres.AccessRefused: the broker does not let us read, and will not when it is asked again."""
+        """Raises: fastres.AccessRefused: the user may not read the queue."""
 
     def is_catching_up(self) -> bool:
         """Whether more messages will arrive at once, for which joins are to wait."""
@@ -70,7 +70,7 @@ class Inbox(Protocol):
         """Requeue held messages, and leave them to other readers for a while."""
 
     def handed_over(self, batch: Batch, count: int, take: bool) -> None:
-        """The first ``count`` results of a batch are the user's now."""
+        """Called when the first ``count`` results of a batch were handed to the user."""
 
     def detach(self, join: Join) -> bool:
         """Remove a join. Returns: whether it was the last one, so that the inbox is to be closed."""
@@ -116,14 +116,14 @@ class Join:
         self.alone = self._total == 1
         #: Whether its results may be kept to be asked for again.
         self.few = self._total <= CACHED
-        #: Whether everything has come.
+        #: Whether all results have arrived.
         self.complete = False
         #: Batches that have arrived, and the batch that is being handed over.
         self.batches: deque[Batch] = deque()
         self.in_hand: Batch | None = None
-        #: Ids of which a message came that cannot be read, and why.
+        #: The errors of unreadable messages, by task id.
         self.unreadable: dict[str, Exception] = {}
-        #: Whether a readable one was given the time to come after it.
+        #: Whether the join has waited for valid results after unreadable ones.
         self.checked_again = False
 
     def offer(self, arrivals: list[Arrival], inbox: Inbox | None, consumer: Consumer | None) -> Sorted:
@@ -138,7 +138,7 @@ class Join:
             self.batches.append(Batch(inbox, consumer, states_, False))
         if ready:
             self.batches.append(Batch(inbox, consumer, ready, True))
-        # Set last: a thread that sees it finds all results in the news.
+        # Set last: a thread that sees it finds all results in the batches.
         self.complete = not self.aggregate
         return sorts
 
@@ -151,7 +151,7 @@ class Join:
     def next_batch(self) -> Batch | None:
         if not self.batches:
             return None
-        # At no moment it is in neither place: another thread's join may look for it.
+        # In this order: a join of another thread may search both places for it.
         self.in_hand = self.batches[0]
         return self.batches.popleft()
 

@@ -36,10 +36,10 @@ T = TypeVar("T")
 LARGE = 1 << 20
 
 
-#: Seconds between two checks for unconfirmed messages, and since the last publishing.
+#: Seconds between two checks for unconfirmed messages. Connections that published later than that are left out.
 WATCH_INTERVAL = 0.2
 
-#: Seconds between two looks for a connection that its thread has lost.
+#: Seconds between two checks for a connection whose thread was interrupted.
 LOST_INTERVAL = 1.0
 
 
@@ -83,8 +83,8 @@ class Publisher:
         for writer in getattr(self, "_idle", ()):
             abandon(writer.connection)
         self._idle: list[Writer] = []
-        #: Those there are. One that an exception took from its thread is not counted for longer than it is held;
-        #: its unconfirmed messages are in one of the windows.
+        #: All writers. If an exception takes a writer from its thread, the garbage collector removes it from the set;
+        #: its unconfirmed messages stay in one of the windows.
         self._writers: WeakSet[Writer] = WeakSet()
         self._windows: list[Window] = []
         self._returned = threading.Condition()
@@ -93,10 +93,10 @@ class Publisher:
         self._watcher: threading.Thread | None = None
 
     def publish(self, address: Address, message: Message, *, declare: bool) -> None:
-        """Send a message to an address, and wait for the broker's confirm if that is asked for.
+        """Send a message to an address, and wait for the broker's confirm if the option ``confirm`` is set.
 
         Args:
-            declare: declare the queue (a reply queue is declared by its client).
+            declare: declare the queue. False for a reply queue, which its client declares.
 
         Raises:
             fastres.errors.ResultTooLarge: the broker does not take a message of this size.
@@ -142,9 +142,9 @@ class Publisher:
 
         Raises: as :meth:`publish`.
         """
-        nobody = Message(b"", "application/octet-stream", "binary", "", 1, {})
+        message = Message(b"", "application/octet-stream", "binary", "", 1, {})
         nowhere = f"{self.addresses.prefix}.nobody.{uuid()}"
-        publishing = Publishing(nobody, self.addresses.exchange.name, nowhere)
+        publishing = Publishing(message, self.addresses.exchange.name, nowhere)
 
         def check(writer: Writer) -> None:
             if address is not None:
@@ -171,7 +171,7 @@ class Publisher:
             held = {id(writer.window) for writer in self._writers}
             orphans = [window for window in self._windows if window and id(window) not in held]
             if orphans:
-                # A signal has taken a thread from its writer, and the writer is no more.
+                # An interrupted thread has lost its writer, which is gone.
                 writers.append(self._new_writer())
                 held.add(id(writers[-1].window))
                 for window in orphans:
@@ -188,7 +188,7 @@ class Publisher:
                 )
 
     def _watch_confirms(self) -> None:
-        # The watcher looks for the last time, and ends, under this lock.
+        # The watcher does its last check and ends under this lock.
         with self._returned:
             if self._watcher is not None:
                 return
@@ -197,12 +197,12 @@ class Publisher:
         try:
             watcher.start()
         except RuntimeError:
-            # The interpreter ends, and starts no thread any more.
+            # The interpreter is shutting down, and starts no more threads.
             self._watcher = None
             self.wait_for_confirms()
 
     def _keep_watch(self) -> None:
-        """The watcher: wait for confirms on connections on which no thread publishes any more."""
+        """The watcher thread: wait for confirms on connections on which no thread publishes any more."""
         while True:
             time.sleep(WATCH_INTERVAL)
             with self._returned:
@@ -216,7 +216,7 @@ class Publisher:
     # -- connections
 
     def run(self, operation: Callable[[Writer], T]) -> T:
-        """Do something with a connection of this thread's own, and again if it breaks.
+        """Call an operation with a connection that no other thread uses, and again if the connection breaks.
 
         Raises:
             fastres.AccessRefused: the user lacks a permission.
@@ -236,10 +236,10 @@ class Publisher:
         except BaseException as exc:
             if isinstance(exc, writer.refusals):
                 self._put_back(writer)
-                said = refusal(exc, writer.connection.as_uri())
-                if said is exc:
+                error = refusal(exc, writer.connection.as_uri())
+                if error is exc:
                     raise
-                raise said from exc
+                raise error from exc
             if not isinstance(exc, ResultTooLarge):
                 writer.drop()
             self._put_back(writer)
@@ -284,7 +284,7 @@ class Publisher:
             writer.drop()
             return next(intervals)
 
-        # To kombu a timeout of 0 is none.
+        # kombu takes a timeout of 0 for no timeout.
         retries = 0 if policy.get("timeout") == 0 else policy["max_retries"]
         try:
             return retry_over_time(  # type: ignore[no-any-return]
@@ -314,5 +314,5 @@ def _perform(operation: Callable[[Writer], T], writer: Writer) -> T:
     except NotFound as exc:
         if is_missing_queue(exc):
             raise
-        # The node that a queue is on is down: it comes back, as a broker does.
+        # The queue's node is down: retry as for a lost connection.
         raise ConnectionResetError(exc.reply_text) from exc

@@ -26,22 +26,22 @@ if TYPE_CHECKING:
 
 __all__ = ("SIZE_LIMIT", "Writer")
 
-#: Queues that a connection remembers to have declared.
+#: The number of declared queues that a connection remembers.
 MAX_DECLARED = 10_000
-#: A declaration is made again after this many seconds at the latest: it also keeps a queue from expiring.
+#: Seconds after which a queue is declared again, which also keeps it from expiring.
 DECLARED_FOR = 60.0
 #: Seconds for a confirm while the broker reports an alarm (memory, disk).
 BLOCKED_TIMEOUT = 300.0
 #: Seconds before each retry after a quorum queue has refused a message: it may still be being created.
 QUORUM_RETRIES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
-#: Why it may take longer.
+#: Why a confirm may take longer.
 ALARM = "an alarm (memory, disk) makes it wait"
 SILENCE = "it stands still, or lacks something that it does not tell of: file handles, disk, most of its nodes"
-#: Bytes of messages that may wait for their confirm on one connection.
+#: The size of the unconfirmed messages of one connection, in bytes, at most.
 WINDOW_SIZE = 16 << 20
 #: While messages are published, confirms are read after this many messages, or this many seconds.
 POLL_EVERY, POLL_INTERVAL = 64, 0.1
-#: How RabbitMQ words the refusal: "message size 300 is larger than configured max size 200".
+#: The text of RabbitMQ's refusal: "message size 300 is larger than configured max size 200".
 SIZE_LIMIT = re.compile(r"message size (\d+)\D+(\d+)")
 
 
@@ -75,8 +75,8 @@ class Writer:
         return self._session
 
     def drop(self) -> None:
-        """Leave a connection that broke; :meth:`connect` makes a new one."""
-        # First: numbers of another channel must not come into it.
+        """Drop a broken connection; :meth:`connect` opens a new one."""
+        # First: delivery tags of another channel must not get into the window.
         self.window.lose()
         drop(self.connection)
         self.connection = self._publisher.connect()
@@ -89,7 +89,7 @@ class Writer:
         self.connect().purge(address.name)
 
     def publish(self, publishings: list[Publishing], confirm: bool) -> None:
-        """Send messages: they are confirmed then, or kept until they are."""
+        """Send messages, and wait for their confirms, or keep them until they are confirmed."""
         session = self.connect()
         if self.window:
             self._make_room(session)
@@ -106,7 +106,7 @@ class Writer:
                     self._send_and_wait(session, [publishing])
 
     def wait_for_confirms(self) -> None:
-        """Wait until everything is confirmed that was sent."""
+        """Wait until all sent messages are confirmed."""
         session = self.connect()
         while self.window:
             self._send_again(session)
@@ -131,7 +131,7 @@ class Writer:
         """Publish returned messages again, and messages of a closed channel or connection."""
         window = self.window
         if window.again:
-            # Interrupted at any line, they are sent twice rather than not at all.
+            # If this is interrupted, messages may be sent twice, but none is lost.
             again = list(window.again)
             try:
                 window.again.clear()
@@ -180,8 +180,8 @@ class Writer:
         returned = 0
         # A quorum queue refuses messages while another connection declares it.
         pauses = iter(QUORUM_RETRIES if any(each.address and each.address.is_quorum for each in left) else ())
-        # A queue may have been deleted or have expired since this connection declared it: the broker then returns
-        # the message, and it is sent again to a new one.
+        # A queue may have been deleted or have expired since this connection declared it. The broker then returns the
+        # message, which is sent again after another declaration.
         while returned < 2:
             try:
                 self._send(session, left)
@@ -228,7 +228,7 @@ class Writer:
                 ) from exc
 
     def _is_due(self, address: Address) -> bool:
-        """Whether a queue is to be declared, for the first time or again."""
+        """Whether a queue needs a declaration, the first one or another."""
         declared = self._declared.get(address.name)
         if declared is None:
             return True
@@ -236,7 +236,7 @@ class Writer:
         return time.monotonic() - declared > (min(DECLARED_FOR, expires / 4) if expires else DECLARED_FOR)
 
     def _remember(self, address: Address) -> None:
-        # A lone task's queue is declared once and never again: the oldest go first.
+        # The queue of a single task is declared once only: the oldest entries are dropped first.
         self._declared.pop(address.name, None)
         self._declared[address.name] = time.monotonic()
         if len(self._declared) > MAX_DECLARED:
