@@ -32,8 +32,8 @@ POLL_AFTER = 1.0
 HOLD_TIME, SHORTEST_PAUSE, PAUSE_FACTOR, LONGEST_PAUSE = 0.05, 0.05, 2, 2.0
 #: Seconds between two checks for a missing queue, at first and at most.
 SHORTEST_ABSENCE, LONGEST_ABSENCE = 0.005, 0.1
-#: The number of handed-over results that a feed keeps for joins that begin late. More would push the next results out of
-#: the processor's cache.
+#: The number of handed-over results that a feed keeps for joins that begin late. More of them would push the next
+#: results out of the processor's cache.
 REMEMBERED = 250
 #: Whether a delivery is to stay in its queue.
 KEPT = attrgetter("keep")
