@@ -8,7 +8,7 @@ import re
 import sys
 from pathlib import Path
 
-from chords import CHORD_PEERS, CHORDS, TIMEOUT, WORKED, Chords, FastresChords
+from chords import CHORD_PEERS, CHORDS, SMALL, TIMEOUT, WORKED, Chords, FastresChords
 from filler import fill_redis_chord
 from kombu.utils.json import loads
 from measure import memory
@@ -59,6 +59,10 @@ class ChordRun(Run):
         # A joiner has warmed up, and has left.
         if case.how in ("join", "hold"):
             self._fill(case.count)
+        if case.how == "open":
+            backend = self.peer.app.backend
+            log = backend.addresses.queue(backend.addresses.chords(0))
+            self.bench.broker.fill_chords(log, self.job.group_id, case.count, SMALL)
         return process
 
     def _fill(self, count: int) -> None:

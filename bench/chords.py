@@ -20,7 +20,7 @@ import fastres
 #: Operations that need a worker.
 WORKED = ("chord", "small", "round_trip", "alone", "group", "chains")
 #: Operations of chords, or with a worker.
-CHORDS = ("part", "fire", "join", "hold", "refer", *WORKED)
+CHORDS = ("part", "fire", "join", "hold", "open", "refer", *WORKED)
 #: Tasks in a small chord, and in the one that comes first, which opens the connections of both children.
 SMALL, FIRST = 10, 100
 #: Calls with a chord and without it take turns by so many.
@@ -290,7 +290,23 @@ class FastresChords(Chords, Fastres):
         self.warm_fire()
         self.app.backend.joiner.stop()
 
-    warm_hold = warm_join
+    def open(self, group_id: str, count: int) -> Action:
+        """A joiner finds small chords, of which none is complete before all others lack one part only."""
+        body = self.body_of_chord()
+        body.freeze()
+        for chord_id in task_ids(group_id, count):
+            self.app.backend.apply_chord((chord_id, []), body.clone())
+            self.app.backend.set_chord_size(chord_id, SMALL)
+        self.channel  # noqa: B018 - as above
+
+        def run() -> int:
+            self.app.backend.joiner.start()
+            self.await_bodies(count)
+            return count
+
+        return run
+
+    warm_hold = warm_open = warm_join
 
 
 class FastresUnkeptChords(FastresChords):

@@ -83,6 +83,21 @@ class Broker:
         # It answers once it has read all that.
         self.messages(queue.name)
 
+    def fill_chords(self, queue: kombu.Queue, group_id: str, count: int, size: int) -> None:
+        """Publish all parts of many chords to the log: the first of each chord, the second of each, and so on."""
+
+        def events() -> Iterator[tuple[str, bytes]]:
+            chord_ids = task_ids(group_id, count)
+            for index, task_id in enumerate(task_ids(group_id, size)):
+                part = Part(index, "SUCCESS", "application/json", "utf-8", to_json(part_of(index)).encode())
+                packed = pack_part(part)
+                for chord_id in chord_ids:
+                    yield task_id, write_event(Event(chord_id, at=time.time(), part=task_id), parts=(packed,))
+
+        self._send(queue, CONTENT_TYPE, "binary", events(), PERSISTENT)
+        # It answers once it has read all that.
+        self.messages(queue.name)
+
     def fill_header(self, queue: kombu.Queue, group_id: str, count: int, body: Body) -> None:
         """Send the results of a header, each with its place, to their queue."""
         results = (

@@ -47,6 +47,7 @@ CHORD_ROWS = (
     ("join", "CPU of the joiner", "parts", "cpu", "µs per part", 1),
     ("hold", "CPU of the joiner while a part is missing", "parts", "cpu", "µs per part", 1),
     ("hold", "memory of the joiner while a part is missing", "parts", "held", "MB", 1),
+    ("open", "joining chords of 10 tasks that are all open at once", "chords", "wall", "s", 2),
     ("refer", "last part stored to body that gets the results by reference", "parts", "wall", "s", 3),
     ("refer", "memory of the joiner for it", "parts", "joiner", "MB", 1),
     ("refer", "memory of the body while it reads them", "parts", "growth", "MB", 1),

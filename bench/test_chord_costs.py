@@ -25,6 +25,7 @@ def cases(size: Size) -> list[Case]:
             for how, count in (("chord", size.tasks), ("small", size.chords))
             for peer in ("fastres", "Celery redis", "fastres, not kept")
         ),
+        *(Case("fastres", "open", count, size.slow) for count in size.open),
         Case("fastres", "refer", size.referred, size.slow),
         *(Case(peer, "round_trip", size.single, size.fast) for peer in both),
         *(Case("fastres", how, size.counted, 1) for how in ("alone", "group", "chains")),

@@ -54,6 +54,8 @@ class Size:
     joined: int
     held: tuple[int, int]
     parts: int
+    #: Small chords that are open at once, of which none is complete before all others lack one part only.
+    open: tuple[int, int]
     #: Parts of a chord whose body gets them by reference.
     referred: int
     #: Tasks of a whole chord, small chords, tasks that are awaited one by one, and those whose queues are counted.
@@ -71,19 +73,19 @@ class Size:
 SIZES = {
     "tiny": Size(
         joins=(60,), scale=(60, 120), matrix=3, lone=3, looks=8, stored=20, traced=60,
-        fired=(20, 40), joined=60, held=(20, 40), parts=100, referred=50, tasks=10, chords=2,
+        fired=(20, 40), joined=60, held=(20, 40), open=(2, 4), parts=100, referred=50, tasks=10, chords=2,
         single=5, counted=20, sent=(20, 40), fast=1, slow=1,
     ),
     "short": Size(
         joins=(50_000,), scale=(10_000, 100_000), matrix=0, lone=500, looks=200, stored=5_000, traced=2_000,
-        fired=(10_000, 100_000), joined=50_000, held=(30_000, 100_000), parts=1_000, referred=100_000,
-        tasks=2_000, chords=100, single=300, counted=2_000, sent=(10_000, 100_000), fast=2, slow=1,
+        fired=(10_000, 100_000), joined=50_000, held=(30_000, 100_000), open=(500, 5_000), parts=1_000,
+        referred=100_000, tasks=2_000, chords=100, single=300, counted=2_000, sent=(10_000, 100_000), fast=2, slow=1,
     ),
     "full": Size(
         joins=(10_000, 100_000, 1_000_000), scale=(10_000, 1_000_000), matrix=10_000, lone=2_000, looks=200,
         stored=20_000, traced=10_000,
-        fired=(10_000, 100_000), joined=100_000, held=(100_000, 300_000), parts=5_000, referred=1_000_000,
-        tasks=10_000, chords=1_000, single=2_000, counted=10_000, sent=(100_000, 1_000_000),
+        fired=(10_000, 100_000), joined=100_000, held=(100_000, 300_000), open=(2_500, 25_000), parts=5_000,
+        referred=1_000_000, tasks=10_000, chords=1_000, single=2_000, counted=10_000, sent=(100_000, 1_000_000),
         fast=5, slow=3,
     ),
 }  # fmt: skip
