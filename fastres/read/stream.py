@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
+from array import array
 from collections import deque
 from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any
+from zlib import crc32
 
 from celery import states
 
@@ -46,8 +48,10 @@ class Stream(Inbox):
         self._count = count
         #: Deliveries that were not handed over, with their channel.
         self._batches: deque[tuple[Consumer, list[Arrival]]] = deque()
-        #: The places of handed-over results, one bit each: after a reconnection some of them arrive again.
-        self._came = bytearray(count // 8 + 1)
+        #: For each place the CRC of the task id that was handed over for it, 0: none. After a reconnection some results
+        #: arrive again.
+        self._placed = array("I", bytes(array("I").itemsize * count))
+        #: Ids without a place of their own: Celery 5.5 gives tasks of nested groups the places of others.
         self._unplaced: set[str] = set()
         self._at = 0.0
 
@@ -93,13 +97,15 @@ class Stream(Inbox):
     def _is_new(self, arrival: Arrival) -> bool:
         _, task_id, meta = arrival
         place = meta.get("group_index")
-        if not isinstance(place, int) or not 0 <= place < self._count:
-            known = task_id in self._unplaced
-            self._unplaced.add(task_id)
-            return not known
-        byte, bit = divmod(place, 8)
-        known = bool(self._came[byte] >> bit & 1)
-        self._came[byte] |= 1 << bit
+        if isinstance(place, int) and 0 <= place < self._count:
+            checksum = crc32(task_id.encode("utf-8", "surrogatepass")) or 1
+            if not self._placed[place]:
+                self._placed[place] = checksum
+                return True
+            if self._placed[place] == checksum:
+                return False
+        known = task_id in self._unplaced
+        self._unplaced.add(task_id)
         return not known
 
     def _deliver(self, consumer: Consumer, deliveries: list[Delivery]) -> None:

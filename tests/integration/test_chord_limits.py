@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from backend_kit import Broker, until
+from backend_kit import Broker, MakeApp, group_of, store, until
 from celery import Celery, chord, group, uuid
 from celery.exceptions import ChordError, ImproperlyConfigured
 from chord_kit import Unrun, finish
@@ -78,6 +78,16 @@ def test_a_lazy_body_has_no_limit(app: Celery) -> None:
 def test_a_lazy_body_of_a_header_with_groups(app: Celery) -> None:
     header = [add.s(1, 1) | group(big.si(10), big.si(20)), big.s(30)]
     assert chord(header)(fastres.lazy(count_lazily.s())).get(timeout=SECONDS) == [3, 60, 30]
+
+
+def test_results_by_reference_whose_tasks_have_one_place(make_app: MakeApp) -> None:
+    """Celery 5.5 gives the tasks of a group in a chain of the header the places of other tasks."""
+    app = make_app()
+    held, body = group_of(app, 3), fastres.lazy(tsum.s())
+    for member, place in ((0, 0), (0, 0), (1, 0), (2, 1), (1, 0)):
+        store(app, held[member].id, f"of {member}", group=held.id, group_index=place, chord=body)
+    results = [meta["result"] for meta in app.backend.iter_header(held.id, 3)]
+    assert sorted(results) == ["of 0", "of 1", "of 2"]
 
 
 def test_a_lazy_body_of_a_header_that_fails(app: Celery) -> None:
