@@ -88,7 +88,7 @@ async def join(results: ResultSet, timeout: float | None = None, *, propagate: b
             if propagate:
                 for _, meta in pairs:
                     _value(meta, propagate)
-        # There may be a million, and the loop has other things to do.
+        # There may be a million results: let the loop run other tasks meanwhile.
         return list(await _called(backend, values))
 
 

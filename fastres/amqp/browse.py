@@ -1,4 +1,4 @@
-"""Reading the messages of a queue without taking them: they are got and requeued in one write.
+"""Reads the messages of a queue without taking them: one write fetches and requeues them.
 
 A message is missing from its queue only between two frames that the broker handles. The channels are fastres's own,
 on py-amqp's socket. If a queue does not exist, the broker closes the channel; the next write that needs the channel
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 
 __all__ = ("Browser",)
 
-#: Messages that are got in one write: there must be room for the answers, and one write is not yielded to others.
+#: The number of messages that one write fetches: the socket must hold the answers, and other threads wait meanwhile.
 AT_ONCE = 200
-#: Seconds after which a broker that does not answer is taken to be gone.
+#: Seconds after which a broker that does not answer is considered unreachable.
 REPLY_TIMEOUT = 30.0
 NOT_FOUND, PRECONDITION_FAILED = 404, 406
 
@@ -56,7 +56,7 @@ class Native(Protocol):
     def unopened_channel(self) -> Any: ...
 
     def receive(self, channel: Any, receiver: Receiver) -> None:
-        """Pass the messages that are got on a channel to a receiver."""
+        """Pass the messages of ``Basic.Get`` on a channel to a receiver."""
 
     def restart(self, channel: Any) -> None:
         """The broker has closed a channel: drop an incomplete message."""
@@ -85,14 +85,14 @@ class Browser:
         self._slots: list[Slot] = []
 
     def browse(self, asked: Sequence[tuple[str, int]]) -> list[Browsed | None]:
-        """The states of queues and their first messages, which stay there, in one round trip for each ``AT_ONCE``.
+        """Read the states of queues and their first messages, in one round trip for each ``AT_ONCE``.
 
         Args:
-            asked: the name of each queue, and of how many messages.
+            asked: the name of each queue, and the number of messages to read.
 
-        Returns: None for a queue that is not there.
+        Returns: None for a queue that does not exist.
 
-        Raises: amqp.exceptions.ChannelError: the broker refuses it (``AccessRefused``: the permission to read).
+        Raises: amqp.exceptions.ChannelError: the broker refuses (``AccessRefused``: no permission to read).
         """
         slots = self._slots_for(len(asked))
         with self._with_timeout():
@@ -110,13 +110,13 @@ class Browser:
         return [slot.outcome() for slot in slots]
 
     def take(self, name: str, count: int, choose: Callable[[list[Delivery]], list[int]], delete: bool) -> int:
-        """Take some of the first ``count`` messages of a queue; the others stay there.
+        """Take some of the first ``count`` messages of a queue, and requeue the others.
 
         Args:
-            choose: the delivery tags of those that are taken.
-            delete: delete the queue if it is empty then, and has no consumers.
+            choose: returns the delivery tags of the messages to take.
+            delete: delete the queue if it is then empty and has no consumers.
 
-        Returns: how many were taken.
+        Returns: the number of taken messages.
 
         Raises: amqp.exceptions.ChannelError: the broker refuses it.
         """
@@ -195,11 +195,11 @@ class Browser:
             ) from exc
 
     def give_up(self) -> list[Any]:
-        """The channels on which answers are outstanding, which are not used again."""
+        """Drop the channels with outstanding answers. Returns: these channels."""
         waiting = [slot for slot in self._slots if not slot.is_answered()]
         self._slots = [slot for slot in self._slots if slot not in waiting]
         for slot in waiting:
-            # py-amqp has seen nothing of it.
+            # py-amqp does not know that it is open.
             slot.channel.is_open = True
         return [slot.channel for slot in waiting]
 
@@ -251,8 +251,8 @@ class Slot:
     def give_back(self) -> None:
         """Requeue unacknowledged messages.
 
-        A nack has no answer: that of what follows it tells that the broker has come by it, so that whoever looks
-        after us finds the messages in their queue.
+        The broker does not answer a nack. The answer to the next method shows that it was handled, so that later
+        readers find the messages in their queue.
         """
         if self._is_open and self._holds:
             self._holds = self._given_back = False

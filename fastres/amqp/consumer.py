@@ -51,11 +51,11 @@ class Consumer:
         return received
 
     def on_cancel(self, tag: str) -> None:
-        """The queue was deleted under its consumer."""
+        """Called when the broker has cancelled a consumer: the queue was deleted."""
         self.cancelled = True
 
     def on_close(self, why: Exception) -> None:
-        """The broker has closed the channel, for a message that was held for longer than it allows, say."""
+        """Called when the broker has closed the channel, for example after ``consumer_timeout``."""
         why = refusal(why, self.session.uri)
         logger.warning("The broker closed a channel that results are read over, which is opened again: %s", why)
         self.cancelled = True
@@ -64,7 +64,7 @@ class Consumer:
         return self.addresses[delivery.consumer_tag]
 
     def settle(self, deliveries: Iterable[Delivery]) -> list[Any]:
-        """The delivery tags that were not acknowledged before, and are about to be."""
+        """Remove deliveries from the unacknowledged ones. Returns: their delivery tags."""
         settle = self.unacknowledged.pop
         return [tag for tag in map(TAG, deliveries) if settle(tag, None)]
 

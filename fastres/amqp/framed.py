@@ -31,13 +31,13 @@ __all__ = ("FramedSession", "confirm_close", "method_frame")
 
 #: Bytes to read in one system call.
 CHUNK = 1 << 18
-#: Seconds that the rest of a TLS record may take to come.
+#: Seconds that the rest of a TLS record may take to arrive.
 RECORD_TIMEOUT = 1.0
 #: The type of a method's frame, and the octets of a frame around its payload.
 METHOD, FRAME_OVERHEAD = 1, 8
 #: The octet that ends it, and the frame of an acknowledgement.
 FRAME_END, ACKNOWLEDGEMENT = 0xCE, struct.Struct(">BHIHHQBB")
-#: How the methods begin that answers are awaited with.
+#: The class and method ids of awaited replies.
 OPEN_OK, CLOSE_OK, DECLARE_OK, CONSUME_OK, ACK, COMMIT_OK, QOS_OK = (
     struct.pack(">HH", *method)
     for method in (
@@ -75,7 +75,7 @@ class FramedSession(Session):
 
     @property
     def buffered(self) -> bool:
-        """Whether there are bytes to read that the socket does not know of."""
+        """Whether there are bytes to read that were taken from the socket before."""
         return _has_read_ahead(self._connection.connection.transport)
 
     @property
@@ -88,7 +88,7 @@ class FramedSession(Session):
     def drain(self, timeout: float) -> None:
         """Wait for ``timeout`` seconds, read all bytes that have arrived, and pass deliveries to their receivers.
 
-        Raises: socket.timeout: nothing came.
+        Raises: socket.timeout: nothing arrived.
         """
         connection = self._connection.connection
         transport = connection.transport
@@ -128,7 +128,7 @@ class FramedSession(Session):
                     its, together = other, []
                 before_it = consumer
             together.append(delivery)
-        # Without one it was cancelled: the messages go back when its channel is closed.
+        # Without a receiver, the consumer was cancelled: the messages are requeued when its channel is closed.
         if its is not None:
             its(together)
         return others
@@ -145,7 +145,7 @@ class FramedSession(Session):
         """Let py-amqp handle frames. Its callbacks may read from the socket, or raise."""
         self.hand_back()
         connection = self._connection.connection
-        # A frame may close the connection, which then has none.
+        # A frame may close the connection, which then has no transport.
         transport = connection.transport
         left = deque(frames)
         try:
@@ -176,7 +176,7 @@ class FramedSession(Session):
         return connection.Channel(connection, auto_decode=False)
 
     def receive(self, channel: Any, receiver: Receiver) -> None:
-        """Pass the messages that are got on a channel to a receiver."""
+        """Pass the messages of ``Basic.Get`` on a channel to a receiver."""
         self._own(channel.channel_id)
         self._receivers[channel.channel_id, ""] = receiver
 
@@ -211,7 +211,7 @@ class FramedSession(Session):
         # The answer is read by py-amqp.
         self.hand_back()
         channel = self._connection.channel()
-        # A body that looks like text would come back as str, compressed ones included.
+        # py-amqp would return any body that looks like text as str, compressed bodies too.
         channel.auto_decode = False
         return channel
 
@@ -299,7 +299,7 @@ class FramedSession(Session):
 
         Args:
             enough: a further condition for the end.
-            over: whether nothing more is to be awaited.
+            over: whether to stop waiting.
             declared: the states of queues that were declared are added to it.
         """
         connection = self._connection.connection
@@ -348,15 +348,15 @@ class FramedSession(Session):
 
 
 def _has_read_ahead(transport: Any) -> bool:
-    """Whether there are bytes to read that the socket does not know of."""
+    """Whether there are bytes to read that were taken from the socket before."""
     return bool(transport._read_buffer) or (hasattr(transport.sock, "pending") and transport.sock.pending() > 0)
 
 
 def confirm_close(channel: Any, *why: Any) -> None:
-    """Agree to the end of a channel.
+    """Confirm that the broker has closed a channel.
 
-    Its number is not used again: RabbitMQ 3.10 repeats itself, once a minute, until it has read our answer, and
-    takes a second answer for an error of the protocol.
+    The channel number is not used again: RabbitMQ 3.10 repeats Channel.Close once a minute until it has read the
+    confirmation, and takes a second confirmation for a protocol error.
     """
     if channel.is_open:
         channel.send_method(spec.Channel.CloseOk)

@@ -39,7 +39,7 @@ __all__ = (
 
 #: The largest number of messages that a consumer can ask to be sent ahead of their acknowledgement.
 LARGEST_PREFETCH = 65_535
-#: How RabbitMQ and LavinMQ word that there is no queue, or no exchange.
+#: The texts of RabbitMQ and LavinMQ for a missing queue or exchange.
 MISSING = re.compile("no (?:queue|exchange)|doesn't exist|not declared", re.IGNORECASE)
 #: Called with deliveries to its consumers, in order.
 Receiver = Callable[[list["DeliveryProtocol"]], object]
@@ -53,7 +53,7 @@ class QueueState(NamedTuple):
 
 
 class Browsed(NamedTuple):
-    """The content of a queue that was read without taking it."""
+    """The state and the first messages of a queue, which were left in it."""
 
     state: QueueState
     #: Its first messages.
@@ -69,12 +69,12 @@ class Session:
 
     #: Whether the broker confirms messages, and returns unroutable ones.
     confirms = False
-    #: Whether a queue can have one active consumer, with others standing by.
+    #: Whether the broker has single active consumers.
     single_active_consumer = False
     #: Whether the broker has reported an alarm (Connection.Blocked).
     is_blocked = False
 
-    #: Seconds of silence, twice, after which the broker takes us for gone, 0: never.
+    #: Half the seconds of silence after which the broker closes the connection; 0: it never does.
     heartbeat: float = 0
 
     def __init__(self, connection: Any) -> None:
@@ -83,7 +83,7 @@ class Session:
         self._publishing: Any = None
 
     def hand_back(self) -> None:
-        """Let the transport read on from here."""
+        """Let the transport continue to read at this position."""
 
     @property
     def channel_errors(self) -> tuple[type[Exception], ...]:
@@ -104,7 +104,7 @@ class Session:
         return self.channel()
 
     def _declaring_channel(self) -> Any:
-        """The channel for declarations: a refused one closes it, and nothing else suffers."""
+        """The channel for declarations. A refused declaration closes only this channel."""
         if self._declaring is None or not is_open(self._declaring):
             self._declaring = self.channel()
         return self._declaring
@@ -126,7 +126,7 @@ class Session:
         return queue.queue_arguments or None
 
     def inspect(self, name: str) -> QueueState | None:
-        """The state of a queue, None where there is none."""
+        """The state of a queue; None: it does not exist."""
         try:
             answer = self._declaring_channel().queue_declare(name, passive=True)
         except self._connection.channel_errors as exc:
@@ -159,7 +159,7 @@ class Session:
         self._declaring_channel().queue_purge(name)
 
     def drop(self, name: str) -> None:
-        """Delete a queue with all that is in it."""
+        """Delete a queue with its messages."""
         if self.inspect(name) is not None:
             channel = self._declaring_channel()
             channel.queue_purge(name)
@@ -197,8 +197,7 @@ class Session:
         Args:
             prefetch: unacknowledged messages for each consumer; 0: no limit.
 
-        Returns: their states; None if that was too much at once: the channel is closed, and they are to be taken
-        one by one.
+        Returns: their states. None: the broker has closed the channel; the caller consumes from each queue separately.
         """
         if prefetch:
             self.prefetch(channel, prefetch)
@@ -224,11 +223,11 @@ class Session:
         return contextlib.nullcontext()
 
     def give_up(self, channel: Any) -> None:
-        """Leave channels over which the broker does not answer, without waiting for it, if it answers otherwise.
+        """Leave channels on which the broker does not answer, without waiting, if it answers on others.
 
-        They are those for declarations and looks, and this one, if there is one, with its consumers.
+        These are the channels for declarations and looks, and ``channel`` with its consumers, if given.
 
-        Raises: socket.timeout: it does not.
+        Raises: socket.timeout: the broker does not answer at all.
         """
         raise socket.timeout("the broker does not answer")
 
@@ -239,7 +238,7 @@ class Session:
         """Read frames that have arrived: a closed channel, confirms, Connection.Blocked."""
 
     def beat(self) -> None:
-        """Let the broker know that we live."""
+        """Send a heartbeat."""
 
     def unlimit(self, channel: Any, tags: Sequence[str], prefetch: int = 0) -> None:
         for tag in tags:
@@ -256,12 +255,12 @@ class Session:
         channel.close()
 
     def browse(self, asked: Sequence[tuple[str, int]]) -> list[Browsed | None]:
-        """The states of queues and their first messages, which stay there.
+        """Read the states of queues and their first messages, and leave the messages there.
 
         Args:
-            asked: the name of each queue, and of how many messages.
+            asked: the name of each queue, and the number of messages to read.
 
-        Returns: None for a queue that is not there.
+        Returns: None for a queue that does not exist.
         """
         browsed: list[Browsed | None] = []
         for name, count in asked:
@@ -282,13 +281,13 @@ class Session:
         choose: Callable[[list[DeliveryProtocol]], list[Any]],
         delete: bool = False,
     ) -> int:
-        """Take some of the first ``count`` messages of a queue; the others stay there.
+        """Take some of the first ``count`` messages of a queue, and requeue the others.
 
         Args:
-            choose: the delivery tags of those that are taken.
-            delete: delete the queue if it is empty then, and has no consumers.
+            choose: returns the delivery tags of the messages to take.
+            delete: delete the queue if it is then empty and has no consumers.
 
-        Returns: how many were taken.
+        Returns: the number of taken messages.
         """
         return self._take(address.name, count, choose, delete)
 
@@ -304,7 +303,7 @@ class Session:
                     break
                 messages.append(message)
             taken = set(choose([_delivery(message) for message in messages]))
-            # One that goes back goes to the front.
+            # A requeued message goes to the front.
             for message in reversed(messages):
                 if message.delivery_tag in taken:
                     channel.basic_ack(message.delivery_tag)
@@ -324,7 +323,7 @@ class Session:
         Does not wait for the reply. The channel cannot be used afterwards.
 
         Args:
-            tags: the channel's own consumers, which end.
+            tags: the consumer tags of the channel, which are cancelled.
             full: queues that are deleted with their messages.
         """
         for address in addresses:
@@ -363,7 +362,7 @@ def is_missing_queue(exc: Any) -> bool:
 class ReplyTimer:
     """A limit on the wait for a reply, in seconds from now; None: no limit.
 
-    A socket's own timeout is begun anew by everything that comes, the broker's heartbeats too.
+    The timeout of a socket starts again with all that arrives, including heartbeats.
     """
 
     def __init__(self, seconds: float | None) -> None:
@@ -401,7 +400,7 @@ def make_delivery(
 
 
 def _delivery(message: Any, consumer_tag: str = "") -> DeliveryProtocol:
-    """A message of kombu, which has decompressed the body already if it could, as a delivery."""
+    """A message of kombu as a delivery. kombu has decompressed the body if it could."""
     properties = {
         **message.properties,
         "content_type": message.content_type,

@@ -77,7 +77,7 @@ class LoopReader:
         self._open: dict[Wait, None] = {}
 
     def do(self, command: Callable[[], object]) -> None:
-        """Have the thread do something soon. This does not wait."""
+        """Schedule a call in the thread, without waiting for it."""
         if self._pid != os.getpid():
             # In a forked child: the thread is the parent's.
             self._begin()
@@ -96,7 +96,7 @@ class LoopReader:
         self.do(lambda: self._add(wait))
 
     def cancel(self, wait: Wait) -> None:
-        """End a wait: nothing of it stays behind."""
+        """End a wait, and remove its subscriptions."""
         wait.cancelled = True
         self.do(lambda: self._end(wait))
 
@@ -111,7 +111,7 @@ class LoopReader:
             try:
                 self._step()
             except Exception:
-                # An exception is passed to the waits that it concerns, and must not end the thread.
+                # The waits concerned get the exception; the thread must not end.
                 logger.exception("An error in the thread that reads for event loops, which goes on")
 
     def _step(self) -> None:
@@ -127,7 +127,7 @@ class LoopReader:
         try:
             self._waits.look([wait.join for wait in self._open], min(INTERVAL, due), self._has_batches)
         except BrokerUnreachable as exc:
-            # A wait gets its own exception at its timeout; otherwise the waits end.
+            # A wait that has timed out gets its own exception; all others end with this one.
             if all(wait.join.left() > 0 for wait in self._open):
                 for wait in list(self._open):
                     self._end(wait, exc)

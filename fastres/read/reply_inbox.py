@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ("ReplyInbox",)
 
-#: The number of kept final results that no call has asked for yet.
+#: The number of kept final results that no call has asked for.
 UNCLAIMED = 8192
 
 
@@ -69,7 +69,7 @@ class ReplyInbox(Inbox):
             link.call(add, deadline)
 
     def expect(self, task_id: str) -> None:
-        """A task was sent: keep its result until it is asked for, however many others come."""
+        """Keep the result of a sent task until a call asks for it, regardless of how many others arrive."""
         self._expected.add(task_id)
         self._handed_over.pop(task_id, None)
 
@@ -97,7 +97,7 @@ class ReplyInbox(Inbox):
         return False
 
     def peek(self, task_id: str) -> Meta | None:
-        """The latest that has come for a task and was not taken."""
+        """The latest meta of a task that was not taken."""
         for place in (self._arrived, self._unclaimed, self._states):
             meta: Meta | None = place.get(task_id)
             if meta is not None:
@@ -105,7 +105,7 @@ class ReplyInbox(Inbox):
         return None
 
     def in_group(self, group_id: str) -> int:
-        """How many final results of a group have come."""
+        """The number of final results of a group that have arrived."""
         return self._per_group.get(group_id, 0)
 
     def handed_over(self, batch: Batch, count: int, take: bool) -> None:

@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 __all__ = ("AT_ONCE", "Bulk")
 
-#: Bytes that are worth a system call.
+#: Bytes to write in one system call.
 AT_ONCE = 1 << 17
-#: Messages that may be without a confirm, and their bytes. Those are kept, to be sent again.
+#: The number and the size, in bytes, of unconfirmed messages at most. They are kept, to be sent again.
 DEPTH, SIZE = 20_000, 1 << 23
-#: Seconds between two warnings that a broker takes nothing.
+#: Seconds between two warnings that the broker accepts nothing.
 WARNING_INTERVAL = 60.0
 
 
@@ -39,9 +39,9 @@ class Bulk:
 
     Args:
         connection: a kombu connection to RabbitMQ. The caller closes it.
-        confirm: use confirms. If False, messages that a broken connection lost stay unknown.
-        confirm_timeout: seconds after which a broker that says nothing is taken to be gone; one that says that it is
-            short of memory or disk is waited for.
+        confirm: use confirms. If False, messages that are lost with a connection are not noticed.
+        confirm_timeout: seconds after which a silent broker is considered unreachable. No limit while it reports an
+            alarm (memory, disk).
         policy: ``max_retries``, ``interval_start``, ``interval_step`` and ``interval_max`` of attempts to connect.
     """
 
@@ -81,7 +81,7 @@ class Bulk:
             drop(self.connection)
 
     def _open(self) -> None:
-        """Open a channel, on each connection one of the same number: the frames have it."""
+        """Open a channel with the same number on each connection, because the frames contain the number."""
         self.session = session_of(self.connection)
         assert isinstance(self.session, RabbitMQ)
         set_socket_options(self.session.socket)
@@ -106,7 +106,7 @@ class Bulk:
 
         Raises:
             fastres.BrokerUnreachable: the broker could not be reached within the policy.
-            amqp.exceptions.ChannelError: it does not let us publish there.
+            amqp.exceptions.ChannelError: the broker refuses to publish there.
         """
         chunk = Chunk(self.written, self.written + count, frames)
         self.written = chunk.last
@@ -120,11 +120,11 @@ class Bulk:
         except self.connection.connection_errors as exc:
             self._reconnect(exc)
         if self._confirm and (self.written - self.answered >= DEPTH or self._bytes >= SIZE):
-            # They come many at a time.
+            # Confirms arrive many at a time.
             self.wait(lambda: self.written - self.answered <= DEPTH // 2 and self._bytes <= SIZE // 2)
 
     def finish(self) -> None:
-        """Wait until the broker has answered for all of them. Raises as :meth:`write` does."""
+        """Wait until all messages are confirmed, returned or refused. Raises: as :meth:`write`."""
         if self._confirm:
             self.wait(lambda: self.answered >= self.written)
         try:
@@ -162,7 +162,7 @@ class Bulk:
                     self.session.wait_on(self.channel, enough)
             except socket.timeout as exc:
                 if exc.errno is not None:
-                    # The system has given up a broker that has taken nothing for too long.
+                    # The operating system has closed the connection: the broker has read nothing for too long.
                     raise
                 if not self.session.is_blocked:
                     raise BrokerUnreachable(
@@ -189,13 +189,13 @@ class Bulk:
         interval = policy.get("interval_start") or 0.0
         failures, answered = 0, self.answered
         while True:
-            # A broker that is short of something is no failure.
+            # An alarm of the broker does not count as a failed attempt.
             blocked = self.session is not None and self.session.is_blocked
             failures = 0 if self.answered > answered or blocked else failures + 1
             answered = self.answered
             most = policy.get("max_retries")
             drop(self.connection)
-            # Whether the next one is short of something is not known.
+            # Nothing is known about alarms of the next connection.
             self.session = None
             if (self.written and not self._confirm) or (most is not None and failures > most):
                 raise self._gives_up(exc) from exc
@@ -207,7 +207,7 @@ class Bulk:
                 self._open()
                 self._apart.clear()
                 self._before = self._chunks[0].before if self._chunks else self.written
-                # These get another answer.
+                # These messages are published again, and confirmed then.
                 self.refused = {place: why for place, why in self.refused.items() if place < self._before}
                 for chunk in list(self._chunks):
                     self._send(chunk)

@@ -26,9 +26,9 @@ class Encoder:
     """Encodes results as messages.
 
     Args:
-        serializer: the name of one of kombu's.
-        compression: the name of one of kombu's methods, None: none.
-        delivery_mode: 2: on disk too, 1: in memory.
+        serializer: the name of a serializer of kombu.
+        compression: the name of a compression method of kombu; None: no compression.
+        delivery_mode: 2: persistent, 1: transient.
 
     Raises:
         celery.exceptions.ImproperlyConfigured: there is no such compression.
@@ -77,7 +77,7 @@ class Encoder:
 def plain_meta(result: Any, state: str, traceback: Any, request: Any, children: list[Any], zone: tzinfo) -> Meta:
     """A meta as Celery makes it without ``result_extended``.
 
-    Celery looks up whether it is on, and makes the date, for longer than all the rest takes.
+    In Celery, looking up that setting and formatting the date take longer than everything else.
 
     Args:
         children: of the task, as tuples.

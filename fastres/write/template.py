@@ -1,4 +1,4 @@
-"""Makes messages of tasks from one of Celery's own, which differs from them in known places only."""
+"""Makes the messages of many tasks from one message of Celery, which differs from the others in known places."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ __all__ = ("Sample", "Sampler", "Template")
 MADE_AT = ("eta", "expires", "expiration")
 
 
-#: Texts that are shown as they are: the longest, all together.
+#: Arguments whose representation has up to so many characters are shown without Celery's ``saferepr``.
 SHORT = 256
 
 
@@ -94,15 +94,15 @@ class Template:
         self.take = self._messages.take
 
     def _all(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """With those of the signature."""
+        """The positional arguments with those of the signature."""
         return args + self._more if self._own is None else self._more
 
     def add(self, id_: bytes, place: int, args: tuple[Any, ...]) -> None:
         """Add a task's message.
 
         Raises:
-            TypeError: it does not take these arguments.
-            kombu.exceptions.EncodeError: they cannot be serialized.
+            TypeError: the task does not take these arguments.
+            kombu.exceptions.EncodeError: the arguments cannot be serialized.
         """
         every = self._all(args)
         try:
@@ -242,6 +242,6 @@ class _Shown:
 
 
 def _check_of(app: Any, signature: Any) -> Callable[..., object] | None:
-    """The function with which Celery checks a task's arguments; None: it does not."""
+    """The function with which Celery checks the arguments of a task; None: Celery does not check them."""
     task = app.tasks.get(signature.task)
     return getattr(task, "__header__", None) if task is not None and task.typing else None
