@@ -153,7 +153,7 @@ class AMQPBackend(Waiting, Celery31, Backend):  # type: ignore[misc]
         self.chords = Log(self, self._publisher, self.addresses, self.options.chord_shards)
         #: Asks joiners about chords.
         self.asker = Asker(self)
-        #: Joins the chords, where it is started.
+        #: Joins chords, once it is started.
         self.joiner = Joiner(self) if self.layout.joins_chords else None
         if self.layout.declares and self.options.task_ids == "fastres":
             canvas.install(app, self.expires, pages=self.connector.is_amqp)
@@ -255,7 +255,7 @@ class AMQPBackend(Waiting, Celery31, Backend):  # type: ignore[misc]
     def _get_result_meta(
         self, result: Any, state: str, traceback: Any, request: Any, format_date: bool = True, encode: bool = False
     ) -> Meta:
-        """As in Celery, where looking up ``result_extended`` and the date take longer than all the rest."""
+        """As in Celery, where looking up ``result_extended`` and formatting the date take longer than all the rest."""
         if self._extended or not format_date:
             meta: Meta = super()._get_result_meta(result, state, traceback, request, format_date, encode)
             return meta
@@ -279,13 +279,13 @@ class AMQPBackend(Waiting, Celery31, Backend):  # type: ignore[misc]
                 return {"status": states.PENDING, "result": None}
             self._waits.to_python(meta)
             if meta["status"] == states.SUCCESS:
-                # As Celery's own backends: anything else may change.
+                # As in Celery's own backends: a state that is not final may change.
                 self._cache[task_id] = meta
         return meta
 
     @contextlib.contextmanager
     def many_at_once(self, task_ids: Collection[str]) -> Iterator[None]:
-        """A context that looks up all these tasks at its begin, and stores their states in one write at its end."""
+        """A context that looks up many tasks at its start, and stores their states in one write at its end."""
         self._known.metas = self.layout.look_at_all(task_ids)
         try:
             with self.in_one_write():
@@ -368,7 +368,7 @@ class AMQPBackend(Waiting, Celery31, Backend):  # type: ignore[misc]
         if include_password:
             return url
         shown: str = maybe_sanitize_url(url)
-        # It puts a slash behind a URL that names no host.
+        # Celery appends a slash to a URL without a host.
         return shown[:-1] if shown.endswith(":///") else shown
 
     def revive(self, channel: Any) -> None:

@@ -1,7 +1,7 @@
 """Cancelling groups and chords: one message to the workers, one to each joiner, one to each queue of results.
 
 The message in a queue of results is a notice of cancellation. Readers of the queue that wait for a task without a
-result, or look up its state, learn from it that the task was revoked. The notice expires with the queue.
+result, or look up its state, take it for the revoked task's result. The notice expires with the queue.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ class _Found:
 
     def __init__(self) -> None:
         self.groups: list[str] = []
-        #: Those of them that are headers of chords.
+        #: The groups among them that are headers of chords.
         self.headers: list[str] = []
         #: Tasks that are in no group: bodies, and tasks before a group in a chain.
         self.tasks: list[str] = []
-        #: Tasks for whose results calls may wait.
+        #: Tasks whose results calls may wait for.
         self.awaited: dict[str, None] = {}
 
     def visit(self, result: Any) -> None:
@@ -102,7 +102,7 @@ def cancel(result: Any) -> None:
 
 
 def revoke_rest(backend: Any, group_id: str) -> None:
-    """Have no more tasks of a chord's header begin, which has gone on without them.
+    """Cancel the header tasks that have not begun, of a chord whose body was called without them.
 
     The missing results of a small header arrive in a page, under ids that are not known here: its
     workers store that each was revoked.
@@ -131,7 +131,7 @@ def _notify_waits(backend: Any, group_ids: list[str], task_ids: list[str]) -> No
     named = addresses.by_result(task_ids)
     for group_id in group_ids:
         member = _member_of(group_id)
-        # Those of a small chord are among others'.
+        # The results of a small chord share their queue with others.
         if not _is_on_page(group_id) and named.pop(addresses.rkey(member), None):
             _put_notice(backend, member, True)
     alone = []
@@ -141,7 +141,7 @@ def _notify_waits(backend: Any, group_ids: list[str], task_ids: list[str]) -> No
             alone += of_queue
         else:
             _put_notice(backend, ids.new_id(kin.kin, kin.kind), of_queue)
-    # Each has a queue of its own, in which a notice must not follow a stored result.
+    # Each of these tasks has a queue of its own, in which a notice must not follow a stored result.
     for task_id, meta in backend.layout.look_at_all(alone).items():
         if meta is None or meta["status"] not in states.READY_STATES:
             backend.store_result(task_id, TaskRevokedError(REASON), states.REVOKED)

@@ -87,7 +87,7 @@ def joiner(ctx: Any) -> None:
 @click.pass_context
 @handle_preload_options
 def status(ctx: Any, timeout: float, interval: float | None, as_json: bool) -> None:
-    """Show the open chords, the oldest first: parts that came, failed, or are missing, and how old they are.
+    """Show the open chords, the oldest first: their parts that arrived, failed, or are missing, and their age.
 
     Example: celery -A proj fastres status --watch 2
 
@@ -121,9 +121,8 @@ def watch(ctx: Any, group_id: str, total: int | None, interval: float, as_json: 
 
     Example: celery -A proj fastres watch 6e5d1c0a-7d6f-4d0e-9c53-0d2f6a1f9b11 --json
 
-    ID is that of the GroupResult; of a chord that is `result.parent.id`. The exit code is 0 when it is complete,
-    and 1 when the broker cannot be reached. Of a group only the number of results is known, of a chord what failed
-    too.
+    ID is the id of a GroupResult; for a chord, `result.parent.id`. The exit code is 0 when it is complete, and 1 when
+    the broker cannot be reached. For a group only the number of results is known, for a chord also the failures.
     """
     app = ctx.obj.app
     backend = _backend(app)

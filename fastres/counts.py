@@ -15,7 +15,7 @@ BOUNDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0
 class Latency(msgspec.Struct):
     """A histogram of durations."""
 
-    #: How often, by bucket; of all of them, how many seconds.
+    #: The number of durations in each bucket, and the sum of all durations in seconds.
     buckets: list[int] = msgspec.field(default_factory=lambda: [0] * (len(BOUNDS) + 1))
     seconds: float = 0.0
 
@@ -29,7 +29,7 @@ class JoinerCounts(msgspec.Struct):
 
     #: From a write of bodies or events to the broker's answer.
     commits: Latency = msgspec.field(default_factory=Latency)
-    #: Bodies that it has called, and chords that have failed.
+    #: The numbers of called bodies and of failed chords.
     bodies: int = 0
     failed: int = 0
 
@@ -39,7 +39,7 @@ class Counts(msgspec.Struct):
 
     #: Messages that were published: results, states, parts of chords.
     published: int = 0
-    #: Results that a wait was handed.
+    #: Results that were handed to a wait.
     joined: int = 0
     #: From a write to the broker to the last confirm for it.
     confirms: Latency = msgspec.field(default_factory=Latency)
@@ -50,5 +50,5 @@ class Counts(msgspec.Struct):
     shards: int = 0
 
     def connected(self, use: str) -> None:
-        """A connection was opened."""
+        """Count an opened connection."""
         self.connections[use] = self.connections.get(use, 0) + 1

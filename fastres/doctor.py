@@ -33,7 +33,7 @@ __all__ = ("Checkup", "Failed", "examine", "shards_of")
 
 #: Seconds to wait for a stored result.
 TIMEOUT = 5.0
-#: How many results are stored to see whether they stay, and for how many seconds they are watched.
+#: The number of results that are stored to see whether they stay, and the seconds for which they are watched.
 PROBES, PROBE_SECONDS = 20, 2.0
 #: The result backends of fastres, as ``result_backend`` names them.
 ALIASES = ("fastres", "fastress", "amqp", "amqps", "fastres-rpc", "fastress-rpc")
@@ -210,7 +210,7 @@ def _print_permissions(backend: Any, connection: Any, check: Checkup) -> None:
     app, vhost, exchange = backend.app, shlex.quote(connection.virtual_host), backend.addresses.exchange.name
     results = (f"^{prefix}", r"^amq\.default$", f"^{prefix}")
     if exchange:
-        # Queues are bound to it, which is written to the queue and read from the exchange.
+        # Binding a queue needs the permission to write to the queue and to read from the exchange.
         prefix = f"{prefix}|{re.escape(exchange)}$"
         results = (f"^({prefix})", rf"^(amq\.default$|{prefix})", f"^({prefix})")
     lines = {"client": results, "worker": results}

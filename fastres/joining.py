@@ -1,4 +1,4 @@
-"""Joining a group when not all tasks succeed, or not all are waited for: ``fastres.settle`` for groups."""
+"""Joins groups in which tasks fail, or of which not all tasks are awaited: ``fastres.settle`` for groups."""
 
 from __future__ import annotations
 

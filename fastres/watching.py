@@ -94,7 +94,7 @@ def watched(group_id: str, total: int | None, interval: float, app: Any) -> Iter
     """Yield the progress of a group or a chord at intervals, as a dict for display, until it is complete.
 
     Args:
-        total: how many tasks it has, None: a joiner is to know.
+        total: the number of tasks; None: ask the joiner.
     """
     was_open = False
     start, first = time.monotonic(), None
@@ -119,7 +119,7 @@ def watched(group_id: str, total: int | None, interval: float, app: Any) -> Iter
 
 
 def line_of(shown: dict[str, Any]) -> str:
-    """The same as a line for people; it begins with a carriage return on a terminal."""
+    """The progress as a line of text; on a terminal, it begins with a carriage return."""
     ready, total = shown["ready"], shown["total"]
     parts = [f"{ready:,}" if total is None else f"{ready:,} of {total:,} ({ready / max(total, 1):.0%})"]
     parts += [f"{shown[name]:,} {name}" for name in ("failed", "revoked") if shown[name]]
@@ -142,13 +142,13 @@ def track(
     """The values of a group's tasks as they end, with a progress bar on a terminal's standard error.
 
     Args:
-        results: a ``GroupResult`` or ``ResultSet``, those of groups in it with the others.
-        label: stands before the bar.
-        timeout: seconds for all of them, None: for ever.
-        propagate: raise the exception of a task that has failed; otherwise it is its value.
+        results: a ``GroupResult`` or ``ResultSet``. The results of groups inside it are included.
+        label: the text before the bar.
+        timeout: seconds for all tasks; None: no limit.
+        propagate: raise the exception of a failed task. If False, the exception is its value.
 
     Raises:
-        fastres.ResultsMissing: not all came in time.
+        fastres.ResultsMissing: not all results arrived before the timeout.
         Exception: the exception of a task.
     """
     members = list(leaves(results.results))

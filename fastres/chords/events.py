@@ -39,9 +39,9 @@ __all__ = (
     "write_event",
 )
 
-#: Of events.
+#: The content type of events.
 CONTENT_TYPE = "application/x-fastres-chord"
-#: The delivery mode of events: on disk too.
+#: The delivery mode of events: persistent.
 PERSISTENT = 2
 
 #: The highest event version that this joiner reads; and the version since which events have terms.

@@ -13,20 +13,20 @@ if TYPE_CHECKING:
 
 __all__ = ("busy",)
 
-#: Seconds that forks wait for a thread, all of them together: neither a broker that does not answer nor an errback
-#: that takes its time must keep a pool from its children.
+#: Seconds that all forks together wait for a thread: neither a silent broker nor a slow errback may keep a pool from
+#: starting its children.
 MAX_WAIT = 5.0
 
 
 class _Gate:
     def __init__(self) -> None:
         self.changed = threading.Condition()
-        #: Since when threads are inside, on the monotonic clock.
+        #: When threads entered, on the monotonic clock.
         self.inside: dict[object, float] = {}
         self.forking = False
 
     def time_left(self) -> float:
-        """For how many seconds a fork still waits."""
+        """The seconds for which a fork still waits."""
         return max(self.inside.values(), default=float("-inf")) + MAX_WAIT - time.monotonic()
 
 
@@ -35,7 +35,7 @@ _gate = _Gate()
 
 @contextlib.contextmanager
 def busy() -> Iterator[None]:
-    """Locks may be held and sockets written to in here: no fork begins meanwhile."""
+    """A context in which this thread may hold locks and write to sockets: no fork starts meanwhile."""
     gate, token = _gate, object()
     with gate.changed:
         gate.changed.wait_for(lambda: not gate.forking, MAX_WAIT)

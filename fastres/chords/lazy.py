@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ("HeaderResults", "lazy", "mark_of", "wants_reference")
 
-#: The header of a body's signature that asks for it.
+#: The header of a body's signature that asks for results by reference.
 LAZY = "fastres-lazy"
 
 

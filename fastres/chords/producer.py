@@ -21,9 +21,9 @@ from fastres.chords.events import JSON, UTF8
 
 __all__ = ("BodyProducer", "NodeDown", "Values", "filled", "is_kombus_json")
 
-#: How many results the representation of a body's arguments shows.
+#: The number of results that the representation of a body's arguments shows.
 SHOWN = 3
-#: Seconds after which a broker that does not confirm a body is taken to be gone.
+#: Seconds after which a broker that does not confirm a body is considered unreachable.
 CONFIRM_TIMEOUT = 30.0
 
 
@@ -92,7 +92,7 @@ class BodyProducer(Producer):  # type: ignore[misc]
     Args:
         channel: a channel.
         publishings: a list for messages, which are then not published. Queues are declared in any case.
-        is_classic: whether a queue that is there is known to be a classic one.
+        is_classic: returns whether a queue exists and is certainly a classic one.
     """
 
     values: Values | None = None
@@ -137,7 +137,7 @@ class BodyProducer(Producer):  # type: ignore[misc]
 
     def publish(self, body: Any, **options: Any) -> Any:
         if self.publishings is not None:
-            # Nothing is sent yet: there is nothing to try again.
+            # Nothing was sent yet: the joiner tries again.
             options["retry"] = False
         else:
             options["confirm_timeout"] = CONFIRM_TIMEOUT
@@ -147,7 +147,7 @@ class BodyProducer(Producer):  # type: ignore[misc]
             self.broken = exc
             raise
         except NotFound as exc:
-            # Seen here and not by its type later: tasks and signals of users may raise the same.
+            # Noted here, not by its type later: users' tasks and signals may raise the same types.
             if not is_missing_queue(exc):
                 self.broken = exc
             raise
@@ -164,7 +164,7 @@ class BodyProducer(Producer):  # type: ignore[misc]
         for entity in declare or ():
             self.maybe_declare(entity)
         message = self.channel.prepare_message(body, priority, content_type, content_encoding, headers, properties)
-        # A transaction on a quorum queue ends well when the queue is full and has dropped the message.
+        # A transaction succeeds even if a full quorum queue has dropped the message.
         queue = next((entity for entity in declare or () if _leads_to(entity, exchange, routing_key)), None)
         confirm = queue is None or not self._knows_as_classic(queue)
         self.publishings.append(Publishing(message, exchange, routing_key, confirm=confirm))

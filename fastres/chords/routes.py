@@ -44,7 +44,7 @@ class Routes:
     def of(self, body: Any) -> dict[str, Any]:
         """``queue``: the default queue; ``queues``: other queues, by task name.
 
-        Empty where a router is the user's own, which wants to see the arguments, or does not know a queue.
+        Empty if a router of the user's needs the arguments, or does not know a queue.
 
         Args:
             body: a chord's body, as the tasks of its header carry it.
@@ -56,7 +56,7 @@ class Routes:
         queues: dict[str, str | None] = {}
         try:
             for name, queue in self._tasks(body):
-                # Two that are sent to different queues go where the joiner sends them.
+                # If two tasks of one name go to different queues, the joiner's routes apply.
                 queues[name] = queue if queues.get(name, queue) == queue else None
         except Exception:
             # The joiner, which sends the tasks, reports the same error.
@@ -67,7 +67,7 @@ class Routes:
         return routes
 
     def _tasks(self, body: Any) -> Iterator[tuple[str, str | None]]:
-        """The tasks that are sent when a body is, or instead of it, and the queue of each."""
+        """The tasks that are sent with a body, or instead of it, and the queue of each."""
         options = body.get("options") or {}
         for errback in maybe_list(options.get("link_error")) or ():
             yield from self._tasks(errback)
@@ -108,7 +108,7 @@ class Routes:
 def redirected(
     name: str, options: dict[str, Any], context: dict[str, Any], report: Callable[[str, str, str], object]
 ) -> dict[str, Any]:
-    """The options that a task is sent with, after its joiner's application has routed it.
+    """The options to send a task with, after the joiner's application has routed it.
 
     Args:
         name: the task's.

@@ -84,14 +84,14 @@ def settle(
         ValueError: an argument is out of range.
     """
     terms = checked(tolerate=tolerate, first=first, deadline=deadline, revoke=revoke)
-    # Without fields that have their defaults.
+    # Fields with their defaults are left out.
     given = msgspec.to_builtins(terms)
     body = maybe_signature(body).clone()
     return body.set(headers={**(body.options.get("headers") or {}), SETTLE: given})
 
 
 def checked(*, tolerate: float | None, first: int | None, deadline: float | None, revoke: bool = False) -> Terms:
-    """Terms that a user gives.
+    """Make terms of the arguments of a user.
 
     Raises: ValueError: one of these is out of its range.
     """
@@ -130,9 +130,9 @@ def refusal_of_terms(terms: Terms, succeeded: int, failed: int, total: int, clos
     """Why a chord fails on these terms; None: it does not.
 
     Args:
-        succeeded: how many tasks have.
-        failed: how many tasks have, or were revoked.
-        total: how many there are.
+        succeeded: the number of tasks that succeeded.
+        failed: the number of tasks that failed or were revoked.
+        total: the number of tasks.
         closed: whether its deadline has passed.
     """
     allowed = allowed_of(terms, total)

@@ -80,7 +80,7 @@ def describe_chord(chord: Chord) -> OpenChord:
 
 
 def describe(reducer: Reducer, joiner: Caller) -> Open:
-    """A joiner's answer."""
+    """The answer of a joiner to a question."""
     oldest = reducer.open()
     return Open(
         len(oldest),
