@@ -40,6 +40,8 @@ FIRST, EXTRA = 2, 2
 PAUSES = (0.0, 0.002, 0.005, 0.01, 0.02, 0.03)
 #: How often the messages of a quorum queue are counted.
 COUNT_ATTEMPTS = 4
+#: More of them for taking messages out of a quorum queue: on a busy node, requeued messages reappear late.
+QUORUM_PAUSES = (0.05, 0.1, 0.2, 0.4, 0.8)
 #: Seconds after the last of these looks in which a queue is read once only: a wait keeps holding its messages.
 RETRY_PAUSE = 0.25
 #: How many times an empty queue without consumers is read: another look may hold its messages.
@@ -242,10 +244,13 @@ class Looks:
                 end = time.monotonic()
                 snapshot.reread_at = end + REREAD_FACTOR * (end - start)
 
-    def take(self, address: Address, task_ids: Collection[str]) -> None:
+    def take(self, address: Address, task_ids: Collection[str], were_there: bool = False) -> None:
         """Take the messages of some tasks out of their queue.
 
         An empty queue is deleted, unless tasks that are sent later will share it.
+
+        Args:
+            were_there: whether the messages were just requeued, and are there unless another reader has taken them.
         """
         missing, seen = set(task_ids), 0
         delete = self._auto_delete and not address.is_page
@@ -261,7 +266,10 @@ class Looks:
         def take(count: int, writer: Any) -> None:
             writer.connect().take(address, count, choose, delete)
 
-        for attempt, pause in enumerate(PAUSES):
+        late = were_there and address.is_quorum
+        pauses = (*PAUSES, *QUORUM_PAUSES) if late else PAUSES
+        enough = len(pauses) if late else EMPTY_READS
+        for attempt, pause in enumerate(pauses, 1):
             if pause:
                 time.sleep(pause)
             (browsed,) = self._browse([(address.name, 0)])
@@ -272,7 +280,7 @@ class Looks:
                 self._publisher.run(partial(take, count + EXTRA))
             # With all that was asked for, there may be more: see _browse_all.
             more = count and seen >= count + EXTRA
-            if not missing or (not more and not browsed.state.consumers and attempt + 1 >= EMPTY_READS):
+            if not missing or (not more and not browsed.state.consumers and attempt >= enough):
                 break
         if delete and address.of_task is not None:
             # States on the way to a result that is gone.

@@ -177,7 +177,7 @@ class Reader:
     def _take(self, address: Address, task_ids: set[str]) -> None:
         """Take handed-over results from a queue that other readers use too."""
         try:
-            self._looks.take(address, task_ids)
+            self._looks.take(address, task_ids, were_there=True)
         except Exception as exc:
             # The wait has its results. In the queue they expire.
             logger.warning(
