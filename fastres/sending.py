@@ -22,14 +22,16 @@ from celery import canvas, signals
 from celery.app.routes import MapRoute
 from celery.canvas import Signature, chord, group, maybe_signature
 from celery.exceptions import ImproperlyConfigured
+from kombu.utils.encoding import safe_repr
 from kombu.utils.uuid import uuid
 from vine import barrier
 
 from fastres.amqp.session import is_open
 from fastres.backend import AMQPBackend
 from fastres.canvas import ATTRIBUTE
-from fastres.errors import TasksNotSent, refusal
+from fastres.errors import BrokerUnreachable, TasksNotSent, refusal
 from fastres.ids import new_id, parse
+from fastres.logs import logger
 from fastres.write.bulk import AT_ONCE, Bulk
 from fastres.write.template import Sample, Sampler, Template
 
@@ -81,9 +83,10 @@ def apply_many(
 
     Raises:
         fastres.TasksNotSent: the broker refused some tasks, or had no queue for them. The others are sent. A chord
-            never completes then.
+            fails: its errbacks are called.
         fastres.BrokerUnreachable: the broker could not be reached within ``task_publish_retry_policy``.
-        kombu.exceptions.EncodeError: the arguments of a task cannot be serialized. The tasks before it are sent.
+        kombu.exceptions.EncodeError: the arguments of a task cannot be serialized. The tasks before it are sent, and a
+            chord fails. The same holds for an exception of ``args_iterable``.
         TypeError: a task does not take its arguments, or an option is one that the group sets itself.
     """
     for name in GROUP_OPTIONS:
@@ -173,16 +176,17 @@ class _Sending:
         if not first:
             return app.GroupResult(self.group_id, [])
         ids = _Ids()
-        refused: dict[int, str] | None = None
-        if len(first) == 2 and _is_plain(app, self._signature):
-            refused = self._send_in_bulk(first, arguments, ids)
-        if refused is None:
-            with app.producer_or_acquire(None) as producer:
-                for place, args in enumerate(chain(first, arguments)):
-                    ids.append(self._send_one(producer, _checked(args, place), place))
+        try:
+            refused = self._send_all(first, arguments, ids)
+        except BrokerUnreachable:
+            raise
+        except Exception as exc:
+            self._fail(f"the task after {len(ids)} tasks of its header could not be sent: {safe_repr(exc)}", ids)
+            raise
         result = _group_result(app, self.group_id, ids)
         if refused:
             place, why = min(refused.items())
+            self._fail(f"{len(refused)} of {len(ids)} tasks of its header could not be sent: {why}", ids)
             raise TasksNotSent(
                 f"{len(refused)} of {len(ids)} tasks were not kept, the first is number {place}: {why}",
                 refused,
@@ -194,6 +198,29 @@ class _Sending:
         if parent and self._signature.options.get("add_to_parent", True):
             parent.add_trail(result)
         return result
+
+    def _send_all(self, first: list[tuple[Any, ...]], rest: Iterator[Any], ids: _Ids) -> dict[int, str]:
+        """Send tasks, and add their ids. Returns: the reasons of refusals, by place in the group."""
+        refused: dict[int, str] | None = None
+        if len(first) == 2 and _is_plain(self._app, self._signature):
+            refused = self._send_in_bulk(first, rest, ids)
+        if refused is None:
+            with self._app.producer_or_acquire(None) as producer:
+                for place, args in enumerate(chain(first, rest)):
+                    ids.append(self._send_one(producer, _checked(args, place), place))
+        return refused or {}
+
+    def _fail(self, why: str, ids: _Ids) -> None:
+        """Fail the chord, which lacks tasks: its errbacks are called."""
+        if self._body is None:
+            return
+        chords = self._app.backend.chords
+        try:
+            chords.size(self.group_id, len(ids))
+            chords.fail(self.group_id, why)
+        except Exception as exc:
+            # The exception of the call says more.
+            logger.warning("Chord %s lacks tasks, and could not be failed: %r", self.group_id, exc)
 
     def _send_one(self, producer: Any, args: tuple[Any, ...], place: int) -> str:
         """Send a task as a group does."""

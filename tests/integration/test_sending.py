@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import pickle
 from collections.abc import Callable, Iterator
@@ -212,6 +213,37 @@ def test_bodies_of_every_kind(app: Celery, tmp_path: Any) -> None:
     until((tmp_path / f"told-{failed.id}").exists, SECONDS)
     # The signature that was given is as it was.
     assert "task_id" not in body.options
+
+
+@pytest.mark.parametrize("in_bulk", [True, False])
+def test_a_chord_whose_header_ends_in_an_exception(app: Celery, tmp_path: Any, in_bulk: bool) -> None:
+    """It fails: its body could never be called."""
+
+    def arguments() -> Iterator[tuple[int, int]]:
+        yield from ((number, number) for number in range(100))
+        raise LookupError("no more rows")
+
+    body = tsum.s().on_error(chord_errback.s(folder=str(tmp_path))).set(task_id=uuid())
+    with contextlib.ExitStack() as stack:
+        if not in_bulk:
+            listen = functools.partial(signals.before_task_publish.connect, weak=False)
+            stack.callback(signals.before_task_publish.disconnect, listen(lambda **_: None))
+        with pytest.raises(LookupError, match="no more rows"):
+            fastres.apply_many(add, arguments(), body=body)
+    body_id = body.options["task_id"]
+    with pytest.raises(ChordError, match=r"the task after 100 tasks .* LookupError\('no more rows'\)"):
+        app.AsyncResult(body_id).get(timeout=SECONDS)
+    until((tmp_path / f"told-{body_id}").exists, SECONDS)
+
+
+def test_a_chord_whose_header_is_refused(app: Celery, broker: Broker, tmp_path: Any) -> None:
+    broker.channel().exchange_declare("tests.nowhere", "topic", durable=True, auto_delete=False)
+    body = tsum.s().on_error(chord_errback.s(folder=str(tmp_path))).set(task_id=uuid())
+    where = {"exchange": "tests.nowhere", "routing_key": "nothing"}
+    with pytest.raises(fastres.TasksNotSent):
+        fastres.apply_many(add, [(1, 1)] * 10, body=body, **where)
+    with pytest.raises(ChordError, match="10 of 10 tasks of its header could not be sent: no queue"):
+        app.AsyncResult(body.options["task_id"]).get(timeout=SECONDS)
 
 
 # -- what goes Celery's way
