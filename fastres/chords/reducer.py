@@ -183,7 +183,7 @@ class Reducer:
         self.obsolete: list[int] = []
         #: Messages that are no events, and why.
         self.refused: list[tuple[Delivery, Exception]] = []
-        #: The number of held messages.
+        #: The number of held messages, without merged events that were not delivered yet.
         self.count = 0
         #: Chords with enough single events to merge.
         self._to_merge: dict[str, Chord] = {}
@@ -288,6 +288,11 @@ class Reducer:
         if len(messages) >= MERGE_FACTOR and self._is_mergeable(messages, level):
             self._to_merge[chord.id] = chord
 
+    @property
+    def pending(self) -> int:
+        """The number of published merged events that were not delivered yet."""
+        return len(self._pending_merges)
+
     # -- merging held messages
 
     def merges(self) -> Iterator[Merge]:
@@ -300,11 +305,16 @@ class Reducer:
                 if self._is_mergeable(messages, level) and (merge := self._merge(chord, messages)):
                     yield merge
 
-    def merge_all(self) -> Iterator[Merge]:
-        """Merge all messages of each chord."""
+    def gather(self, singles: bool = False) -> Iterator[Merge]:
+        """Merge all messages of each chord.
+
+        Args:
+            singles: replace the only message of a chord too: it moves to the end of the queue.
+        """
         for chord in self.chords.values():
-            if sum(map(len, chord.held)) > 1 and (merge := self._merge(chord, list(chord.messages()))):
-                yield merge
+            mergeable = [held for held in chord.messages() if held.size < self._largest]
+            if len(mergeable) > 1 or (singles and mergeable):
+                yield self._replace(chord, mergeable)
 
     def renew(self, before: float) -> Iterator[Merge]:
         """Replace messages that were delivered before a time on the monotonic clock."""

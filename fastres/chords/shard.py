@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
-from itertools import chain
 from typing import TYPE_CHECKING, Any, Protocol
 
 import amqp
@@ -35,6 +34,11 @@ __all__ = ("Shard", "refusal_of")
 PREFETCH = 20_000
 #: Bytes, and messages, that one commit publishes: RabbitMQ 4.3 takes 10,000 (``channel_tx_message_max``).
 COMMIT_BYTES, COMMIT_MESSAGES = 1 << 24, 5_000
+#: Messages of each open chord that are held before all are merged, if the prefetch allows so many.
+HELD_PER_CHORD = 4
+#: Steps that RabbitMQ may take to acknowledge the messages of complete chords, which lie among others: it seeks each
+#: from the oldest unacknowledged message on.
+MAX_STEPS = 20_000_000
 #: Seconds before each other attempt to have a queue take a body that it has refused: it may just be made.
 REFUSED_RETRIES = (0.05, 0.2)
 #: The text of RabbitMQ's error after it has carried out a part of a commit.
@@ -191,10 +195,19 @@ class Shard:
         self._answer()
         # Not before: the event of an added task may be behind the last part.
         if self._caught_up and self.reducer.complete:
-            self._fire(list(self.reducer.complete.values()))
+            complete = list(self.reducer.complete.values())
+            if self._are_scattered(complete):
+                self._gather()
+                complete = [chord for chord in complete if chord.id in self.reducer.complete]
+            self._fire(complete)
         self._replace(self.reducer.merges())
         self._make_room()
         return bool(received)
+
+    def _are_scattered(self, chords: list[Chord]) -> bool:
+        """Whether acknowledging the messages of these chords takes the broker too long. Merged, each chord has one."""
+        messages = sum(len(level) for chord in chords for level in chord.held)
+        return messages > len(chords) and messages * len(self._open) > 2 * MAX_STEPS
 
     def _answer(self) -> None:
         """Handle questions, messages that are not events, and events that are not needed any more."""
@@ -376,34 +389,43 @@ class Shard:
         self._replace(self.reducer.renew(now - renewal))
 
     def _replace(self, merges: Iterable[Merge]) -> None:
-        """Replace messages by merged ones with the same content, those of several chords in a commit."""
-        batch: list[Merge] = []
-        size = count = 0
-        for merge in merges:
-            batch.append(merge)
-            size += sum(map(len, merge.bodies))
-            count += len(merge.bodies)
-            if size > COMMIT_BYTES or count > COMMIT_MESSAGES:
-                self._commit_merges(batch)
-                batch, size, count = [], 0, 0
-        if batch:
-            self._commit_merges(batch)
+        """Replace messages by merged ones with the same content.
 
-    def _commit_merges(self, merges: list[Merge]) -> None:
-        bodies = chain.from_iterable(merge.bodies for merge in merges)
-        tags = [tag for merge in merges for tag in merge.tags]
-        self._commit_internal([self._publishing(body) for body in bodies], tags)
+        All are published before the first is acknowledged: what is acknowledged together is one frame, if nothing
+        else lies in between.
+        """
+        replaced: list[tuple[Chord, list[int]]] = []
+        publishings: list[Publishing] = []
+        size = 0
         for merge in merges:
-            self.reducer.release(merge.chord, merge.tags)
+            replaced.append((merge.chord, merge.tags))
+            publishings += map(self._publishing, merge.bodies)
+            size += sum(map(len, merge.bodies))
+            if size > COMMIT_BYTES or len(publishings) > COMMIT_MESSAGES:
+                self._commit_internal(publishings, [])
+                publishings, size = [], 0
+        self._commit_internal(publishings, [tag for _, tags in replaced for tag in tags])
+        for chord, tags in replaced:
+            self.reducer.release(chord, tags)
+
+    def _gather(self) -> None:
+        """Merge the messages of each chord."""
+        counts = [sum(map(len, chord.held)) for chord in self.reducer.chords.values()]
+        singles = counts.count(1)
+        self._replace(self.reducer.gather(singles * (sum(counts) - singles) > MAX_STEPS))
 
     def _make_room(self) -> None:
         """Merge held messages, or raise the prefetch, when the open chords fill it."""
-        if self._prefetch > LARGEST_PREFETCH or self.reducer.count * 2 < self._prefetch:
+        reducer, prefetch = self.reducer, self._prefetch
+        unlimited = prefetch > LARGEST_PREFETCH
+        limit = max(LARGEST_PREFETCH, HELD_PER_CHORD * len(reducer.chords)) if unlimited else prefetch // 2
+        if reducer.count < limit:
             return
-        self._replace(self.reducer.merge_all())
-        # A quarter leaves time before the next merge.
-        if self.reducer.count * 4 >= self._prefetch and self._prefetch != LARGEST_PREFETCH:
-            self.wanted_prefetch = self._prefetch * 2
+        self._gather()
+        # Otherwise there is time before the next merge.
+        crowded = (reducer.count + reducer.pending) * HELD_PER_CHORD >= prefetch
+        if crowded and not unlimited and prefetch != LARGEST_PREFETCH:
+            self.wanted_prefetch = prefetch * 2
 
     def _publishing(self, body: bytes) -> Publishing:
         return Publishing(_message(body, CONTENT_TYPE), "", self.name)
@@ -437,7 +459,8 @@ class Shard:
         if tags:
             for tag in tags:
                 del self._open[tag]
-            self._session.acknowledge(self._channel, tags, all_up_to(tags, self._open))
+            # In order, so that the broker finds each behind few others.
+            self._session.acknowledge(self._channel, sorted(tags), all_up_to(tags, self._open))
         self._session.commit(self._channel)
         self._joiner.backend.counts.joiner.commits.add(time.perf_counter() - start)
 

@@ -6,6 +6,7 @@ import random
 import time
 import tracemalloc
 from collections.abc import Iterable
+from functools import partial
 from itertools import permutations
 from typing import Any
 
@@ -80,7 +81,8 @@ def test_terms_outlive_a_merge_and_a_snapshot() -> None:
     terms = Terms(tolerate=0.5, first=3, deadline=50.0)
     reducer = fed(size_event("c", 4, terms=terms), part_event("c", "a"), part_event("c", "failed", FAILED))
     chord = reducer.chords["c"]
-    for bodies in (reducer.snapshot(chord), [body for merge in reducer.merge_all() for body in merge.bodies]):
+    merged = [body for merge in reducer.gather() for body in merge.bodies]
+    for bodies in (reducer.snapshot(chord), merged):
         assert read_event(bodies[0])[0].version == WITH_TERMS
         (again,) = fed(*bodies).chords.values()
         assert (again.terms, again.first, again.succeeded, len(again.parts)) == (terms, 3, 1, 2)
@@ -88,7 +90,7 @@ def test_terms_outlive_a_merge_and_a_snapshot() -> None:
 
 def test_a_chord_whose_deadline_passes_during_a_merge_waits_for_it() -> None:
     reducer = fed(size_event("c", 4, terms=Terms(deadline=50.0)), part_event("c", "a"))
-    (merge,) = reducer.merge_all()
+    (merge,) = reducer.gather()
     reducer.close_at_deadline(51.0)
     assert not reducer.complete
     reducer.feed([delivery(10 + at, body) for at, body in enumerate(merge.bodies)], NOW)
@@ -231,7 +233,7 @@ def orders(draw: st.DrawFn) -> tuple[int, list[str], list[bytes]]:
 
 ACTIONS = st.one_of(
     st.tuples(st.just("read"), st.integers(1, 8)),
-    st.tuples(st.sampled_from(["merges", "merge_all", "renew", "end"]), st.just(0)),
+    st.tuples(st.sampled_from(["merges", "gather", "renew", "end"]), st.just(0)),
 )
 
 
@@ -257,8 +259,12 @@ def test_a_chord_is_complete_once_with_exactly_its_parts(
             log.give_back()
             reducer, before = Reducer(), len(log.ready)
         else:
-            merges = reducer.renew(NOW + 1) if action == "renew" else getattr(reducer, action)()
-            commit(log, reducer, merges)
+            merges = {
+                "renew": partial(reducer.renew, NOW + 1),
+                "merges": reducer.merges,
+                "gather": reducer.gather,
+            }
+            commit(log, reducer, merges[action]())
         chord = reducer.complete.get("c")
         assert reducer.count == len(log.unacknowledged) - len(reducer.obsolete)
         if chord is not None and before <= 0:
@@ -282,7 +288,7 @@ def test_merged_events_say_the_same_in_few_messages() -> None:
         reducer.feed(log.deliver(3), NOW)
         commit(log, reducer, reducer.merges())
     assert len(log) < 4 + 2 * 4
-    commit(log, reducer, reducer.merge_all())
+    commit(log, reducer, reducer.gather())
     (body,) = log.ready.values()
     event, _ = read_event(body)
     assert (event.chord, event.size, event.added, event.plan) == ("c", 41, ["more"], len(PLAN))
@@ -293,7 +299,7 @@ def test_merged_events_say_the_same_in_few_messages() -> None:
 def test_times_and_the_root_outlive_a_merge() -> None:
     part = write_event(Event("c", at=20.0, parts=[("a", 1)], root="root"), parts=[b"x"])
     reducer = fed(size_event("c", 2, at=10.0), part)
-    (merge,) = reducer.merge_all()
+    (merge,) = reducer.gather()
     again = fed(*merge.bodies).chords["c"]
     assert (again.since, again.at, again.last, again.root) == (10.0, 20.0, "a", "root")
 
@@ -312,13 +318,13 @@ def test_renewed_is_what_has_been_held_for_long() -> None:
 def test_a_batch_is_cut_where_it_is_large() -> None:
     tasks = ids(30)
     reducer = fed(size_event("c", 99), *(part_event("c", task, b"x" * 400) for task in tasks), largest=1000)
-    (merge,) = reducer.merge_all()
+    (merge,) = reducer.gather()
     assert len(merge.bodies) == len({read_event(body)[0].mark for body in merge.bodies}) == 10
     assert [read_event(body)[0].size for body in merge.bodies] == [99] + [None] * 9
     assert set(fed(*merge.bodies).chords["c"].parts) == set(tasks)
     reducer.release(merge.chord, merge.tags)
     reducer.feed([delivery(100 + tag, body) for tag, body in enumerate(merge.bodies)], NOW)
-    assert list(reducer.merge_all()) == [], "what is large stays as it is"
+    assert list(reducer.gather()) == [], "what is large stays as it is"
 
 
 # -- what comes late
@@ -392,7 +398,7 @@ def test_open_chords_are_told_the_oldest_first_and_without_late_parts() -> None:
 def test_a_chord_waits_for_what_was_merged_to_come_back() -> None:
     """If it fired before, a batch of it would be in the log and its end would not."""
     reducer = fed(*(part_event("c", task) for task in ids(3)))
-    (merge,) = reducer.merge_all()
+    (merge,) = reducer.gather()
     reducer.release(merge.chord, merge.tags)
     reducer.feed([delivery(9, size_event("c", 3))], NOW)
     assert not reducer.complete
@@ -404,7 +410,7 @@ def test_a_chord_waits_for_what_was_merged_to_come_back() -> None:
 
 def test_a_batch_that_comes_back_after_its_chord_has_expired_is_spent() -> None:
     reducer = fed(*(part_event("c", task, at=1.0) for task in ids(3)))
-    (merge,) = reducer.merge_all()
+    (merge,) = reducer.gather()
     reducer.release(merge.chord, merge.tags)
     (chord,) = reducer.expired(60, NOW, 100.0)
     reducer.forget(chord, NOW)

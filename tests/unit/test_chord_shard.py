@@ -17,11 +17,12 @@ from fastres.chords.events import WITH_TERMS, Event, Part, Terms, pack_part, rea
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Few events are many."""
+    """Few events are many, and their acknowledgement takes long."""
     monkeypatch.setattr(reducer, "MERGED_EVENTS", 4)
     monkeypatch.setattr(reducer, "MERGE_FACTOR", 2)
     monkeypatch.setattr(shard, "PREFETCH", 6)
     monkeypatch.setattr(shard, "COMMIT_BYTES", 1000)
+    monkeypatch.setattr(shard, "MAX_STEPS", 20)
 
 
 def tasks_of(chord_id: str, count: int) -> list[str]:
