@@ -31,6 +31,11 @@ PART = b'{"chord": "%s", "at": 1796128618.7, "part": "%s"}\n1\n"%s"' % (b"c" * 3
 MESSAGES = 2000
 
 
+def is_worker(line: str) -> bool:
+    """Whether a command line is a worker's, and not that of the shell that has started it."""
+    return "celery -A proj worker" in line and "python" in line.partition(" ")[0]
+
+
 def cpu_by_role() -> Counter[str]:
     """Seconds of CPU of this process, the workers, RabbitMQ and Redis."""
     processes: dict[int, tuple[int, int, str]] = {}
@@ -49,12 +54,9 @@ def cpu_by_role() -> Counter[str]:
             role = "RabbitMQ"
         elif "redis-server" in line:
             role = "Redis"
-        elif "celery -A proj worker" in line and line.startswith(("/", "python")):
-            role = (
-                "children"
-                if "celery -A proj worker" in processes.get(parent, (0, 0, "exec"))[2][:200]
-                else "worker"
-            )
+        elif is_worker(line):
+            parent_line = processes[parent][2] if parent in processes else ""
+            role = "children" if is_worker(parent_line) else "worker"
         else:
             continue
         found[role] += ticks / TICKS

@@ -215,23 +215,26 @@ def test_bodies_of_every_kind(app: Celery, tmp_path: Any) -> None:
     assert "task_id" not in body.options
 
 
+@pytest.mark.parametrize("error", [LookupError, ConnectionResetError, TimeoutError])
 @pytest.mark.parametrize("in_bulk", [True, False])
-def test_a_chord_whose_header_ends_in_an_exception(app: Celery, tmp_path: Any, in_bulk: bool) -> None:
-    """It fails: its body could never be called."""
+def test_a_chord_whose_header_ends_in_an_exception(
+    app: Celery, tmp_path: Any, in_bulk: bool, error: type[Exception]
+) -> None:
+    """It fails, whatever the exception is: its body could never be called."""
 
     def arguments() -> Iterator[tuple[int, int]]:
         yield from ((number, number) for number in range(100))
-        raise LookupError("no more rows")
+        raise error("no more rows")
 
     body = tsum.s().on_error(chord_errback.s(folder=str(tmp_path))).set(task_id=uuid())
     with contextlib.ExitStack() as stack:
         if not in_bulk:
             listen = functools.partial(signals.before_task_publish.connect, weak=False)
             stack.callback(signals.before_task_publish.disconnect, listen(lambda **_: None))
-        with pytest.raises(LookupError, match="no more rows"):
+        with pytest.raises(error, match="no more rows"):
             fastres.apply_many(add, arguments(), body=body)
     body_id = body.options["task_id"]
-    with pytest.raises(ChordError, match=r"the task after 100 tasks .* LookupError\('no more rows'\)"):
+    with pytest.raises(ChordError, match=rf"the task after 100 tasks .* {error.__name__}\('no more rows'\)"):
         app.AsyncResult(body_id).get(timeout=SECONDS)
     until((tmp_path / f"told-{body_id}").exists, SECONDS)
 
@@ -242,8 +245,10 @@ def test_a_chord_whose_header_is_refused(app: Celery, broker: Broker, tmp_path: 
     where = {"exchange": "tests.nowhere", "routing_key": "nothing"}
     with pytest.raises(fastres.TasksNotSent):
         fastres.apply_many(add, [(1, 1)] * 10, body=body, **where)
+    body_id = body.options["task_id"]
     with pytest.raises(ChordError, match="10 of 10 tasks of its header could not be sent: no queue"):
-        app.AsyncResult(body.options["task_id"]).get(timeout=SECONDS)
+        app.AsyncResult(body_id).get(timeout=SECONDS)
+    until((tmp_path / f"told-{body_id}").exists, SECONDS)
 
 
 # -- what goes Celery's way
