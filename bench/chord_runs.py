@@ -7,6 +7,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 from chords import CHORD_PEERS, CHORDS, SMALL, TIMEOUT, WORKED, Chords, FastresChords
 from filler import fill_redis_chord
@@ -60,16 +61,20 @@ class ChordRun(Run):
         if case.how in ("join", "hold"):
             self._fill(case.count)
         if case.how == "open":
-            backend = self.peer.app.backend
-            log = backend.addresses.queue(backend.addresses.chords(0))
-            self.bench.broker.fill_chords(log, self.job.group_id, case.count, SMALL)
+            self.bench.broker.fill_chords(self._log(), self.job.group_id, case.count, SMALL)
         return process
+
+    def _log(self) -> Any:
+        """The queue of the chords' events."""
+        addresses = self.peer.app.backend.addresses
+        return addresses.queue(addresses.chords(0))
 
     def _fill(self, count: int) -> None:
         backend = self.peer.app.backend
         if isinstance(self.peer, FastresChords):
-            log = backend.addresses.queue(backend.addresses.chords(0))
-            self.bench.broker.fill_log(log, self.job.group_id, count, by_reference=self.case.how == "refer")
+            self.bench.broker.fill_log(
+                self._log(), self.job.group_id, count, by_reference=self.case.how == "refer"
+            )
         else:
             fill_redis_chord(backend, self.job.group_id, count)
 

@@ -35,8 +35,8 @@ class Broker:
 
     def __init__(self, url: str) -> None:
         # py-amqp gives up on a socket that takes nothing for a second, as the broker's does while it catches up.
-        patience = {"socket_settings": {socket.TCP_USER_TIMEOUT: TIMEOUT * 1000}}
-        self._connection = kombu.Connection(url, transport_options=patience)
+        options = {"socket_settings": {socket.TCP_USER_TIMEOUT: TIMEOUT * 1000}}
+        self._connection = kombu.Connection(url, transport_options=options)
 
     def close(self) -> None:
         self._connection.release()
@@ -73,15 +73,11 @@ class Broker:
 
         def events() -> Iterator[tuple[str, bytes]]:
             for index, task_id in enumerate(task_ids(group_id, count)):
-                result = to_json(part_of(index)).encode()
-                part = Part(index, "SUCCESS", "application/json", "utf-8", result)
-                packed = REFERENCE if by_reference else pack_part(part)
+                packed = REFERENCE if by_reference else packed_part(index)
                 event = Event(group_id, at=time.time(), parts=[(task_id, len(packed))])
                 yield task_id, write_event(event, parts=(packed,))
 
-        self._send(queue, CONTENT_TYPE, "binary", events(), PERSISTENT)
-        # It answers once it has read all that.
-        self.messages(queue.name)
+        self._send_events(queue, events())
 
     def fill_chords(self, queue: kombu.Queue, group_id: str, count: int, size: int) -> None:
         """Publish all parts of many chords to the log: the first of each chord, the second of each, and so on."""
@@ -89,13 +85,15 @@ class Broker:
         def events() -> Iterator[tuple[str, bytes]]:
             chord_ids = task_ids(group_id, count)
             for index, task_id in enumerate(task_ids(group_id, size)):
-                part = Part(index, "SUCCESS", "application/json", "utf-8", to_json(part_of(index)).encode())
-                packed = pack_part(part)
+                packed = packed_part(index)
                 for chord_id in chord_ids:
                     yield task_id, write_event(Event(chord_id, at=time.time(), part=task_id), parts=(packed,))
 
-        self._send(queue, CONTENT_TYPE, "binary", events(), PERSISTENT)
-        # It answers once it has read all that.
+        self._send_events(queue, events())
+
+    def _send_events(self, queue: kombu.Queue, events: Iterable[tuple[str, bytes]]) -> None:
+        self._send(queue, CONTENT_TYPE, "binary", events, PERSISTENT)
+        # The broker answers once it has read all of them.
         self.messages(queue.name)
 
     def fill_header(self, queue: kombu.Queue, group_id: str, count: int, body: Body) -> None:
@@ -142,6 +140,11 @@ class Broker:
     def delete(self, names: Iterable[str]) -> None:
         for name in names:
             self.channel.queue_delete(name)
+
+
+def packed_part(index: int) -> bytes:
+    """The part of a task that has succeeded."""
+    return pack_part(Part(index, "SUCCESS", "application/json", "utf-8", to_json(part_of(index)).encode()))
 
 
 def publication(channel_id: int, queue: str, body: Body, delivery_mode: int = 1) -> bytes:
