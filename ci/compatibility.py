@@ -1,5 +1,7 @@
 """Writes docs/compatibility.md, or prints it: the results of the suite on each broker, Python and Celery of ci/matrix.
 
+Replaces the rows of the runs in the folder and keeps the others.
+
 Fails when a test failed that `tests/compatibility.toml` has no reason for.
 """
 
@@ -86,22 +88,38 @@ def main() -> int:
     parser.add_argument("place", type=Path, help="the folder with the runs")
     given = parser.parse_args()
     known = tomllib.loads(KNOWN.read_text())["known"]
-    text, reasons, unknown = HEAD, "", 0
-    for run in map(read, sorted(given.place.glob("*.json"))):
+    # The page keeps the rows of runs that were not repeated: they may have been made on other machines.
+    rows, reasons = read_page(REPORT.read_text() if REPORT.exists() else "")
+    unknown = 0
+    for run in map(read, given.place.glob("*.json")):
         of = [run.versions[name] for name in ("rabbitmq", "python", "celery", "kombu", "amqp")]
-        text += f"| {run.name} | {' | '.join(of)} | {run.passed} | {len(run.failed)} | {run.skipped} |\n"
+        rows[run.name] = f"| {run.name} | {' | '.join(of)} | {run.passed} | {len(run.failed)} | {run.skipped} |\n"
+        reasons[run.name] = ""
         for test in run.failed:
             reason = reason_of(known, run, test)
             unknown += reason is None
-            reasons += f"- {run.name}: `{test}`: {reason or '**not explained**'}\n"
+            reasons[run.name] += f"- {run.name}: `{test}`: {reason or '**not explained**'}\n"
         for test in run.again:
-            reasons += f"- {run.name}: `{test}`: beside the others only; passed by itself\n"
-    text += f"\n## What failed\n\n{reasons or 'Nothing.'}".rstrip() + "\n"
+            reasons[run.name] += f"- {run.name}: `{test}`: beside the others only; passed by itself\n"
+    names = sorted(rows)
+    failed = "".join(reasons[name] for name in names) or "Nothing.\n"
+    text = f"{HEAD}{''.join(rows[name] for name in names)}\n## What failed\n\n{failed}"
     print(text)
     if given.report:
         REPORT.parent.mkdir(exist_ok=True)
         REPORT.write_text(text)
     return 1 if unknown else 0
+
+
+def read_page(page: str) -> tuple[dict[str, str], dict[str, str]]:
+    """The rows of a written page, and the lines on their failures, by the name of the run."""
+    rows, reasons = {}, collections.defaultdict(str)
+    for line in page.splitlines(keepends=True):
+        if row := re.match(r"\| (\S+) \| \d", line):
+            rows[row[1]] = line
+        elif failure := re.match(r"- (\S+): ", line):
+            reasons[failure[1]] += line
+    return rows, reasons
 
 
 if __name__ == "__main__":
