@@ -24,6 +24,8 @@ PIPELINED = 1_000
 #: Bytes of a message's body in one frame, and the frame-end octet.
 PART = 131_064
 FRAME_END = b"\xce"
+#: What a part tells of its task's request, as a rule.
+WORKER = {"hostname": "celery@worker-1.example.com"}
 #: Seconds in which the broker handles all published messages.
 TIMEOUT = 300
 #: Celery's default for result_expires, in seconds.
@@ -74,7 +76,7 @@ class Broker:
         def events() -> Iterator[tuple[str, bytes]]:
             for index, task_id in enumerate(task_ids(group_id, count)):
                 packed = REFERENCE if by_reference else packed_part(index)
-                event = Event(group_id, at=time.time(), parts=[(task_id, len(packed))])
+                event = Event(group_id, at=time.time(), part=task_id, context=WORKER)
                 yield task_id, write_event(event, parts=(packed,))
 
         self._send_events(queue, events())
@@ -87,7 +89,12 @@ class Broker:
             for index, task_id in enumerate(task_ids(group_id, size)):
                 packed = packed_part(index)
                 for chord_id in chord_ids:
-                    yield task_id, write_event(Event(chord_id, at=time.time(), part=task_id), parts=(packed,))
+                    yield (
+                        task_id,
+                        write_event(
+                            Event(chord_id, at=time.time(), part=task_id, context=WORKER), parts=(packed,)
+                        ),
+                    )
 
         self._send_events(queue, events())
 

@@ -12,12 +12,12 @@ if TYPE_CHECKING:
     from types import ModuleType
 
 __all__ = (
-    "MODULES", "Aggregate", "Decoder", "Delivery", "Frames", "MessageTemplate", "encode", "fulfil", "impl",
-    "in_order", "listed", "load", "publication",
+    "MODULES", "Aggregate", "Decoder", "Delivery", "Frames", "MessageTemplate", "compact", "encode", "expand",
+    "fulfil", "impl", "in_order", "listed", "load", "publication",
 )  # fmt: skip
 
 #: The modules that an implementation consists of.
-MODULES = ("aggregate", "decode", "frames", "publications")
+MODULES = ("aggregate", "decode", "frames", "ids", "publications")
 
 PACKAGES = {"c": "fastres_ext", "python": "fastres._py"}
 
@@ -73,7 +73,9 @@ Decoder = _modules["decode"].Decoder
 Delivery = _modules["frames"].Delivery
 Frames = _modules["frames"].Frames
 MessageTemplate = _modules["publications"].MessageTemplate
+compact = _modules["ids"].compact
 encode = _modules["decode"].encode
+expand = _modules["ids"].expand
 fulfil = _modules["aggregate"].fulfil
 in_order = _modules["aggregate"].in_order
 listed = _modules["aggregate"].listed

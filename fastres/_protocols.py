@@ -235,3 +235,17 @@ class Listed(Protocol):
         Raises:
             TypeError: there is something else than parts.
         """
+
+
+class Compact(Protocol):
+    """Makes an id ready to be kept a million times."""
+
+    def __call__(self, id_: str, /) -> int | str:
+        """A UUID in its canonical form as a number, any other id as it is."""
+
+
+class Expand(Protocol):
+    """Reverses :class:`Compact`."""
+
+    def __call__(self, key: int | str, /) -> str:
+        """The id that was made compact."""

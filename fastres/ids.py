@@ -35,8 +35,7 @@ __all__ = (
     "Kin",
     "Kind",
     "by_queue",
-    "compact",
-    "expand",
+    "is_uuid",
     "kin_of",
     "new_id",
     "new_kin",
@@ -92,7 +91,7 @@ def kin_of(id_: str) -> int:
     Of a UUID they are its first 64 bits without the version, so that a group's own id, which Celery may have
     generated, names the queue of its members' results.
     """
-    if _is_uuid(id_):
+    if is_uuid(id_):
         return int(id_[:8] + id_[9:13] + id_[15:18], 16)
     return int.from_bytes(sha256(_encode(id_)).digest()[:8], "big") >> 4
 
@@ -111,7 +110,7 @@ def new_id(kin: int, kind: int) -> str:
 
 def parse(id_: str) -> Kin | None:
     """The parts of a kin id; None: it is not a kin id. Only the canonical lower-case form is one."""
-    if not _is_uuid(id_) or id_[14] != "8":
+    if not is_uuid(id_) or id_[14] != "8":
         return None
     return Kin(int(id_[:8] + id_[9:13] + id_[15:18], 16), (int(id_[19], 16) & 3))
 
@@ -152,6 +151,17 @@ def quoted_name(family: str, id_: str, prefix: str = PREFIX) -> str:
     return f"{prefix}.{family}.{sha256(_encode(id_)).hexdigest()}"
 
 
+def is_uuid(id_: str) -> bool:
+    """Whether this is a UUID of the variant of RFC 9562, in its canonical form."""
+    return (
+        len(id_) == 36
+        and id_[8] == id_[13] == id_[18] == id_[23] == "-"
+        and id_[19] in _VARIANTS
+        and _HEX.issuperset(id_.replace("-", ""))
+        and id_.count("-") == 4
+    )
+
+
 def _are_of_one_queue(task_ids: list[str]) -> bool:
     """Whether these are all kin ids of one kin and kind, checked without parsing each; False: perhaps not."""
     first = task_ids[0]
@@ -174,29 +184,5 @@ def _have_start(task_ids: list[str], start: str) -> bool:
     )
 
 
-def compact(id_: str) -> int | str:
-    """An id to be kept a million times: a UUID as a number, which takes half the memory; any other as it is."""
-    return int(id_.replace("-", ""), 16) if _is_uuid(id_) else id_
-
-
-def expand(key: int | str) -> str:
-    """The id that was made compact."""
-    if isinstance(key, str):
-        return key
-    digits = f"{key:032x}"
-    return f"{digits[:8]}-{digits[8:12]}-{digits[12:16]}-{digits[16:20]}-{digits[20:]}"
-
-
 def _encode(id_: str) -> bytes:
     return id_.encode("utf-8", "surrogatepass")
-
-
-def _is_uuid(id_: str) -> bool:
-    """Whether this is a UUID of the variant of RFC 9562, in its canonical form."""
-    return (
-        len(id_) == 36
-        and id_[8] == id_[13] == id_[18] == id_[23] == "-"
-        and id_[19] in _VARIANTS
-        and _HEX.issuperset(id_.replace("-", ""))
-        and id_.count("-") == 4
-    )

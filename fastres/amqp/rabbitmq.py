@@ -333,13 +333,10 @@ class RabbitMQ(FramedSession):
         """
         channel.send_method(spec.Basic.Publish, "Bssbb", (0, exchange, routing_key, True, False), message)
 
-    def post_confirmed(self, publishings: Sequence[Publishing]) -> tuple[list[Publishing], list[Publishing]]:
-        """Publish messages of py-amqp, and wait for the broker's confirms.
+    def open_posting_channel(self) -> Window:
+        """Open the channel of ``post_confirmed``, unless it is open: amid deliveries it would take longer.
 
-        Returns: the messages without a queue, and those that a queue has refused.
-
-        Raises:
-            amqp.exceptions.ChannelError: the broker has closed the channel over one of them.
+        Returns: its unconfirmed messages.
         """
         posts = self._posts
         if self._posting_channel is None or not is_open(self._posting_channel):
@@ -352,6 +349,17 @@ class RabbitMQ(FramedSession):
                 ("basic_nack", posts.refuse),
             ):
                 self._posting_channel.events[event].add(handle)
+        return posts
+
+    def post_confirmed(self, publishings: Sequence[Publishing]) -> tuple[list[Publishing], list[Publishing]]:
+        """Publish messages of py-amqp, and wait for the broker's confirms.
+
+        Returns: the messages without a queue, and those that a queue has refused.
+
+        Raises:
+            amqp.exceptions.ChannelError: the broker has closed the channel over one of them.
+        """
+        posts = self.open_posting_channel()
         for publishing in publishings:
             self.post(self._posting_channel, publishing.message, publishing.exchange, publishing.routing_key)
         posts.add(self._posted + 1, publishings)

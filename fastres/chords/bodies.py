@@ -18,7 +18,7 @@ from kombu.serialization import loads, prepare_accept_content
 from kombu.utils.encoding import safe_repr
 from kombu.utils.functional import maybe_list
 
-from fastres._impl import in_order
+from fastres._impl import expand, in_order
 from fastres.chords.events import JSON, REFERENCE, UTF8, Part, pack_part, unpack_part, unpack_plan
 from fastres.chords.lazy import HeaderResults, wants_reference
 from fastres.chords.producer import Values, filled
@@ -27,7 +27,6 @@ from fastres.chords.routes import ROUTES, redirected
 from fastres.chords.settle import Failure, failure_json, refusal_of_terms
 from fastres.chords.tracing import continued
 from fastres.compression import unpack
-from fastres.ids import expand
 from fastres.logs import logger
 
 if TYPE_CHECKING:

@@ -174,6 +174,7 @@ class Joiner:
             # The parts are not acknowledged by the same transaction: before, the broker must have the body.
             self._tasks = self._app.connection_for_write(transport_options={"confirm_publish": True})
             self.lost += self._tasks.recoverable_connection_errors
+        session.open_posting_channel()
         return [Shard(self, session, number) for number in range(self.backend.options.chord_shards)]
 
     def _serve(self, shards: list[Shard]) -> None:

@@ -9,14 +9,15 @@ a chord are merged: ``MERGED_EVENTS`` parts into one batch, ``MERGE_FACTOR`` bat
 from __future__ import annotations
 
 import math
-from itertools import count, repeat
+from itertools import chain, count, repeat
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import msgspec
 from kombu.utils.uuid import uuid
 
+from fastres._impl import compact, expand
 from fastres.chords.events import REFERENCE, WITH_TERMS, Event, is_success, place_of, read_event, write_event
 from fastres.errors import NewerEvent
-from fastres.ids import compact, expand
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -43,10 +44,10 @@ ANOTHER = "\0"
 
 def id_of(key: int | str) -> str:
     """The task id of a part's key."""
-    return expand(key).partition(ANOTHER)[0]
+    return expand(key) if isinstance(key, int) else key.partition(ANOTHER)[0]
 
 
-class Held(NamedTuple):
+class Held(msgspec.Struct, gc=False):
     """A delivered, unacknowledged message."""
 
     tag: int
@@ -353,31 +354,32 @@ class Reducer:
         self.complete.pop(chord.id, None)
         bodies: list[bytes] = []
         more = any(held.more for held in messages)
-        keys: list[int | str] = []
+        keys = list(dict.fromkeys(chain.from_iterable(held.parts for held in messages)))
+        # The end of each event among the keys.
+        ends: list[int] = []
         size = len(chord.plan) if more else 0
-
-        def close() -> None:
-            nonlocal keys, size, more
-            mark = next(self._marks)
-            self._pending_merges[mark] = chord, tuple(keys)
-            chord.pending_merges += 1
-            bodies.append(self._batch(chord, keys, more, mark))
-            keys, size, more = [], 0, False
-
-        for key in dict.fromkeys(key for held in messages for key in held.parts):
-            keys.append(key)
-            size += len(chord.parts[key])
+        for end, part in enumerate(map(chord.parts.__getitem__, keys), 1):
+            size += len(part)
             if size >= self._largest:
-                close()
-        if keys or more or not bodies:
-            close()
+                ends.append(end)
+                size = 0
+        if not ends or ends[-1] < len(keys):
+            ends.append(len(keys))
+        start = 0
+        for end in ends:
+            mark = next(self._marks)
+            of_event = keys[start:end]
+            self._pending_merges[mark] = chord, tuple(of_event)
+            chord.pending_merges += 1
+            bodies.append(self._batch(chord, of_event, more and not start, mark))
+            start = end
         return Merge(chord, bodies, [held.tag for held in messages])
 
     @staticmethod
     def _batch(chord: Chord, keys: list[int | str], more: bool, mark: str) -> bytes:
         packed = [chord.parts[key] for key in keys]
         event = Event(
-            chord.id, chord.since, chord.at, parts=[(id_of(key), len(part)) for key, part in zip(keys, packed)],
+            chord.id, chord.since, chord.at, parts=list(zip(map(id_of, keys), map(len, packed))),
             root=chord.root, context=chord.context, mark=mark,
         )  # fmt: skip
         if more:

@@ -16,8 +16,6 @@ from fastres.ids import (
     Kin,
     Kind,
     by_queue,
-    compact,
-    expand,
     kin_of,
     new_id,
     new_kin,
@@ -135,24 +133,3 @@ print(json.dumps([[queue_name(id_), kin_of(id_)] for id_ in json.loads(sys.argv[
 def test_two_processes_agree() -> None:
     ids = [*ODD, new_id(new_kin(), Kind.PAGE)]
     assert in_another_process(NAMES, json.dumps(ids)) == [[queue_name(id_), kin_of(id_)] for id_ in ids]
-
-
-@pytest.mark.parametrize(
-    "id_", ["", "c", "0f8fad5b-d9cb-469f-a165-70867728950e", "00000000-0000-8000-8000-000000000000"]
-)
-def test_a_compact_id_is_the_same_again(id_: str) -> None:
-    assert expand(compact(id_)) == id_
-
-
-@pytest.mark.parametrize(
-    "id_",
-    [
-        "0F8FAD5B-D9CB-469F-A165-70867728950E",
-        "0f8fad5bd9cb469fa16570867728950e",
-        "0f8fad5b-d9cb-469f-a165-7086772895_e",
-        "0f8fad5b-d9cb-469f-a165- 0867728950e",
-        "\u0660f8fad5b-d9cb-469f-a165-70867728950e",
-    ],
-)
-def test_ids_that_differ_stay_different(id_: str) -> None:
-    assert compact(id_) == id_

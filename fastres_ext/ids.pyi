@@ -1,0 +1,4 @@
+from fastres import _protocols
+
+compact: _protocols.Compact
+expand: _protocols.Expand
