@@ -1,4 +1,4 @@
-"""The fuzz targets: each makes an input out of any bytes, and raises where the two implementations differ on it.
+"""The fuzz targets: each turns bytes into an input, and raises if the two implementations differ on it.
 
 They need no fuzzer: tests/fuzz/test_corpus.py replays the corpus with them, ci/fuzz looks for more.
 """
@@ -15,7 +15,7 @@ from parity.outcomes import JSON, MSGPACK, PICKLE, PYTHON, YAML, C, Step, decode
 
 __all__ = ("TARGETS",)
 
-#: 64 and 300: some frames are too large. The channels 1 and 3 are the reader's own.
+#: With 64 and 300, some frames are too large. The reader owns channels 1 and 3.
 FRAME_MAXES = (64, 300, 4096, 131_072)
 CHANNELS = (1, 1, 3, 2, 0)
 
@@ -26,7 +26,7 @@ KINDS = b"VtbBsuIifDlLdTSAFxZ\0"
 CONTENT_TYPES = (JSON, MSGPACK, YAML, PICKLE, "text/plain", "application/data", "application/x-other", "", None)
 ENCODINGS = ("utf-8", "binary", "latin-1", "utf-16", "ascii", "utf-99", "", None)
 COMPRESSIONS = ("application/x-gzip", "application/x-bz2", "application/x-lzma", "gzip", "other", "", None)
-#: Never pickle: unpickling any bytes may run any code.
+#: Never pickle: unpickling arbitrary bytes may run code.
 ACCEPTS = ((JSON, MSGPACK, YAML), (JSON,), (), None)
 
 
@@ -49,7 +49,7 @@ class Input:
         return self._data[start : self._position]
 
     def some(self) -> bytes:
-        """As many as an octet says."""
+        """As many bytes as the next octet says."""
         return self.bytes(self.integer())
 
     def rest(self) -> bytes:
@@ -60,7 +60,7 @@ class Input:
 
 
 def same(function: Callable[..., Any], *args: Any) -> Any:
-    """What the reference makes of it, which is what the compiled one has to make of it."""
+    """The reference's outcome, after a check that the compiled implementation has the same."""
     python, c = function(PYTHON, *args), function(C, *args)
     assert c == python, f"the compiled one: {c}\nthe reference: {python}"
     return python
@@ -78,12 +78,12 @@ def frames(data: bytes) -> None:
     if all(isinstance(step, bytes) for step in steps):
         whole = read(C, [b"".join(steps)], frame_max)  # type: ignore[arg-type]
         assert whole[2:] == told[2:], f"whole: {whole}\nin pieces: {told}"
-        # What came before an error is handed out only if it was fed before.
+        # Deliveries before an error are returned only if they were fed in an earlier call.
         assert told[2] or whole[:2] == told[:2], f"whole: {whole}\nin pieces: {told}"
 
 
 def in_pieces(stream: bytes) -> list[Step]:
-    """Raw bytes, of which the first one says how they are cut."""
+    """Raw bytes; the first byte decides where they are cut."""
     size = stream[0] if stream else 0
     stream = stream[1:]
     return [stream[start : start + size] for start in range(0, len(stream), size)] if size else [stream]
@@ -97,7 +97,7 @@ def as_steps(source: Input) -> list[Step]:
         if action < 11:
             pending += a_frame(source, action)
         elif action == 11 and pending:
-            # The begin of it now, the rest with what follows.
+            # The beginning now, the rest with the next piece.
             at = source.integer(2) % (len(pending) + 1)
             steps.append(pending[:at])
             pending = pending[at:]
@@ -150,8 +150,8 @@ def properties(data: bytes) -> None:
     if source.integer() % 16 == 1:
         payload = payload[: source.integer()]
     one = [wire.delivery(1, b"")[0], wire.frame(2, 1, payload), *([wire.frame(3, 1, body)] if body else [])]
-    # In one piece, and frame by frame: the compiled one has a way of its own for each. What both remember of the
-    # properties of the first must not show in those of the second.
+    # In one piece, and frame by frame: the compiled implementation has a path for each. The remembered properties of the
+    # first message must not leak into the second.
     another = wire.delivery(1, b"y", content_type=JSON, content_encoding="utf-8", correlation_id="id")
     same(read, [b"".join([*one, *another])], 131_072)
     same(read, [*one, *another, *one], 131_072)
@@ -166,7 +166,7 @@ def as_properties(source: Input, flags: int) -> bytes:
         fields = source.integer() % 8
         for _ in range(fields):
             table += a_field(source)
-        # Now and then the table is longer, or shorter, than it says.
+        # Sometimes the table is longer or shorter than its length field.
         off = source.integer()
         payload += struct.pack(">I", max(0, len(table) + (off - 252 if off > 248 else 0))) + table
     for flag in (0x1000, 0x0800):
@@ -189,7 +189,7 @@ def short(text: bytes) -> bytes:
     return bytes([len(text)]) + text
 
 
-# -- decode: a body with what its message says of it
+# -- decode: a body with the properties of its message
 
 
 def decoding(data: bytes) -> None:
@@ -203,7 +203,7 @@ def decoding(data: bytes) -> None:
     form = source.integer()
     body: Any = source.rest()
     if form & 1:
-        # As a result in JSON, so that what is fuzzed is its value.
+        # As a JSON result whose value is fuzzed.
         body = b'{"task_id": "t", "status": "SUCCESS", "result": %b}' % body
     if form & 2 and compression == "application/x-gzip":
         body = zlib.compress(body, 1)
@@ -211,12 +211,12 @@ def decoding(data: bytes) -> None:
     body = kind(body) if kind else body
     properties = (content_type, encoding, compression, correlation_id)
     python, c = (outcome(decode, impl, accept, max_size, body, *properties) for impl in (PYTHON, C))
-    # How deep a value may nest depends on how deep its reader is called: not the same in both.
+    # The possible depth of a value depends on the reader's own stack depth, which differs.
     if "recursion" not in str(python) + str(c):
         assert c == python, f"the compiled one: {c}\nthe reference: {python}"
 
 
-# -- publication: what is written with sizes that were measured before
+# -- publication: frames whose sizes were computed before
 
 
 def publication(data: bytes) -> None:

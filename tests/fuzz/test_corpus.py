@@ -1,4 +1,4 @@
-"""The corpus of the fuzzers: inputs that reach each a place of their own, and those that once were findings."""
+"""The fuzzers' corpus: inputs that each reach other code, and inputs that once were findings."""
 
 from __future__ import annotations
 

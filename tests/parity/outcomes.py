@@ -1,4 +1,4 @@
-"""What an implementation makes of an input, in a form that compares: for the tests of parity and the fuzzers."""
+"""The outcome of a call in a comparable form, for the parity tests and the fuzzers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Step = bytes | tuple[Any, ...]
 
 
 def outcome(function: Any, *args: Any) -> tuple[Any, ...]:
-    """What a call does: its value, or its exception's type, message and cause.
+    """The outcome of a call: its value, or the type, message and cause of its exception.
 
     As text, so that 1, 1.0 and True differ, and two NaNs do not.
     """
@@ -45,7 +45,7 @@ def decode(impl: dict[str, Any], accept: Any, max_size: int, body: Any, *propert
 def read(
     impl: dict[str, Any], steps: Iterable[Step], frame_max: int = 4096, own: Iterable[int] = (1, 3)
 ) -> tuple[Any, ...]:
-    """What a reader hands out, raises, counts and leaves over: deliveries, frames of others, error, the rest."""
+    """The outcome of a reader: deliveries, frames for py-amqp, the error, the counters and the unused bytes."""
     frames = impl["frames"].Frames(frame_max)
     for channel in own:
         frames.own(channel)
@@ -60,6 +60,6 @@ def read(
             else:
                 others.append(getattr(frames, step[0])(*step[1:]))
         except Exception as exc:
-            # Nothing can be read from this connection any more: what is left in the reader is nobody's.
+            # Nothing can be read from this connection any more, so the reader's unused bytes do not matter.
             return deliveries, others, (type(exc), str(exc)), None
     return deliveries, others, None, (frames.consumed, frames.unused(), frames.consumed)

@@ -1,4 +1,4 @@
-"""What the compiled decoder makes of a body is what kombu makes of it: same values, same types, same refusals."""
+"""The compiled decoder decodes like kombu: same values, same types, same refusals."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def same(body: Any, content_type: str = JSON, encoding: str = "utf-8") -> tuple[
     return c
 
 
-# JSON as text, so that there is also what no encoder would write.
+# JSON as text, which includes forms that no encoder writes.
 numbers = st.one_of(
     st.integers().map(str),
     st.floats().map(repr),
@@ -91,10 +91,10 @@ values = st.recursive(
 
 @settings(max_examples=300, deadline=None)
 @given(values)
-def test_what_celery_can_carry_in_json(value: Any) -> None:
+def test_values_that_celery_encodes_as_json(value: Any) -> None:
     content_type, encoding, body = dumps({"status": "SUCCESS", "task_id": "t", "result": value}, "json")
     assert same(body.encode(), content_type, encoding)[0] == "value"
-    # Transports other than RabbitMQ's may hand out text.
+    # Transports other than RabbitMQ's may return text.
     same(body, content_type, encoding)
 
 
@@ -114,12 +114,12 @@ def test_msgpack(value: Any) -> None:
 
 @pytest.mark.parametrize("depth", [1, 100, 500, 100_000])
 def test_deep_nesting(depth: int) -> None:
-    """Where exactly Python's recursion limit lies depends on who calls: at these depths both agree."""
+    """The recursion limit depends on the caller's depth; at these depths both implementations agree."""
     same(b'{"status": "SUCCESS", "task_id": "t", "result": ' + b"[" * depth + b"]" * depth + b"}")
 
 
 def test_a_decoder_that_the_user_registered() -> None:
-    """The registry is the authority: the fast path is kombu's JSON, not JSON."""
+    """The registry decides: the fast path is for kombu's own JSON only."""
     before = registry._decoders["application/json"], registry._encoders["json"]
     registry.register(
         "json", kombu_json.dumps, lambda body: {"status": "OURS", "result": body}, "application/json"

@@ -1,4 +1,4 @@
-"""What either implementation encodes, kombu reads as the same values; and both refuse the same."""
+"""kombu decodes the output of either implementation to the same values; both refuse the same input."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Shout(str):
 
 
 def outcome(encode: Any, value: Any, serializer: str) -> tuple[Any, ...]:
-    """What a reader gets, such that 1, 1.0 and True, or two NaNs, compare as one would want them to."""
+    """The decoded values in a form where 1, 1.0 and True differ, and two NaNs do not."""
     try:
         content_type, encoding, body = encode({"result": value}, serializer)
     except Exception as exc:

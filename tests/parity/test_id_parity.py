@@ -1,4 +1,4 @@
-"""Ids become numbers and text again, in the same way in both implementations."""
+"""Both implementations convert ids to numbers and back in the same way."""
 
 from __future__ import annotations
 

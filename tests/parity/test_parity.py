@@ -95,12 +95,12 @@ def test_decode(name: str, accept: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["json", "text", "bytearray", "memoryview", "msgpack", "pickle", "gzip", "lzma"])
-def test_the_table_is_not_all_refusals(name: str) -> None:
+def test_the_table_has_accepted_bodies_too(name: str) -> None:
     assert same_decode(*MESSAGES[name]) == ("value", repr(META))
 
 
 @pytest.mark.parametrize("method", ["decode", "decode_all"])
-def test_none_is_no_delivery(method: str) -> None:
+def test_none_instead_of_a_delivery(method: str) -> None:
     def call(impl: dict[str, Any]) -> Any:
         return getattr(impl["decode"].Decoder(ALL, 100), method)(None if method == "decode" else [None])
 
@@ -165,8 +165,8 @@ def test_aggregate(ids: list[str], batches: list[Any]) -> None:
     [None, 5, [None], [()], [(1, 2)], [(1, 2, 3, 4)], [(1, "a", None)], [(1, "a", {"status": []})], [(1, [], {})]],
     ids=repr,
 )
-def test_aggregate_of_what_is_no_batch(batch: Any) -> None:
-    """The interpreter's own words may differ; the type of what it raises, and what is left, may not."""
+def test_aggregate_of_other_types_than_a_batch(batch: Any) -> None:
+    """The interpreter's messages may differ; the exception's type and the remaining ids may not."""
     (c, c_left), (python, python_left) = (drive(impl, ["a"], {"SUCCESS"}, [batch]) for impl in (C, PYTHON))
     assert c[:2] == python[:2]
     assert c_left == python_left

@@ -1,4 +1,4 @@
-"""A message to publish makes the same frames in both implementations, and those are what py-amqp would read."""
+"""Both implementations write the same frames for a message, and py-amqp can read them."""
 
 from __future__ import annotations
 
@@ -89,13 +89,13 @@ def test_a_name_that_is_too_long(publication: Any) -> None:
 
 @pytest.mark.parametrize("publication", BOTH, ids=["python", "c"])
 @pytest.mark.parametrize("frame_max", [0, 1, 7, 8])
-def test_frames_that_hold_nothing(publication: Any, frame_max: int) -> None:
+def test_a_frame_size_without_room_for_content(publication: Any, frame_max: int) -> None:
     with pytest.raises(FrameSyntaxError, match=f"frames of {frame_max} bytes at most hold nothing"):
         publication(1, frame_max, "", "queue", True, b"x" * 100, "application/json", "utf-8", b"", 1, "an-id")
 
 
-def test_the_largest_frames_there_are() -> None:
-    """The sum of such a limit and a size is no size any more."""
+def test_the_largest_frames() -> None:
+    """The sum of such a limit and a size overflows."""
     for frame_max in (2**32 - 1, 2**63, 2**64 - 1):
         python, c = (
             publication(1, frame_max, "", "queue", True, b"x" * 100, "text", "utf-8", b"", 1, "an-id")
@@ -106,7 +106,7 @@ def test_the_largest_frames_there_are() -> None:
 
 @pytest.mark.parametrize("publication", BOTH, ids=["python", "c"])
 @pytest.mark.parametrize("place", [5, 8])
-def test_none_is_no_body(publication: Any, place: int) -> None:
+def test_none_instead_of_a_body(publication: Any, place: int) -> None:
     arguments: list[Any] = [1, 4096, "", "queue", True, b"x", "application/json", "utf-8", b"", 1, "an-id"]
     arguments[place] = None
     with pytest.raises(TypeError):
@@ -124,7 +124,7 @@ TEMPLATES = [_impl.load(name)["publications"].MessageTemplate for name in ("pyth
 def test_templates(
     channel: int, exchange: str, key: str, mandatory: bool, slots: list[int], data: Any, frame_max: int
 ) -> None:
-    """The same frames, and those of the pieces and the values between them; the same errors."""
+    """Both implementations write the same frames from pieces and values, and raise the same errors."""
     pieces = data.draw(
         st.lists(st.binary(max_size=30), min_size=len(slots) + 1, max_size=len(slots) + 1), "pieces"
     )
@@ -166,7 +166,7 @@ def test_templates(
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
-def test_templates_that_cannot_be(template: Any) -> None:
+def test_invalid_templates(template: Any) -> None:
     with pytest.raises(FrameSyntaxError):
         template(1, 8, "", "", False, [b""], b"", 0)
     with pytest.raises(FrameSyntaxError):

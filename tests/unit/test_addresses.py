@@ -1,4 +1,4 @@
-"""Where results live: names of queues, what they are declared with, and which exchanges may carry results."""
+"""Addresses of results: queue names, queue arguments, and the exchanges that may carry results."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastres.amqp.publishing import MAX_EXPIRES
 from fastres.ids import Kind, kin_of, new_id
 
 ID = "0f8fad5b-d9cb-469f-a165-70867728950e"
-#: What the ids of its kin say.
+#: The kin of the ids.
 KIN = "0f8fad5bd9cb69f"
 MEMBER, STEP, PAGE = (new_id(kin_of(ID), kind) for kind in Kind)
 
@@ -37,7 +37,7 @@ def backend_of(**conf: Any) -> Any:
 
 
 def declared(addresses: Addresses, address: Address) -> dict[str, Any]:
-    """What a queue is declared with, beside its type."""
+    """The arguments of a queue, except its type."""
     arguments = dict(addresses.queue(address).queue_arguments)
     assert arguments.pop("x-queue-type") == "classic"
     return arguments
@@ -61,7 +61,7 @@ def test_names() -> None:
     assert given.mailbox(ID).name == ID
 
 
-def test_namespace_stands_before_every_name_but_a_mailbox() -> None:
+def test_every_name_but_a_mailboxs_begins_with_the_namespace() -> None:
     given = addresses(namespace="shop")
     assert given.rkey(ID) == f"shop.task.{ID}"
     assert given.rkey(MEMBER) == given.group(ID).name == f"shop.{KIN}"
@@ -95,7 +95,7 @@ def test_task_ids_by_queue() -> None:
     }
 
 
-def test_states_on_the_way_are_kept_up_to_a_number_and_results_all() -> None:
+def test_the_number_of_kept_states_is_limited_and_that_of_results_is_not() -> None:
     given = addresses()
     assert declared(given, given.states(ID)) == {"x-max-length": 1}
     assert declared(given, given.states(MEMBER)) == {"x-max-length": 10_000}
@@ -103,13 +103,13 @@ def test_states_on_the_way_are_kept_up_to_a_number_and_results_all() -> None:
         assert declared(given, address) == {}
 
 
-def test_results_of_an_id_that_is_used_again_and_again_expire_one_by_one() -> None:
+def test_results_of_a_reused_id_expire_one_by_one() -> None:
     given = addresses(expires=60)
     assert declared(given, given.result(ID)) == {"x-expires": 60_000, "x-message-ttl": 60_000}
     assert declared(given, given.result(MEMBER)) == {"x-expires": 60_000}
 
 
-def test_quorum_queues_where_results_are_and_classic_mailboxes() -> None:
+def test_results_are_in_quorum_queues_and_mailboxes_are_classic() -> None:
     given = addresses(queue_type="quorum")
     for address in (given.result(ID), given.group(ID), given.states(PAGE), given.saved(ID), given.chords(0)):
         assert address.is_quorum
@@ -164,7 +164,7 @@ def test_results_go_through_the_default_exchange() -> None:
 
 
 @pytest.mark.parametrize("kind", ["direct", "topic"])
-def test_an_exchange_of_ones_own(kind: str) -> None:
+def test_a_configured_exchange(kind: str) -> None:
     given = addresses(exchange="shop.results", exchange_type=kind)
     assert (given.exchange.name, given.exchange.type) == ("shop.results", kind)
     assert given.queue(given.result(ID)).exchange == given.exchange

@@ -1,4 +1,4 @@
-"""``Aggregate``: which of the awaited ids have come, in both implementations, against a model."""
+"""``Aggregate``: which of the awaited ids have arrived, compared with a model, in both implementations."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def aggregate_class(impl: dict[str, Any]) -> Any:
     return impl["aggregate"].Aggregate
 
 
-def test_what_is_missing_keeps_the_order_it_was_given_in(aggregate_class: Any) -> None:
+def test_missing_ids_keep_their_order(aggregate_class: Any) -> None:
     ids = [f"task-{n}" for n in (3, 1, 2, 1, 3)]
     aggregate = aggregate_class(ids, READY_STATES)
     assert aggregate.missing() == ["task-3", "task-1", "task-2"]
@@ -44,21 +44,21 @@ def test_feed_sorts(aggregate_class: Any) -> None:
     assert "z" not in aggregate
 
 
-def test_a_state_after_the_result_is_a_repetition(aggregate_class: Any) -> None:
+def test_a_state_after_the_result_is_repeated(aggregate_class: Any) -> None:
     aggregate = aggregate_class(["a"], READY_STATES)
     late = arrival("a", "STARTED")
     aggregate.feed([arrival("a")])
     assert aggregate.feed([late]) == ([], [], [late], [])
 
 
-def test_marks_come_back_as_they_went_in(aggregate_class: Any) -> None:
+def test_marks_are_returned_unchanged(aggregate_class: Any) -> None:
     mark, given_ = object(), {"task_id": "a", "status": "SUCCESS", "result": 1}
     ready, _, _, _ = aggregate_class(["a"], READY_STATES).feed([(mark, "a", given_)])
     assert ready[0][0] is mark
     assert ready[0][2] is given_
 
 
-def test_ready_states_are_the_callers(aggregate_class: Any) -> None:
+def test_the_caller_chooses_the_ready_states(aggregate_class: Any) -> None:
     aggregate = aggregate_class(["a", "b"], ["STARTED"])
     started, done = arrival("a", "STARTED"), arrival("b")
     assert aggregate.feed([started, done]) == ([started], [done], [], [])
@@ -74,7 +74,7 @@ def test_nothing_awaited(aggregate_class: Any) -> None:
 
 
 @pytest.mark.parametrize("stranger", [None, 7, ("a",), b"a"])
-def test_contains_of_what_is_no_id(aggregate_class: Any, stranger: object) -> None:
+def test_contains_with_other_types_than_str(aggregate_class: Any, stranger: object) -> None:
     assert stranger not in aggregate_class(["a"], READY_STATES)
 
 
@@ -83,7 +83,7 @@ def test_a_batch_with_a_meta_without_status_is_refused(aggregate_class: Any) -> 
         aggregate_class(["a"], READY_STATES).feed([(None, "a", {})])
 
 
-def test_a_batch_that_was_refused_leaves_the_count_true(aggregate_class: Any) -> None:
+def test_a_refused_batch_leaves_the_count_correct(aggregate_class: Any) -> None:
     aggregate = aggregate_class(["a", "b"], READY_STATES)
     with pytest.raises(KeyError):
         aggregate.feed([arrival("a"), (None, "b", {})])
@@ -127,7 +127,7 @@ def test_fulfil(impl: dict[str, Any]) -> None:
         for result, meta in zip(results, metas):
             assert not group.on_ready.ready
             impl["aggregate"].fulfil(result, meta)
-            # A result that came again is not told again.
+            # A repeated result does not notify again.
             impl["aggregate"].fulfil(result, arrival(result.id, "FAILURE")[2])
         assert [result._cache for result in results] == metas
         assert called == [results[1]]
@@ -170,13 +170,13 @@ def test_listed(impl: dict[str, Any], parts: tuple[bytes, ...], listed: bytes) -
 
 
 @pytest.mark.parametrize("other", [None, "0\n1", [], [b"0\n1"], bytearray(b"0\n1")])
-def test_only_parts_are_listed(impl: dict[str, Any], other: Any) -> None:
+def test_listed_refuses_other_types_than_parts(impl: dict[str, Any], other: Any) -> None:
     with pytest.raises(TypeError):
         impl["aggregate"].listed([b"0\n1", other])
 
 
 @given(st.permutations(range(30)), st.lists(st.binary(), min_size=30, max_size=30))
-def test_results_are_put_in_order_by_both(places: list[int], values: list[bytes]) -> None:
+def test_both_implementations_sort_results(places: list[int], values: list[bytes]) -> None:
     parts = [b"%d\n%b" % pair for pair in zip(places, values)]
     ordered = sorted(parts, key=lambda part: int(part.partition(b"\n")[0]))
     for name in _impl.PACKAGES:

@@ -1,4 +1,4 @@
-"""The ids that fastres gives Celery's tasks: how many queues each shape of canvas takes."""
+"""The ids that fastres gives to Celery's tasks: the number of queues for each shape of canvas."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import fastres
 from fastres import canvas
 from fastres.ids import Kind, kin_of, parse, queue_name
 
-#: RabbitMQ, to which nothing is written here.
+#: RabbitMQ's transport: no test here connects to it.
 NOWHERE = "fastres://127.0.0.1:1//"
 
 Sent = list[tuple[dict[str, Any], Any]]
@@ -35,7 +35,7 @@ def app(monkeypatch: pytest.MonkeyPatch) -> Iterator[Celery]:
 
 @pytest.fixture
 def sent(app: Celery, monkeypatch: pytest.MonkeyPatch) -> Sent:
-    """The headers and the embedded signatures of what is sent."""
+    """The headers and the embedded signatures of the sent messages."""
     sent: Sent = []
 
     def record(producer: Any, name: str, message: Any, **options: Any) -> None:
@@ -54,7 +54,7 @@ def a(app: Celery) -> Any:
 
 
 def signatures(embedded: Any) -> Iterator[dict[str, Any]]:
-    """The simple signatures in what a message carries along."""
+    """The simple signatures embedded in a message."""
     if isinstance(embedded, (list, tuple)):
         for each in embedded:
             yield from signatures(each)
@@ -68,7 +68,7 @@ def signatures(embedded: Any) -> Iterator[dict[str, Any]]:
 
 
 def ids_in(sent: Sent) -> set[str]:
-    """The ids of all tasks that were sent, or are in what was sent."""
+    """The ids of all tasks that were sent or are embedded in a sent message."""
     ids = {headers["id"] for headers, _ in sent}
     for _, embedded in sent:
         ids.update(found["options"]["task_id"] for found in signatures(embedded) if "task_id" in found["options"])
@@ -76,7 +76,7 @@ def ids_in(sent: Sent) -> set[str]:
 
 
 def queues(ids: set[str]) -> dict[str, int]:
-    """How many ids there are in each queue."""
+    """The number of ids in each queue."""
     found: dict[str, int] = {}
     for task_id in ids:
         name = queue_name(task_id)
@@ -85,7 +85,7 @@ def queues(ids: set[str]) -> dict[str, int]:
 
 
 def apart(result: Any) -> list[str]:
-    """Members of groups in a result, and in its parents, that do not live where their group says."""
+    """Members of groups, in a result and its parents, whose results are in another queue than their group's."""
     found: list[str] = []
     if isinstance(result, GroupResult):
         for child in result.results:
@@ -101,7 +101,7 @@ def apart(result: Any) -> list[str]:
     return found
 
 
-#: Each shape, and how many queues its results take: groups of their own, their steps, and one page.
+#: Each shape, and the number of queues for its results: queues of groups, of their steps, and one page.
 SHAPES: dict[str, tuple[Callable[[Any], Any], int]] = {
     "group": (lambda a: group(a.s(i) for i in range(3)), 1),
     "group of a list": (lambda a: group([a.s(i) for i in range(3)]), 1),
@@ -157,8 +157,8 @@ def test_shapes_with_stamps(shape: str, a: Any, sent: Sent) -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_what_was_frozen_before_it_is_sent(shape: str, a: Any, sent: Sent) -> None:
-    """As ``Task.replace`` freezes what it sends in its own place."""
+def test_signatures_that_were_frozen_before_they_are_sent(shape: str, a: Any, sent: Sent) -> None:
+    """As ``Task.replace`` does with the signature that replaces the task."""
     make, _ = SHAPES[shape]
     signature = make(a)
     if not hasattr(signature, "freeze"):
@@ -185,7 +185,7 @@ def test_large_numbers(a: Any, sent: Sent) -> None:
     assert len(queues(ids)) <= 250
 
 
-def test_ids_that_are_given_stay(a: Any, sent: Sent) -> None:
+def test_ids_of_the_user_are_kept(a: Any, sent: Sent) -> None:
     a.apply_async(task_id="mine")
     group([a.s().set(task_id="member"), a.s()]).apply_async(task_id="ours")
     ids = ids_in(sent)
@@ -209,7 +209,7 @@ def test_replaced_tasks_keep_their_id(a: Any) -> None:
     assert queue_name(result.parent.id) == f"fastres.{kin_of('g'):015x}.steps"
 
 
-def test_applications_of_others_are_left_alone(a: Any) -> None:
+def test_applications_with_other_backends_are_not_changed(a: Any) -> None:
     with Celery("other", broker="memory://", backend="cache+memory://", set_as_current=False) as other:
 
         @other.task(name="b", shared=False)
@@ -258,7 +258,7 @@ def test_threads_and_forks_have_ids_of_their_own(a: Any) -> None:
     assert not queues(theirs).keys() & queues(set(found)).keys()
 
 
-def test_a_page_ends_with_its_time(a: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_page_ends_after_a_time(a: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     task_ids = canvas.TaskIds(10.0)
     now = [0.0]
     monkeypatch.setattr(canvas.time, "monotonic", lambda: now[0])
@@ -288,7 +288,7 @@ print(json.dumps([reported, [member.id for member in group(add.s(1)).apply_async
 
 
 def test_a_celery_whose_functions_have_other_names() -> None:
-    """A warning, and ids that lie apart at most."""
+    """It logs a warning; the only effect is that ids are in queues of their own."""
     reported, ids = in_another_process(CHANGED)
     assert [line for line in reported if "_freeze_unroll" in line]
     assert [line for line in reported if "_chord" in line]
@@ -309,8 +309,8 @@ print(json.dumps([ids, sent]))
 
 
 @pytest.mark.parametrize("before", ["", "app.backend"])
-def test_the_first_group_of_a_process(before: str) -> None:
-    """The backend is made when the first id has been, unless somebody asks for it before."""
+def test_the_first_group_in_a_process(before: str) -> None:
+    """The backend is created after the first id, unless it is used before."""
     ids, sent = in_another_process(FIRST.replace("sent = []", f"sent = []; {before}"))
     assert ids == sent
     assert sorted(queues(set(ids)).values()) == ([10] if before else [1, 9])

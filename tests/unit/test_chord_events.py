@@ -1,4 +1,4 @@
-"""The messages of a chord's log: what was written is read, and nothing else is taken for it."""
+"""The messages of the chord log: written events are read back, and anything else is refused."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from fastres.chords.events import (
 )
 from fastres.errors import MalformedEvent
 
-#: Anything that JSON can hold: no surrogates.
+#: Any text that JSON can hold: no surrogates.
 TEXT = st.text(st.characters(codec="utf-8"), max_size=40)
-#: Content types, encodings and states have no spaces in them.
+#: Content types, encodings and states contain no spaces.
 WORDS = st.text(st.characters(min_codepoint=33, max_codepoint=126), min_size=1, max_size=30)
 TIMES = st.floats(0, 1e12)
 PARTS = st.builds(
@@ -80,7 +80,7 @@ def test_an_event_is_read_as_it_was_written(written: tuple[Event, bytes, list[by
 
 
 def test_the_first_line_is_the_head() -> None:
-    """Anybody can look into the log: no binary format."""
+    """A person can read it: it is not a binary format."""
     part = pack_part(Part(3, "SUCCESS", "application/json", "utf-8", b'"value"'))
     assert part == b'3\n"value"'
     assert read_event(write_event(Event("c", at=1.5, part="t"), parts=[part])) == (
@@ -91,7 +91,7 @@ def test_the_first_line_is_the_head() -> None:
     assert body == b'{"chord":"c","at":1.5,"parts":[["t",9]]}\n3\n"value"'
 
 
-def test_what_a_newer_version_adds_is_passed_over() -> None:
+def test_fields_of_newer_versions_are_ignored() -> None:
     event, rest = read_event(b'{"chord":"c","new":{"of":[1]},"size":1}\n')
     assert (event, rest) == (Event("c", size=1), b"")
 
@@ -102,7 +102,7 @@ def test_an_event_that_is_cut_off_is_malformed(written: tuple[Event, bytes, list
     body = write_event(event, plan, parts)
     length = data.draw(st.integers(0, len(body) - 1))
     if length == len(body) - 1 and body.endswith(b"}\n"):
-        # Nothing follows the head: the line's end says nothing.
+        # Nothing follows the head, so its line end may be missing.
         assert read_event(body[:length]) == (event, b"")
         return
     with pytest.raises(MalformedEvent, match=r"\w"):
@@ -146,8 +146,8 @@ def test_garbage_is_malformed(body: bytes) -> None:
         read_event(body)
 
 
-def test_deep_nesting_ends_no_joiner() -> None:
-    """Of a field that is not known: how deep it may be is Python's to say."""
+def test_deep_nesting_does_not_stop_a_joiner() -> None:
+    """In an unknown field: Python limits its depth."""
     with contextlib.suppress(MalformedEvent):
         read_event(b'{"other":' + b"[" * 100_000 + b"]" * 100_000 + b',"chord":"c"}\n')
 
@@ -161,12 +161,12 @@ def test_any_bytes_are_an_event_or_malformed(body: bytes) -> None:
     for read in (read_event, unpack_part, unpack_plan):
         with contextlib.suppress(MalformedEvent):
             read(body)
-    # As the rest of a head that is well-formed.
+    # As the rest behind a well-formed head.
     head = b'{"chord":"c","parts":[["t",%d]]}\n' % len(body)
     assert read_event(head + body)[1] == body
 
 
-def test_bytes_that_are_no_part_say_so() -> None:
+def test_bytes_that_are_not_a_part_are_malformed() -> None:
     for body in (b"", b"x\n1", b"1 SUCCESS\n1", b"1 SUCCESS a\n1", b"1 SUCCESS a b c d\n1", b"\xff\n1"):
         with pytest.raises(MalformedEvent, match="begins with"):
             unpack_part(body)

@@ -1,4 +1,4 @@
-"""What the reducer knows of chords: the sum of their events, in whatever order and as often as they come."""
+"""The reducer's state of chords: the sum of their events, in any order and with repetitions."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def ids(count: int, of: str = "task") -> list[str]:
 
 
 def commit(log: Log, reducer: Reducer, merges: Iterable[Merge]) -> int:
-    """Do as the shard does: replace messages by those that say the same."""
+    """Replace messages by merged ones, as the shard does."""
     done = list(merges)
     for merge in done:
         log.acknowledge(merge.tags)
@@ -53,7 +53,7 @@ def tags_of(chord: Chord) -> list[int]:
 FAILED = pack_part(Part(0, "FAILURE", "application/json", "utf-8", b'{"exc_type":"E"}'))
 
 
-def test_as_many_successes_as_its_terms_say_are_enough() -> None:
+def test_a_chord_is_complete_with_the_successes_of_its_terms() -> None:
     size = size_event("c", 4, terms=Terms(first=2))
     events = [part_event("c", "a"), part_event("c", "failed", FAILED), part_event("c", "b")]
     for at in range(4):
@@ -63,12 +63,12 @@ def test_as_many_successes_as_its_terms_say_are_enough() -> None:
         (chord,) = fed(*told).complete.values()
         assert len(chord.parts) == 3
     assert not fed(size, *events[:2], events[0]).complete, "the same part twice"
-    # When all have come, its body is asked for, however few have succeeded.
+    # With all parts it is complete, no matter how few have succeeded.
     failed = [part_event("c", f"failed {number}", FAILED) for number in range(3)]
     assert fed(size, events[0], *failed).complete
 
 
-def test_a_deadline_closes_a_chord_over_what_has_come() -> None:
+def test_at_its_deadline_a_chord_is_complete_with_the_parts_that_have_arrived() -> None:
     reducer = fed(size_event("c", 4, terms=Terms(deadline=50.0)), part_event("c", "a"), size_event("other", 2))
     reducer.close_at_deadline(49.0)
     assert not reducer.complete
@@ -77,7 +77,7 @@ def test_a_deadline_closes_a_chord_over_what_has_come() -> None:
     assert (chord.id, chord.closed, list(chord.results())) == ("c", True, ["a"])
 
 
-def test_terms_outlive_a_merge_and_a_snapshot() -> None:
+def test_terms_survive_a_merge_and_a_snapshot() -> None:
     terms = Terms(tolerate=0.5, first=3, deadline=50.0)
     reducer = fed(size_event("c", 4, terms=terms), part_event("c", "a"), part_event("c", "failed", FAILED))
     chord = reducer.chords["c"]
@@ -88,7 +88,7 @@ def test_terms_outlive_a_merge_and_a_snapshot() -> None:
         assert (again.terms, again.first, again.succeeded, len(again.parts)) == (terms, 3, 1, 2)
 
 
-def test_a_chord_whose_deadline_passes_during_a_merge_waits_for_it() -> None:
+def test_a_chord_whose_deadline_passes_during_a_merge_waits_for_the_merge() -> None:
     reducer = fed(size_event("c", 4, terms=Terms(deadline=50.0)), part_event("c", "a"))
     (merge,) = reducer.gather()
     reducer.close_at_deadline(51.0)
@@ -97,7 +97,7 @@ def test_a_chord_whose_deadline_passes_during_a_merge_waits_for_it() -> None:
     assert list(reducer.complete) == ["c"]
 
 
-def test_a_chord_takes_its_size_its_body_and_all_parts() -> None:
+def test_a_chord_is_complete_with_its_size_body_and_all_parts() -> None:
     events = [size_event("c", 2), part_event("c", "a"), part_event("c", "b")]
     for missing in range(3):
         reducer = fed(*events[:missing], *events[missing + 1 :])
@@ -114,7 +114,7 @@ def test_a_size_without_a_body_is_not_enough() -> None:
     assert fed(sized, part_event("c", "a"), size_event("c", 1)).complete
 
 
-def test_a_task_that_was_added_is_waited_for() -> None:
+def test_a_chord_waits_for_an_added_task() -> None:
     reducer = fed(size_event("c", 1), added_event("c", "b"), part_event("c", "a"))
     assert not reducer.complete
     assert reducer.chords["c"].total == 2
@@ -124,8 +124,8 @@ def test_a_task_that_was_added_is_waited_for() -> None:
     assert reducer.complete["c"].parts == results("a", "b")
 
 
-def test_a_task_that_turns_out_to_have_been_added_is_waited_for() -> None:
-    """A joiner that takes over reads first what was not merged by the last one."""
+def test_a_complete_chord_waits_for_a_task_that_was_added() -> None:
+    """A joiner that takes over first reads the events that the previous one had not merged."""
     reducer = fed(size_event("c", 1), part_event("c", "a"))
     assert list(reducer.complete) == ["c"]
     reducer.feed([delivery(9, added_event("c", "b"))], NOW)
@@ -141,17 +141,17 @@ def test_a_repeated_part_counts_once_and_the_first_one_counts() -> None:
     assert tags_of(reducer.complete["c"]) == [1, 2, 3, 4, 9], "acknowledged all the same"
 
 
-def test_two_tasks_of_one_id_are_two_parts_if_their_places_differ() -> None:
+def test_two_parts_with_one_id_count_if_their_places_differ() -> None:
     first, second = (pack_part(Part(place, "SUCCESS", "application/json", "utf-8", b"1")) for place in range(2))
     events = [size_event("c", 2), part_event("c", "a", first), part_event("c", "a", second)]
     reducer = fed(*events, events[1], events[2])
     assert list(reducer.complete["c"].parts.values()) == [first, second]
-    # As another joiner reads them that finds them merged.
+    # As another joiner reads them after they were merged.
     again = fed(*reducer.snapshot(reducer.complete["c"]))
     assert list(again.complete["c"].parts.values()) == [first, second]
 
 
-def test_a_snapshot_says_all_that_is_known() -> None:
+def test_a_snapshot_contains_the_whole_state() -> None:
     reducer = fed(size_event("c", 2), added_event("c", "b"), *(part_event("c", each) for each in "abd"))
     chord = reducer.complete["c"]
     chord.failed = "refused"
@@ -162,8 +162,8 @@ def test_a_snapshot_says_all_that_is_known() -> None:
         assert getattr(again, name) == getattr(chord, name), name
 
 
-def test_late_parts_are_kept_for_a_while_after_they_came() -> None:
-    """They may be those of a chord that is sent again: its size is told when all of it was sent."""
+def test_late_parts_are_kept_for_a_while() -> None:
+    """They may belong to a chord that is being sent again: its size arrives after all of its tasks were sent."""
     reducer = fed(size_event("c", 1), part_event("c", "a"))
     reducer.forget(reducer.complete["c"], NOW)
     long_after = NOW + 10 * module.LATE_PARTS_KEPT
@@ -177,14 +177,14 @@ def test_late_parts_are_kept_for_a_while_after_they_came() -> None:
 
 
 def test_chords_do_not_mix() -> None:
-    """Not even if their tasks have the same ids."""
+    """Even if their tasks have the same ids."""
     reducer = fed(size_event("c", 1), size_event("d", 1), part_event("c", "a"))
     assert list(reducer.complete) == ["c"]
     reducer.feed([delivery(9, part_event("d", "a", b"its own"))], NOW)
     assert reducer.complete["d"].parts == {"a": b"its own"}
 
 
-def test_what_is_no_event_and_what_is_about_no_chord() -> None:
+def test_messages_that_are_no_events_and_events_of_no_chord() -> None:
     garbage, question, mark = b"garbage", write_event(Event(ask="queue")), write_event(Event(mark="m"))
     reducer = fed(garbage, question, part_event("c", "a"), mark)
     assert [(delivery.delivery_tag, delivery.body) for delivery, _ in reducer.refused] == [(1, garbage)]
@@ -192,30 +192,30 @@ def test_what_is_no_event_and_what_is_about_no_chord() -> None:
     assert reducer.count == 1
 
 
-def test_the_next_to_be_complete_says_how_soon() -> None:
+def test_the_fewest_missing_parts() -> None:
     parts = [part_event(chord, task_id) for chord in "ab" for task_id in ids(5)]
     assert fed().fewest_missing() == 0
-    # How many parts it has is told at any moment now.
+    # Its size may arrive at any moment.
     assert fed(*parts[:5]).fewest_missing() == 5
     assert fed(size_event("a", 9), size_event("b", 8), *parts).fewest_missing() == 3
-    # No task is lacking of one that waits for its mark; and to look at all would take long.
+    # A chord with a pending merge lacks no part; and comparing all of them would take long.
     assert fed(size_event("a", 5), *parts[:5]).fewest_missing() == 0
     assert fed(*(size_event(str(number), 9) for number in range(module.MAX_COMPARED + 1))).fewest_missing() == 0
 
 
-# -- in any order, as often as it comes, merged and fed back, from one reducer to the next
+# -- any order, repetitions, merged and fed back, from one reducer to the next
 
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Few events are many."""
+    """Merge after a few events."""
     monkeypatch.setattr(module, "MERGED_EVENTS", 4)
     monkeypatch.setattr(module, "MERGE_FACTOR", 2)
 
 
 @st.composite
 def orders(draw: st.DrawFn) -> tuple[int, list[str], list[bytes]]:
-    """The size of a chord, the tasks added to it, and its events in some order, some of them repeated.
+    """The size of a chord, its added tasks, and its events in some order, some of them repeated.
 
     A task is added before the one that adds it returns.
     """
@@ -240,14 +240,14 @@ ACTIONS = st.one_of(
 @settings(deadline=None, max_examples=300)
 @given(orders(), st.lists(ACTIONS, max_size=40))
 @pytest.mark.usefixtures("small")
-def test_a_chord_is_complete_once_with_exactly_its_parts(
+def test_a_chord_is_complete_once_with_exactly_its_own_parts(
     order: tuple[int, list[str], list[bytes]], actions: list[tuple[str, int]]
 ) -> None:
     size, tasks, events = order
     log, reducer = Log(), Reducer()
     for event in events:
         log.publish(event)
-    # What was there before a reducer began has to be read before its chords are taken for complete.
+    # Older events must be read before a new reducer's chords count as complete.
     before = 0
     for action, count in [*actions, *([("read", 8), ("merges", 0)] * 50)]:
         if action == "read":
@@ -279,7 +279,7 @@ def test_a_chord_is_complete_once_with_exactly_its_parts(
 
 
 @pytest.mark.usefixtures("small")
-def test_merged_events_say_the_same_in_few_messages() -> None:
+def test_merged_events_hold_the_same_state_in_few_messages() -> None:
     log, reducer = Log(), Reducer()
     tasks = ids(40)
     for body in (size_event("c", 41), added_event("c", "more"), *(part_event("c", task) for task in tasks)):
@@ -296,7 +296,7 @@ def test_merged_events_say_the_same_in_few_messages() -> None:
     assert fed(body).chords["c"].parts == results(*tasks)
 
 
-def test_times_and_the_root_outlive_a_merge() -> None:
+def test_times_and_the_root_survive_a_merge() -> None:
     part = write_event(Event("c", at=20.0, parts=[("a", 1)], root="root"), parts=[b"x"])
     reducer = fed(size_event("c", 2, at=10.0), part)
     (merge,) = reducer.gather()
@@ -304,7 +304,7 @@ def test_times_and_the_root_outlive_a_merge() -> None:
     assert (again.since, again.at, again.last, again.root) == (10.0, 20.0, "a", "root")
 
 
-def test_renewed_is_what_has_been_held_for_long() -> None:
+def test_messages_that_were_held_for_long_are_renewed() -> None:
     reducer = fed(size_event("c", 9), part_event("c", "a"))
     reducer.feed([delivery(3, part_event("c", "b"))], NOW + 10)
     assert list(reducer.renew(NOW)) == []
@@ -315,7 +315,7 @@ def test_renewed_is_what_has_been_held_for_long() -> None:
     assert fed(*merge.bodies).chords["c"].parts == results("a")
 
 
-def test_a_batch_is_cut_where_it_is_large() -> None:
+def test_a_large_batch_is_split() -> None:
     tasks = ids(30)
     reducer = fed(size_event("c", 99), *(part_event("c", task, b"x" * 400) for task in tasks), largest=1000)
     (merge,) = reducer.gather()
@@ -327,14 +327,14 @@ def test_a_batch_is_cut_where_it_is_large() -> None:
     assert list(reducer.gather()) == [], "what is large stays as it is"
 
 
-# -- what comes late
+# -- late events
 
 
 def fire(reducer: Reducer, chord_id: str, now: float = NOW) -> None:
     reducer.forget(reducer.complete[chord_id], now)
 
 
-def test_a_late_part_neither_fires_again_nor_stays_for_ever() -> None:
+def test_a_late_part_neither_fires_the_chord_again_nor_stays_forever() -> None:
     reducer = fed(size_event("c", 1), part_event("c", "a"))
     fire(reducer, "c")
     assert reducer.count == 0
@@ -346,7 +346,7 @@ def test_a_late_part_neither_fires_again_nor_stays_for_ever() -> None:
     assert tags_of(late) == [9]
 
 
-def test_a_chord_that_is_cancelled_is_complete_with_what_has_come() -> None:
+def test_a_cancelled_chord_is_complete_with_the_parts_that_have_arrived() -> None:
     cancelled = write_event(Event("c", at=1.0, failed="It was cancelled", version=2))
     events = [size_event("c", 3), part_event("c", "a"), cancelled]
     for told in permutations(events):
@@ -354,7 +354,7 @@ def test_a_chord_that_is_cancelled_is_complete_with_what_has_come() -> None:
         assert reducer.complete["c"].failed == "It was cancelled"
         assert not fed(*told[: told.index(cancelled)]).complete
     assert not fed(cancelled, events[1]).complete, "its errbacks are not known yet"
-    # What comes later is late, and so is another cancellation; nobody is shown a chord that is not there.
+    # Later parts are late, and so is a second cancellation; neither shows up as an open chord.
     fire(reducer, "c")
     reducer.feed([delivery(8, part_event("c", "b")), delivery(9, cancelled)], NOW)
     assert reducer.open() == []
@@ -366,7 +366,7 @@ def test_a_chord_that_is_cancelled_is_complete_with_what_has_come() -> None:
 
 
 def test_a_chord_that_is_sent_again_fires_again() -> None:
-    """A task that sends a chord with ids of its own may run twice."""
+    """A task that sends a chord with fixed ids may run twice."""
     reducer = fed(size_event("c", 1), part_event("c", "a"))
     fire(reducer, "c")
     reducer.feed([delivery(8, part_event("c", "a")), delivery(9, size_event("c", 1))], NOW)
@@ -375,7 +375,7 @@ def test_a_chord_that_is_sent_again_fires_again() -> None:
     assert not reducer.chords
 
 
-def test_a_size_that_is_told_twice_opens_no_chord_again() -> None:
+def test_a_repeated_size_event_does_not_open_the_chord_again() -> None:
     size = write_event(Event("c", at=1.0, size=1, run="first", plan=len(PLAN)), PLAN)
     reducer = fed(size, part_event("c", "a"))
     fire(reducer, "c")
@@ -386,7 +386,7 @@ def test_a_size_that_is_told_twice_opens_no_chord_again() -> None:
     assert list(reducer.complete) == ["c"]
 
 
-def test_open_chords_are_told_the_oldest_first_and_without_late_parts() -> None:
+def test_open_chords_are_sorted_by_age_without_late_parts() -> None:
     reducer = fed(size_event("c", 1), part_event("c", "a"))
     fire(reducer, "c")
     for tag, (chord_id, at) in enumerate([("young", 3.0), ("old", 2.0), ("c", 1.0)], 9):
@@ -395,8 +395,8 @@ def test_open_chords_are_told_the_oldest_first_and_without_late_parts() -> None:
     assert [chord.id for chord in reducer.open()] == ["old", "young"]
 
 
-def test_a_chord_waits_for_what_was_merged_to_come_back() -> None:
-    """If it fired before, a batch of it would be in the log and its end would not."""
+def test_a_chord_waits_for_its_pending_merges() -> None:
+    """If it fired before, a batch of it would stay in the log."""
     reducer = fed(*(part_event("c", task) for task in ids(3)))
     (merge,) = reducer.gather()
     reducer.release(merge.chord, merge.tags)
@@ -408,7 +408,7 @@ def test_a_chord_waits_for_what_was_merged_to_come_back() -> None:
     assert not reducer.complete, "complete ones are renewed too while their errbacks take their time"
 
 
-def test_a_batch_that_comes_back_after_its_chord_has_expired_is_spent() -> None:
+def test_a_batch_that_is_delivered_after_its_chord_has_expired_is_obsolete() -> None:
     reducer = fed(*(part_event("c", task, at=1.0) for task in ids(3)))
     (merge,) = reducer.gather()
     reducer.release(merge.chord, merge.tags)
@@ -419,10 +419,10 @@ def test_a_batch_that_comes_back_after_its_chord_has_expired_is_spent() -> None:
     assert (reducer.chords, reducer.count) == ({}, 0)
 
 
-# -- chords that wait in vain
+# -- chords that never complete
 
 
-def test_a_chord_of_which_nothing_is_heard_expires() -> None:
+def test_a_chord_without_new_events_expires() -> None:
     reducer = fed(size_event("c", 9, at=100.0), part_event("c", "a", at=200.0), size_event("d", 9, at=250.0))
     assert reducer.expired(None, NOW, 1e9) == []
     assert reducer.expired(60, NOW, 255.0) == []
@@ -433,7 +433,7 @@ def test_a_chord_of_which_nothing_is_heard_expires() -> None:
     assert reducer.count == 1
 
 
-# -- what it takes
+# -- costs
 
 MANY = 100_000
 
@@ -448,8 +448,8 @@ def arriving(count: int) -> list[Any]:
     return bodies
 
 
-def test_what_is_held_of_a_large_chord() -> None:
-    """Messages in the broker, which are dear there, and memory in the process."""
+def test_messages_and_memory_of_a_large_chord() -> None:
+    """Messages in the broker, where each takes kilobytes, and memory in the process."""
     bodies = arriving(MANY)
     log, reducer = Log(), Reducer()
     most = 0
@@ -463,7 +463,7 @@ def test_what_is_held_of_a_large_chord() -> None:
                 reducer.feed(log.deliver(1000), NOW)
                 commit(log, reducer, reducer.merges())
                 most = max(most, len(log.unacknowledged))
-        # The log itself is in the broker.
+        # The messages themselves are in the broker.
         logged = sum(len(body) + 33 for _, body in log.unacknowledged.values())
         held = tracemalloc.get_traced_memory()[0] - before
     finally:

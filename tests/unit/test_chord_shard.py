@@ -1,4 +1,4 @@
-"""A shard whose joiner ends at any commit: every chord fires once, with all its parts, and leaves nothing over."""
+"""A shard whose joiner ends at any commit: every chord fires once, with all its parts, and leaves no message."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fastres.chords.events import WITH_TERMS, Event, Part, Terms, pack_part, rea
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Few events are many, and their acknowledgement takes long."""
+    """Merge after a few events, and count a few acknowledgements as slow."""
     monkeypatch.setattr(reducer, "MERGED_EVENTS", 4)
     monkeypatch.setattr(reducer, "MERGE_FACTOR", 2)
     monkeypatch.setattr(shard, "PREFETCH", 6)
@@ -31,7 +31,7 @@ def tasks_of(chord_id: str, count: int) -> list[str]:
 
 @st.composite
 def chords(draw: st.DrawFn) -> tuple[dict[str, list[str]], list[bytes]]:
-    """Tasks of some chords, and their events as they may come: some repeated, before the chord is complete."""
+    """Tasks of some chords, and their events in a possible order, some repeated before the chord is complete."""
     sizes = draw(st.lists(st.integers(1, 14), min_size=1, max_size=3))
     tasks: dict[str, list[str]] = {}
     events: list[bytes] = []
@@ -45,7 +45,7 @@ def chords(draw: st.DrawFn) -> tuple[dict[str, list[str]], list[bytes]]:
             told.insert(told.index(parts[0]), added_event(chord_id, "added"))
             told.append(part_event(chord_id, "added"))
         for at in draw(st.lists(st.integers(0, len(told) - 2), max_size=3)):
-            # Before the last of all: what comes after it is late.
+            # Before the last event: anything behind it is late.
             told.insert(draw(st.integers(at, len(told) - 1)), told[at])
         tasks[chord_id] = its
         events = merged(draw, events, told)
@@ -68,13 +68,13 @@ ACTIONS = st.one_of(
     st.tuples(st.just("read"), st.integers(1, 6)),
     st.tuples(st.just("look"), st.just(0)),
     st.tuples(st.sampled_from(["end", "leave"]), st.just(0)),
-    # The next commit is fine, the one after it is not.
+    # The next commit works; the one after it fails.
     st.tuples(st.sampled_from(["lost", "unanswered"]), st.integers(0, 2)),
 )
 
 
 def act(lab: Lab, actions: list[tuple[str, int]], events: list[bytes]) -> None:
-    """Events come, joiners read, and end; in the end all of them have come and are read."""
+    """Publish events, and let joiners read and end; at the end all events were published and read."""
     for action, count in actions:
         if action == "come":
             for event in events[:count]:
@@ -108,7 +108,7 @@ def test_chords_fire_once_wherever_the_joiner_ends(
     for chord_id, parts in lab.fired:
         assert parts == results(*tasks[chord_id])
     assert not lab.log, "nothing is left over"
-    # All tasks run again, and another joiner hears of it.
+    # All tasks run again, and another joiner reads their parts.
     for chord_id, its in tasks.items():
         for task in its:
             lab.log.publish(part_event(chord_id, task))
@@ -123,7 +123,7 @@ FAILURE = pack_part(Part(None, "FAILURE", "application/json", "utf-8", b'{"exc_t
 
 @st.composite
 def chords_on_terms(draw: st.DrawFn) -> tuple[dict[str, Any], list[bytes]]:
-    """Chords that end on other terms than all their parts, or are cancelled; their events in any order."""
+    """Chords with terms, or cancelled; their events in any order."""
     made: dict[str, Any] = {}
     events: list[bytes] = []
     for number in range(draw(st.integers(1, 3))):
@@ -157,7 +157,7 @@ def chords_on_terms(draw: st.DrawFn) -> tuple[dict[str, Any], list[bytes]]:
 def test_chords_on_terms_fire_once_wherever_the_joiner_ends(
     made: tuple[dict[str, Any], list[bytes]], actions: list[tuple[str, int]]
 ) -> None:
-    """And leave nothing that could open them again: parts that come later are late."""
+    """They leave nothing that could open them again: later parts are late."""
     expected, events = made
     lab = Lab()
     act(lab, actions, events)
@@ -175,7 +175,7 @@ def test_chords_on_terms_fire_once_wherever_the_joiner_ends(
 
 @pytest.mark.parametrize("fine", range(8))
 def test_no_chord_is_lost_where_a_commit_acknowledges_first(fine: int) -> None:
-    """A broker that ends between the two has acknowledged, and published nothing; a body may come twice, then."""
+    """A broker that ends in between has acknowledged and published nothing; here a body may be sent twice."""
     lab = Lab(acknowledges_first=True)
     its = tasks_of("c", 9)
     for event in [size_event("c", 9), *(part_event("c", task) for task in its)]:
@@ -189,7 +189,7 @@ def test_no_chord_is_lost_where_a_commit_acknowledges_first(fine: int) -> None:
         assert parts == results(*its)
 
 
-def test_nothing_is_acknowledged_whose_replacement_a_full_log_refuses() -> None:
+def test_messages_stay_unacknowledged_if_a_full_log_refuses_the_merged_one() -> None:
     lab = Lab()
     for event in [size_event("c", 9), *(part_event("c", task) for task in tasks_of("c", 8))]:
         lab.log.publish(event)
@@ -204,8 +204,8 @@ def test_nothing_is_acknowledged_whose_replacement_a_full_log_refuses() -> None:
     assert lab.fired == [("c", results(*tasks_of("c", 9)))]
 
 
-def test_a_merged_event_under_way_when_its_chord_fires_does_not_outlive_it() -> None:
-    """It comes back to another joiner, which does not know that the chord has fired."""
+def test_a_pending_merge_leaves_nothing_after_its_chord_has_fired() -> None:
+    """It would be delivered to another joiner, which does not know that the chord has fired."""
     lab = Lab()
     for event in [size_event("c", 5), *(part_event("c", task) for task in tasks_of("c", 4))]:
         lab.log.publish(event)
@@ -214,18 +214,18 @@ def test_a_merged_event_under_way_when_its_chord_fires_does_not_outlive_it() -> 
     assert read_event(mark)[0].mark
     assert len(read_event(batch)[0].parts) == 4
     lab.log.publish(part_event("c", "c-4"))
-    # The last part was sent before the batch was.
+    # The last part was published before the batch.
     lab.log.ready = dict(zip(sorted(lab.log.ready), [mark, part_event("c", "c-4"), batch]))
     lab.step(2)
     lab.end()
-    # The last task runs again, as its worker was lost before it could acknowledge it.
+    # The last task runs again, because its worker ended before it acknowledged the task.
     lab.log.publish(part_event("c", "c-4"))
     lab.finish()
     assert lab.fired == [("c", results(*tasks_of("c", 5)))]
 
 
 def test_a_shard_is_read_to_its_end_before_anything_is_fired() -> None:
-    """An earlier joiner may have merged away what was told first: that a task was added."""
+    """An earlier joiner may have merged the first event, which added a task, into a later one."""
     lab = Lab()
     for event in [size_event("c", 1), part_event("c", "a"), added_event("c", "b")]:
         lab.log.publish(event)
@@ -239,7 +239,7 @@ def test_a_shard_is_read_to_its_end_before_anything_is_fired() -> None:
 
 
 def test_nothing_expires_before_a_shard_was_read_to_its_end() -> None:
-    """There was no joiner for longer than chords live: what is read first is old, the rest is still to come."""
+    """No joiner ran for longer than the expiry: the first events are old, newer ones are behind them."""
     lab = Lab()
     long_ago = time.time() - 1000
     for event in [

@@ -22,13 +22,13 @@ def test_a_test_that_differs_needs_a_reason() -> None:
         assert verdict(PASSED, outcome, t="so it is").faults == []
 
 
-def test_a_reason_for_a_test_that_passes_or_is_none() -> None:
+def test_a_reason_for_a_test_that_passes_or_is_missing() -> None:
     assert verdict(PASSED, PASSED, t="no").faults == ["f::t passes: known.toml has it for nothing"]
     assert verdict(FAILED, PASSED, t="no").faults == ["f::t passes: known.toml has it for nothing"]
     assert verdict(PASSED, PASSED, u="no").nameless == ["f::u is in known.toml, and not in the suite"]
 
 
-def test_what_fails_with_redis_too_is_no_fault() -> None:
+def test_a_test_that_fails_with_redis_too_is_no_fault() -> None:
     both = verdict(FAILED, FAILED)
     assert (both.faults, both.failing) == ([], ["f::t"])
 

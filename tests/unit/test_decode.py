@@ -1,4 +1,4 @@
-"""``Decoder``: message to result; what is not accepted, broken, or no result is refused. Both implementations."""
+"""``Decoder``: messages to results, in both implementations, and the messages that it refuses."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ fuzz = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], dea
 
 
 class Decoding:
-    """A decoder that is given the parts of a delivery."""
+    """Calls a decoder with the fields of a delivery."""
 
     def __init__(self, impl: dict[str, Any], accept: Any, max_size: int) -> None:
         self.decoder = impl["decode"].Decoder(accept, max_size)
@@ -122,7 +122,7 @@ def test_any_value(make: Any, value: Any, serializer: str) -> None:
     assert meta == loads(body, content_type, content_encoding, accept=set(ALL))
 
 
-# -- what is accepted
+# -- accepted content
 
 
 @pytest.mark.parametrize("serializer", SERIALIZERS)
@@ -146,7 +146,7 @@ def test_a_refused_pickle_is_not_loaded(make: Any, tmp_path: Any) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_without_a_list_kombus_own_choice_holds(make: Any) -> None:
+def test_without_a_list_kombus_default_is_used(make: Any) -> None:
     assert make(accept=None).decode(*encoded(META), None, ID) == META
     with pytest.raises(ContentDisallowed):
         make(accept=None).decode(*encoded(META, "pickle"), None, ID)
@@ -158,22 +158,22 @@ def test_unknown_content_types_are_refused(make: Any, content_type: str | None) 
         make().decode(encoded(META)[0], content_type, "utf-8", None, ID)
 
 
-def test_text_is_trusted_but_is_no_result(make: Any) -> None:
+def test_plain_text_is_accepted_but_is_not_a_result(make: Any) -> None:
     with pytest.raises(MalformedResult, match="holds str"):
         make(accept=()).decode(b"done", "application/text", "utf-8", None, ID)
 
 
-# -- what is a result
+# -- what counts as a result
 
 
-def test_task_id_comes_from_the_correlation_id_where_it_is_missing(make: Any) -> None:
+def test_a_missing_task_id_is_taken_from_the_correlation_id(make: Any) -> None:
     body = encoded({"status": "SUCCESS", "result": 1})
     assert make().decode(*body, None, ID) == {"status": "SUCCESS", "result": 1, "task_id": ID}
     body = encoded({"status": "SUCCESS", "result": 1, "task_id": None})
     assert make().decode(*body, None, ID)["task_id"] == ID
 
 
-def test_task_id_in_the_body_counts_more_than_the_correlation_id(make: Any) -> None:
+def test_the_task_id_in_the_body_precedes_the_correlation_id(make: Any) -> None:
     assert make().decode(*encoded(META), None, "another")["task_id"] == ID
 
 
@@ -199,7 +199,7 @@ def test_malformed(make: Any, meta: Any, correlation_id: str | None, message: st
         make().decode(*encoded(meta), None, correlation_id)
 
 
-def test_an_empty_body_is_no_result(make: Any) -> None:
+def test_an_empty_body_is_not_a_result(make: Any) -> None:
     with pytest.raises(DecodeError):
         make().decode(b"", "application/json", "utf-8", None, ID)
 
@@ -221,9 +221,9 @@ def test_nesting_deeper_than_the_stack(make: Any) -> None:
 
 @fuzz
 @given(body=st.binary(max_size=200), serializer=st.sampled_from(["json", "msgpack", "pickle", "yaml"]))
-def test_any_bytes_end_in_a_result_or_a_decode_error(make: Any, body: bytes, serializer: str) -> None:
+def test_any_bytes_give_a_result_or_a_decode_error(make: Any, body: bytes, serializer: str) -> None:
     if serializer == "pickle":
-        # Unpickling any bytes may run any code: what is fuzzed is everything but its opcodes.
+        # Unpickling arbitrary bytes may run code, so no opcodes are fuzzed.
         body = b"\x80\x04" + bytes(byte for byte in body if byte < 0x20)
     try:
         meta = make().decode(body, CONTENT_TYPES[serializer], "binary", None, ID)
@@ -246,7 +246,7 @@ def test_compression(make: Any, method: str, serializer: str, kind: Any) -> None
     assert make().decode(kind(packed), content_type, content_encoding, compression, ID) == META
 
 
-def test_no_compression_is_an_empty_header_too(make: Any) -> None:
+def test_an_empty_header_means_no_compression(make: Any) -> None:
     assert make().decode(*encoded(META), "", ID) == META
 
 
@@ -261,7 +261,7 @@ def test_truncated_compressed_body(make: Any, method: str) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_what_is_not_compressed_cannot_be_unpacked(make: Any, method: str) -> None:
+def test_uncompressed_bytes_with_a_compression_header(make: Any, method: str) -> None:
     body, content_type, content_encoding = encoded(META)
     _, compression = compress(body, method)
     with pytest.raises(DecodeError, match=f"cannot unpack a {compression} body"):
@@ -284,7 +284,7 @@ def test_size_limit_is_exact(make: Any, method: str) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_largest_limit_there_is(make: Any, method: str) -> None:
+def test_the_largest_limit(make: Any, method: str) -> None:
     body, content_type, content_encoding = encoded(META)
     packed, compression = compress(body, method)
     assert make(max_size=sys.maxsize).decode(packed, content_type, content_encoding, compression, ID) == META
@@ -319,14 +319,14 @@ def test_compression_does_not_lift_the_refusal_of_a_content_type(make: Any) -> N
 
 
 def test_celerys_own_meta(make: Any) -> None:
-    """The fields that Celery's result meta has are all kept, known or not."""
+    """All fields of Celery's result meta are kept, known or not."""
     meta = {**META, "name": "add", "args": [1], "kwargs": {}, "worker": "w@h", "retries": 0, "queue": "celery",
             "date_done": "2024-01-01T00:00:00+00:00", "group_id": "g", "parent_id": "p", "new": 1}  # fmt: skip
     assert make().decode(json.dumps(meta).encode(), "application/json", "utf-8", None, ID) == meta
 
 
 def test_decode_all(make: Any) -> None:
-    """What is refused does not stop the others, and every delivery comes back with what became of it."""
+    """A refused body does not stop the others, and each delivery is returned with its outcome."""
     decoding = make()
     first, second = (
         decoding.delivery(*encoded({**META, "task_id": task_id}), None, task_id) for task_id in ("a", "b")
@@ -346,7 +346,7 @@ def test_decode_all(make: Any) -> None:
 
 
 def test_lzma_that_asks_for_all_memory(impl: dict[str, Any]) -> None:
-    """Found by ci/fuzz: the header of an LZMA body says how much memory unpacking it takes, up to 4 GB."""
+    """Found by ci/fuzz: the header of an LZMA body sets the memory for unpacking it, up to 4 GB."""
     body = b"\x5d\xff\xff\xff\xff" + b"\xff" * 8 + b"\x00" * 20
     delivery = impl["frames"].Delivery(
         1, "tag", 1, False, body, "application/json", "utf-8", "an-id", "application/x-lzma"

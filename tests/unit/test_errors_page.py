@@ -1,4 +1,4 @@
-"""docs/errors.md has every exception, and every message of the log."""
+"""docs/errors.md describes every exception and every log message."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ LEVELS = {"warning", "error", "exception"}
 
 
 def logged() -> set[str]:
-    """The messages of what the package logs, as they are in its sources, up to where a line ends."""
+    """The log messages in the package's sources, each up to the end of its line."""
     found = set()
     for path in (ROOT / "fastres").rglob("*.py"):
         source = path.read_text()
@@ -31,17 +31,17 @@ def logged() -> set[str]:
     return found
 
 
-def test_every_exception_is_told_of() -> None:
+def test_every_exception_is_described() -> None:
     for name in errors.__all__:
         if isinstance(kind := getattr(errors, name), type) and kind is not errors.Error:
             assert f"| `{name}` |" in PAGE, name
 
 
-def test_every_message_of_the_log_is_told_of() -> None:
+def test_every_log_message_is_described() -> None:
     messages = logged()
     assert len(messages) > 20
     assert {message for message in messages if f"`{message}`" not in PAGE} == set()
-    # And no other.
+    # And describes no other.
     told = {
         line.split("`")[1] for line in PAGE.partition("## Log messages")[2].splitlines() if line.startswith("| `")
     }

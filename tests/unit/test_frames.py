@@ -1,4 +1,4 @@
-"""Frames out of a stream of bytes, on both implementations."""
+"""Parsing frames from a stream of bytes, in both implementations."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_a_delivery_without_properties(frames: Any) -> None:
     assert seen(delivery) == (3, "fastres-1", 1, False, b"x", None, None, None, None, False)
 
 
-def test_headers_of_every_type_are_passed_over(frames: Any) -> None:
+def test_headers_of_every_type_are_skipped(frames: Any) -> None:
     values = {
         b"V": b"", b"t": b"\1", b"b": b"\1", b"B": b"\1", b"s": b"\0\1", b"u": b"\0\1", b"I": b"\0" * 4,
         b"i": b"\0" * 4, b"f": b"\0" * 4, b"D": b"\0" * 5, b"l": b"\0" * 8, b"L": b"\0" * 8, b"d": b"\0" * 8,
@@ -70,7 +70,7 @@ def test_an_empty_body_needs_no_body_frame(frames: Any) -> None:
     assert delivery.body == b""
 
 
-def test_a_body_in_many_frames(frames: Any) -> None:
+def test_a_body_of_several_frames(frames: Any) -> None:
     body = bytes(range(256)) * 40
     (delivery,), _ = frames.feed(b"".join(wire.delivery(1, body, part=1000)))
     assert delivery.body == body
@@ -85,7 +85,7 @@ def test_messages_of_several_channels_interleave(frames: Any) -> None:
     assert others == [(8, 0, b"")]
 
 
-def test_frames_of_others_come_back_in_order(frames: Any) -> None:
+def test_frames_of_other_channels_are_returned_in_order(frames: Any) -> None:
     theirs = wire.delivery(2, b"theirs")
     ack = wire.method(1, 60, 80, b"\0" * 9)
     deliveries, others = frames.feed(ack + theirs[0] + b"".join(wire.delivery(1, b"ours")) + b"".join(theirs[1:]))
@@ -94,14 +94,14 @@ def test_frames_of_others_come_back_in_order(frames: Any) -> None:
     assert b"".join(wire.frame(*other) for other in others) == ack + b"".join(theirs)
 
 
-def test_a_message_that_py_amqp_has_begun_is_finished_by_py_amqp(frames: Any) -> None:
+def test_py_amqp_finishes_a_message_that_it_has_begun(frames: Any) -> None:
     rest = wire.delivery(1, b"begun elsewhere")[1:]
     deliveries, others = frames.feed(b"".join(rest))
     assert deliveries == []
     assert [kind for kind, _, _ in others] == [2, 3]
 
 
-def test_a_channel_that_was_disowned_is_py_amqps(frames: Any) -> None:
+def test_frames_of_a_disowned_channel_go_to_py_amqp(frames: Any) -> None:
     frames.feed(wire.delivery(1, b"x")[0])
     frames.disown(1)
     assert frames.unused() == b""
@@ -110,7 +110,7 @@ def test_a_channel_that_was_disowned_is_py_amqps(frames: Any) -> None:
     assert len(others) == 3
 
 
-def test_what_is_unused_can_be_read_again(frames: Any, impl: dict[str, Any]) -> None:
+def test_unused_bytes_can_be_read_again(frames: Any, impl: dict[str, Any]) -> None:
     one, three = wire.delivery(1, b"a" * 20, part=10), wire.delivery(3, b"b")
     stream = one[0] + three[0] + one[1] + one[2] + three[1] + three[2] + one[3][:4]
     deliveries, _ = frames.feed(stream)

@@ -1,4 +1,4 @@
-"""The gate of the benchmarks: what a run has measured against floors."""
+"""The benchmark gate: compares the figures of a run with floors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ OTHERS = {"peer": "Celery rpc", "how": "get"}
 
 ROW = {"name": "CPU", "measure": "cpu", "of": OTHERS, "to": OURS, "results": 1000, "bound": "least", "floor": 10}
 
-#: Without anything to compare it to.
+#: A figure without a comparison.
 SMALL = {"peer": "fastres", "how": "small"}
 QUEUES = {"name": "queues", "measure": "queues", "of": SMALL, "results": 100, "bound": "most", "floor": 0}
 
@@ -63,18 +63,18 @@ def test_unknown_bound(write: Any) -> None:
         value_of(write(), bound="about")
 
 
-def test_what_was_not_measured_fails(write: Any) -> None:
+def test_a_missing_measurement_fails(write: Any) -> None:
     verdict = value_of(write(taken("fastres")))
     assert verdict.value is None
     assert not verdict.passed
 
 
-def test_too_few_results_say_nothing(write: Any) -> None:
+def test_a_figure_of_too_few_results_is_ignored(write: Any) -> None:
     path = write(taken("Celery rpc", 99, 100), taken("fastres", 1, 100))
     assert value_of(path).value is None
 
 
-def test_the_smallest_number_of_results_that_both_have(write: Any) -> None:
+def test_the_smallest_common_number_of_results(write: Any) -> None:
     ours = [taken("fastres", cpu, count) for cpu, count in ((1, 1000), (2, 5000), (4, 9000))]
     verdict = value_of(write(*ours, taken("Celery rpc", 40, 9000), taken("Celery rpc", 30, 5000)))
     assert (verdict.count, verdict.value) == (5000, pytest.approx(15))
@@ -85,30 +85,30 @@ def test_other_workloads_and_traced_runs_do_not_count(write: Any) -> None:
     assert value_of(write(*ours, taken("Celery rpc", 30))).value == pytest.approx(15)
 
 
-def test_the_same_of_many_and_of_few(write: Any) -> None:
+def test_a_ratio_of_many_results_to_few(write: Any) -> None:
     path = write(taken("fastres", 2, 100), taken("fastres", 3, 1000), taken("fastres", 9, 10))
     assert value_of(path, of=OURS, to=OURS).value == pytest.approx(3 / 9)
 
 
-def test_growth_is_that_between_two_numbers_of_results(write: Any) -> None:
+def test_growth_is_between_two_numbers_of_results(write: Any) -> None:
     path = write(taken("fastres", count=100, growth=5), taken("fastres", count=1100, growth=7))
     verdict = value_of(path, measure="growth", of=OURS, to=OURS, grown=[0, 10_000])
     assert verdict.value == pytest.approx(20)
 
 
 @pytest.mark.parametrize(("made", "passed"), [(0, True), (1, False)])
-def test_a_number_by_itself(write: Any, made: int, passed: bool) -> None:
+def test_a_single_number(write: Any, made: int, passed: bool) -> None:
     path = write(taken("fastres", queues=made, how="small"))
     (verdict,) = judge(Records(path), [QUEUES])
     assert (verdict.value, verdict.passed) == (made, passed)
 
 
-def test_a_number_that_was_not_measured_fails(write: Any) -> None:
+def test_a_missing_single_number_fails(write: Any) -> None:
     (verdict,) = judge(Records(write()), [QUEUES])
     assert not verdict.passed
 
 
-def test_one_number_of_results_shows_no_growth(write: Any) -> None:
+def test_growth_needs_two_numbers_of_results(write: Any) -> None:
     assert value_of(write(taken("fastres")), of=OURS, to=OURS).value is None
 
 
@@ -133,8 +133,8 @@ def test_floors_are_no_stricter_than_their_targets() -> None:
             assert kept, row["name"]
 
 
-def test_no_floor_is_of_a_time() -> None:
-    """What is a difference is of memory; what is a number is of queues, or of memory."""
+def test_no_floor_limits_a_time() -> None:
+    """Differences are of memory; single numbers are of queues or memory."""
     numbers = {"queues", "queues each", "growth", "joiner"}
     for row in read_floors():
         assert "to" in row or row["measure"] in numbers

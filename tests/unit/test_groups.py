@@ -1,4 +1,4 @@
-"""What a saved group is made of."""
+"""The messages of a saved group."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_leaves_of_nested_groups(app: Celery) -> None:
 
 @pytest.fixture
 def in_twos(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two members to a message: with the 50,000 that it is, as an integration test saves, a test takes seconds."""
+    """Two members in a message; with the real 50,000 a test takes seconds (an integration test does that)."""
     monkeypatch.setattr(groups, "SAVED_PER_MESSAGE", 2)
 
 
@@ -57,7 +57,7 @@ def restored(messages: list[dict[str, Any]], app: Celery) -> GroupResult:
 
 @pytest.mark.usefixtures("in_twos")
 @pytest.mark.parametrize(("members", "portions"), [(0, 1), (1, 1), (2, 1), (3, 2), (5, 3)])
-def test_a_group_in_portions(app: Celery, members: int, portions: int) -> None:
+def test_a_group_of_several_messages(app: Celery, members: int, portions: int) -> None:
     group = group_of(app, "g", *(f"t{n}" for n in range(members)))
     messages = through_json(pack("g", group))
     assert len(messages) == portions
@@ -66,7 +66,7 @@ def test_a_group_in_portions(app: Celery, members: int, portions: int) -> None:
     assert [one.id for one in restored(messages[::-1], app).results] == [f"t{n}" for n in range(members)]
 
 
-def test_nested_groups_and_parents_survive(app: Celery) -> None:
+def test_nested_groups_and_parents_are_restored(app: Celery) -> None:
     parent = AsyncResult("parent", app=app)
     group = group_of(app, "g", "a", group_of(app, "h", "b", "c"), parent=parent)
     again = restored(through_json(pack("g", group)), app)
@@ -76,12 +76,12 @@ def test_nested_groups_and_parents_survive(app: Celery) -> None:
     assert [one.id for one in leaves(again.results)] == ["a", "b", "c"]
 
 
-def test_nothing_saved() -> None:
+def test_no_messages() -> None:
     assert unpack([]) is None
 
 
 @pytest.mark.usefixtures("in_twos")
-def test_a_save_that_is_not_whole_gives_way_to_the_one_before(app: Celery) -> None:
+def test_an_incomplete_save_is_ignored_for_the_one_before(app: Celery) -> None:
     old, new = group_of(app, "g", "a", "b", "c"), group_of(app, "g", "d", "e", "f")
     before, after = pack("g", old), pack("g", new)
     assert restored([*before, after[0]], app) == old
@@ -91,7 +91,7 @@ def test_a_save_that_is_not_whole_gives_way_to_the_one_before(app: Celery) -> No
 
 
 @pytest.mark.usefixtures("in_twos")
-def test_a_portion_that_came_twice(app: Celery) -> None:
+def test_a_repeated_message(app: Celery) -> None:
     group = group_of(app, "g", "a", "b", "c")
     messages = pack("g", group)
     assert restored([messages[0], messages[0], messages[1]], app) == group

@@ -1,4 +1,4 @@
-"""Ids and the queues that they name: any string is an id, and every process agrees on its queue."""
+"""Ids and the names of their queues: any string is an id, and every process computes the same queue."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_kin_ids_round_trip(kin: int, kind: Kind) -> None:
     assert new_id(kin, kind) != made
 
 
-def test_kins_are_of_60_bits() -> None:
+def test_kins_have_60_bits() -> None:
     found = [new_kin() for _ in range(1000)]
     assert len(set(found)) == 1000
     assert all(0 <= kin < 2**60 for kin in found)
@@ -55,7 +55,7 @@ def test_kins_are_of_60_bits() -> None:
 
 
 @given(strings)
-def test_every_string_is_an_address(id_: str) -> None:
+def test_every_string_has_a_queue(id_: str) -> None:
     for name in (queue_name(id_), queue_name(id_, "shop"), quoted_name("saved", id_)):
         prefix = "shop" if name.startswith("shop") else PREFIX
         assert name.startswith(f"{prefix}.")
@@ -67,7 +67,7 @@ def test_every_string_is_an_address(id_: str) -> None:
 
 
 @given(strings, strings)
-def test_two_ids_share_a_queue_only_if_they_are_kin(one: str, other: str) -> None:
+def test_two_ids_share_a_queue_only_with_one_kin(one: str, other: str) -> None:
     assume(one != other)
     first, second = parse(one), parse(other)
     names = {queue_name(one) + suffix for suffix in ("", STATES)}
@@ -91,7 +91,7 @@ def test_long_names_are_hashed() -> None:
 
 
 @given(kins)
-def test_members_and_pages_share_the_queue_of_their_kin_and_steps_do_not(kin: int) -> None:
+def test_members_and_pages_share_the_queue_of_their_kin_but_steps_do_not(kin: int) -> None:
     member, step, page = (queue_name(new_id(kin, kind)) for kind in Kind)
     assert member == page == f"fastres.{kin:015x}"
     assert step == f"{member}.steps"
@@ -99,7 +99,7 @@ def test_members_and_pages_share_the_queue_of_their_kin_and_steps_do_not(kin: in
 
 
 @given(st.uuids(version=4))
-def test_the_kin_of_a_uuid_is_what_it_begins_with(id_: uuid.UUID) -> None:
+def test_the_kin_of_a_uuid_is_its_first_bits(id_: uuid.UUID) -> None:
 
     assert f"{kin_of(str(id_)):015x}" == id_.hex[:12] + id_.hex[13:16]
 
@@ -130,6 +130,6 @@ print(json.dumps([[queue_name(id_), kin_of(id_)] for id_ in json.loads(sys.argv[
 """
 
 
-def test_two_processes_agree() -> None:
+def test_two_processes_compute_the_same_queues() -> None:
     ids = [*ODD, new_id(new_kin(), Kind.PAGE)]
     assert in_another_process(NAMES, json.dumps(ids)) == [[queue_name(id_), kin_of(id_)] for id_ in ids]

@@ -1,4 +1,4 @@
-"""``FASTRES_IMPL``: which implementation a process loads, and that nothing is chosen silently."""
+"""``FASTRES_IMPL``: the implementation that a process loads, and the warning when it is not the compiled one."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import pytest
 import fastres
 from fastres import _impl
 
-#: The finder of an editable installation would mix its modules with those of a package that comes before it.
+#: The finder of an editable installation would add its modules to a package that precedes it on the path.
 ONLY_PATHS = """
 import sys
 sys.meta_path[:] = [finder for finder in sys.meta_path if "editable" not in getattr(finder, "__module__", "")]
 """
-#: Makes a package look not installed, wherever it is.
+#: Hides an installed package.
 HIDE = """
 import sys
 
@@ -45,7 +45,7 @@ def python(code: str, impl: str | None = None, path: Path | None = None) -> subp
         env["FASTRES_IMPL"] = impl
     package = str(Path(fastres.__file__).parents[1])
     env["PYTHONPATH"] = os.pathsep.join([*([str(path)] if path else []), package])
-    # Not from the repository: what lies in the working folder would be found first.
+    # In another folder than the repository, whose packages would be found first.
     command = [sys.executable, "-c", ONLY_PATHS + code]
     return subprocess.run(command, env=env, cwd="/", capture_output=True, text=True, timeout=60)
 
@@ -62,7 +62,7 @@ def test_python_never_imports_the_extension() -> None:
 
 
 @pytest.mark.parametrize("asked", ["bogus", "C", "py", " c"])
-def test_an_unknown_one_is_refused(asked: str) -> None:
+def test_an_unknown_implementation_is_refused(asked: str) -> None:
     done = python(TELL, asked)
     assert done.returncode != 0
     assert f"ValueError: FASTRES_IMPL={asked!r}: expected 'c', 'python', or not set" in done.stderr
@@ -79,7 +79,7 @@ def test_without_the_extension_and_asked_for_python_there_is_no_warning() -> Non
     assert (done.stdout.split()[0], done.stderr) == ("python", "")
 
 
-def test_without_the_extension_and_asked_for_it() -> None:
+def test_the_extension_is_asked_for_and_missing() -> None:
     done = python(HIDE + TELL, "c")
     assert done.returncode != 0
     assert "ModuleNotFoundError: No module named 'fastres_ext'" in done.stderr
@@ -96,7 +96,7 @@ def test_without_the_extension_and_asked_for_it() -> None:
     ],
     ids=["raises", "not whole", "lacks a name", "no library"],
 )
-def test_a_broken_extension_is_seen(files: dict[str, str], error: str, asked: str | None, tmp_path: Path) -> None:
+def test_a_broken_extension_raises(files: dict[str, str], error: str, asked: str | None, tmp_path: Path) -> None:
     package = tmp_path / "fastres_ext"
     package.mkdir()
     for name, text in files.items():
@@ -115,6 +115,6 @@ def test_load_has_every_module_of_both() -> None:
         }
 
 
-def test_load_of_an_unknown_one() -> None:
+def test_load_of_an_unknown_implementation() -> None:
     with pytest.raises(KeyError):
         _impl.load("bogus")

@@ -1,4 +1,4 @@
-"""The options of ``result_backend_transport_options``: defaults, values, and how a wrong one is refused."""
+"""The options of ``result_backend_transport_options``: defaults, values, and the errors of wrong ones."""
 
 from __future__ import annotations
 
@@ -147,6 +147,6 @@ def test_wrong_options_fail_where_the_backend_is_made() -> None:
         ("namespace", "sh\u00f6p", "has 1 to 100 letters"),
     ],
 )
-def test_value_that_is_none_of_the_choices(name: str, value: Any, expected: str) -> None:
+def test_value_that_is_not_a_choice(name: str, value: Any, expected: str) -> None:
     with pytest.raises(ImproperlyConfigured, match=expected):
         Options.parse({name: value})

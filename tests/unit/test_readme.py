@@ -1,4 +1,4 @@
-"""README and docs/ say what is so: commands are there, and are what CI runs; Python compiles; options exist."""
+"""README and docs/ are correct: their commands exist and are those of CI, Python compiles, options exist."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def blocks(text: str, language: str) -> list[str]:
 
 
 def commands(text: str) -> list[str]:
-    """What is typed behind a prompt, without its comment."""
+    """The commands behind a prompt, without comments."""
     lines = [line for block in blocks(text, "console") for line in block.splitlines()]
     return [line[2:].split("  #")[0].strip() for line in lines if line.startswith("$ ")]
 
@@ -33,7 +33,7 @@ def test_there_is_something_to_test() -> None:
 
 
 @pytest.mark.parametrize("text", [README, CONTRIBUTING], ids=["README", "CONTRIBUTING"])
-def test_scripts_that_are_named_are_there(text: str) -> None:
+def test_the_named_scripts_exist(text: str) -> None:
     words = [word for command in commands(text) for word in command.split()]
     scripts = [word.rstrip(";") for word in words if word.startswith(("ci/", ".ci/"))]
     assert scripts

@@ -1,4 +1,4 @@
-"""Threads that share one compiled object: none of its calls sees half of another's."""
+"""Threads that share a compiled object: no call sees an unfinished change of another."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ROUNDS = 300
 
 @pytest.fixture(autouse=True)
 def hasty() -> Iterator[None]:
-    """The interpreter changes threads as often as it can."""
+    """The interpreter switches threads as often as possible."""
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     yield
@@ -32,7 +32,7 @@ def hasty() -> Iterator[None]:
 
 
 def at_once(*works: Callable[[], None]) -> None:
-    """Run all of these in a thread each, which begin together; raises what one of them raised."""
+    """Run each of these in a thread, started together; raises the exception of a thread that failed."""
     begin = threading.Barrier(len(works))
     raised: list[BaseException] = []
 
@@ -56,7 +56,7 @@ def test_whole_deliveries_fed_by_several_threads() -> None:
     frames = C["frames"].Frames(131_072)
     frames.own(1)
     bodies = [b"%d" % number * 50 for number in range(8)]
-    # A delivery in two parts goes by another way than one in a single part.
+    # A delivery that is fed in two parts takes another path than one that is fed at once.
     stream = b"".join(b"".join(wire.delivery(1, body, tag=f"t{body[0]}", part=30 + body[0])) for body in bodies)
     came: list[Any] = []
 
@@ -78,7 +78,7 @@ def test_whole_deliveries_fed_by_several_threads() -> None:
 
 
 def test_pieces_fed_by_several_threads_are_refused_at_worst() -> None:
-    """What threads feed to one stream without an order of their own is no stream: nothing but memory is safe."""
+    """Threads that feed one stream without an order garble it: only memory safety is promised."""
     stream = b"".join(wire.delivery(1, b"x" * 400, part=90)) + b"".join(wire.delivery(1, b"y" * 40))
     frames = C["frames"].Frames(131_072)
 

@@ -1,4 +1,4 @@
-"""What is published and not confirmed, without a broker."""
+"""The window of unconfirmed messages, without a broker."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_confirms_one_by_one_and_many_at_a_time() -> None:
     assert not window
 
 
-def test_how_full_it_is() -> None:
+def test_the_fill_level() -> None:
     by_count, _ = sent(10, depth=10)
     assert by_count.is_full()
     by_count.confirm(5, True)
@@ -45,7 +45,7 @@ def test_how_full_it_is() -> None:
     assert by_size.has_room()
 
 
-def test_what_comes_back_is_sent_again_and_not_for_ever() -> None:
+def test_returned_messages_are_sent_again_a_few_times() -> None:
     window, (first, second) = sent(2)
     window.give_back("q1")
     window.confirm(2, True)
@@ -65,11 +65,11 @@ def test_a_lost_connection() -> None:
     assert (window.unconfirmed, list(window.again)) == (0, publishings[1:])
     window.add(1, [publishing("later")])
     window.lose()
-    # Those that were sent last stand first: what is to be sent again has not been sent since.
+    # The last sent are first; those that are to be sent again have not been sent since.
     assert [each.routing_key for each in window.again] == ["later", "q1", "q2"]
 
 
-def test_what_the_broker_refuses_is_doubtful() -> None:
+def test_refused_messages_are_suspects() -> None:
     window, publishings = sent(3)
     window.refuse(2, False)
     assert list(window.suspects) == publishings[1:2]
@@ -78,7 +78,7 @@ def test_what_the_broker_refuses_is_doubtful() -> None:
     assert len(window) == 3
 
 
-def test_who_gets_an_error_takes_his_own_back() -> None:
+def test_a_caller_withdraws_its_messages_after_an_error() -> None:
     window, publishings = sent(4)
     window.give_back("q0")
     window.confirm(1, False)
@@ -88,8 +88,8 @@ def test_who_gets_an_error_takes_his_own_back() -> None:
     assert window.withdraw(publishings[:3]) == []
 
 
-def test_nothing_gets_lost_whatever_happens() -> None:
-    """Each of a thousand is in the window until it is confirmed, and then no more."""
+def test_no_message_is_lost_in_any_sequence_of_events() -> None:
+    """Each of a thousand messages stays in the window until it is confirmed."""
     chance = random.Random(7)
     window, number, there = Window(50, 1 << 20), 0, set()
     for turn in range(2000):
