@@ -106,7 +106,7 @@ class ChordRun(Run):
         assert results == [part_of(index) for index in range(self.case.count)]
 
     def _created(self) -> int:
-        """How many queues the node has made since it was started: it counts them, and those that are gone."""
+        """The number of queues that the node has created since its start."""
         rows = self.bench.node.ctl("eval", "ets:tab2list(connection_churn_metrics).")
         *_, created, _ = re.findall(r"\b\d+\b", rows.partition(",")[2])
         return int(created)
@@ -139,7 +139,7 @@ class Beside(Leashed):
         return False
 
     def after_start_check(self) -> bool:
-        return True  # the first chord will tell
+        return True  # the first chord shows whether it works
 
     @property
     def envvars(self) -> dict[str, str]:

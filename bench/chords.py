@@ -1,4 +1,4 @@
-"""The peers with chords and workers: the measured operations, in the measured process."""
+"""The peers with chords and workers: the measured operations, run in the measured process."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ import fastres
 WORKED = ("chord", "small", "round_trip", "alone", "group", "chains")
 #: Operations of chords, or with a worker.
 CHORDS = ("part", "fire", "join", "hold", "open", "refer", *WORKED)
-#: Tasks in a small chord, and in the one that comes first, which opens the connections of both children.
+#: Tasks in a small chord, and in the first one, which opens the connections of both children.
 SMALL, FIRST = 10, 100
 #: Calls with a chord and without it take turns by so many.
 TURN = 50
-#: Seconds between two looks at a queue, and how long is looked at most.
+#: Seconds between two looks at a queue, and until it times out.
 LOOK, TIMEOUT = 0.002, 300
 #: Seconds in which a joiner commits merged events.
 SETTLING = 1.0
 
 
 class Chords(Peer):
-    """A backend, and an application of which the bodies of chords go to a queue of their own."""
+    """A backend, and an application whose chord bodies have their own queue."""
 
     def __init__(self, job: Job) -> None:
         super().__init__(job)
@@ -85,7 +85,7 @@ class Chords(Peer):
     # -- the last part
 
     def fire(self, group_id: str, count: int) -> Action:
-        """All parts but one have come: the last one, until the body is in its queue."""
+        """All parts but one were sent: the last one, until the body is in its queue."""
         request = self.begin(group_id, count)
         self.gather(group_id, count - 1)
         last = request(count - 1)
@@ -142,7 +142,7 @@ class Chords(Peer):
     warm_round_trip = warm_alone = warm_group = warm_chains = warm_chord
 
     def round_trip(self, group_id: str, count: int) -> Action:
-        """Tasks that do nothing, each sent when the result of the one before is there."""
+        """No-op tasks, each sent after the previous result was read."""
 
         def run() -> int:
             times = []
@@ -156,7 +156,7 @@ class Chords(Peer):
         return run
 
     def alone(self, group_id: str, count: int) -> Action:
-        """Tasks that are sent one by one, and read together."""
+        """Tasks that are sent one by one and read together."""
 
         def run() -> int:
             ids = [self.noop.delay().id for _ in range(count)]
@@ -260,10 +260,10 @@ class FastresChords(Chords, Fastres):
     def warm_refer(self) -> None:
         self.warm_fire()
 
-    # -- the joiner alone: this process is it
+    # -- only the joiner, in this process
 
     def join(self, group_id: str, count: int) -> Action:
-        """A joiner finds a whole chord, until the body is in its queue."""
+        """A joiner finds a complete chord, until the body is in its queue."""
         self.begin(group_id, count)
         self.channel  # noqa: B018 - the connection is made here, not when it is timed
 

@@ -1,4 +1,4 @@
-"""Servers and options of the benchmarks. Without --size they measure next to nothing, to see that they work."""
+"""Servers and options of the benchmarks. Without --size they measure very little, to check that they work."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from workloads import SIZES
 #: The description of the machine for the report.
 MACHINE = pytest.StashKey[dict[str, Any]]()
 
-#: How RabbitMQ 4 keeps classic queues on disk, which is the only way that it knows.
+#: RabbitMQ 4's version of classic queues on disk, its only one.
 AS_IN_4 = {"classic_queue.default_version": "2"}
 
 Measure = Callable[[Case], dict[str, Any]]
@@ -30,7 +30,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
-    # As tests they have no table.
+    # Without --size, print no table.
     if config.getoption("size") == "tiny" and not config.getoption("benchmark_json"):
         config.option.benchmark_disable = True
 
@@ -60,7 +60,7 @@ def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture
 def measure(benchmark: Any, bench: Bench) -> Measure:
-    """Measure a case once. Only the join is timed, in a process that was prepared before."""
+    """Measure a case once. Only the join is timed, in a prepared process."""
 
     def measure(case: Case) -> dict[str, Any]:
         runs: list[Run] = []

@@ -99,7 +99,7 @@ def send_for(seconds: float) -> None:
 
 
 def curves_of(panel: dict[str, Any], port: str, start: float, end: float) -> dict[str, list[tuple[float, float]]]:
-    """Of each line of a panel the points: seconds since the start, values."""
+    """The points of each line of a panel: seconds since the start, values."""
     curves = {}
     for target in panel["targets"]:
         query = urllib.parse.urlencode({"query": target["expr"], "start": start, "end": end, "step": STEP})

@@ -1,4 +1,4 @@
-"""Stores results ahead of a join, through none of the code that is measured."""
+"""Stores results before a join, without the measured code."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PIPELINED = 1_000
 #: Bytes of a message's body in one frame, and the frame-end octet.
 PART = 131_064
 FRAME_END = b"\xce"
-#: What a part tells of its task's request, as a rule.
+#: The usual context in a part.
 WORKER = {"hostname": "celery@worker-1.example.com"}
 #: Seconds in which the broker handles all published messages.
 TIMEOUT = 300
@@ -36,7 +36,7 @@ class Broker:
     """Publishes results to the broker, as workers do."""
 
     def __init__(self, url: str) -> None:
-        # py-amqp gives up on a socket that takes nothing for a second, as the broker's does while it catches up.
+        # py-amqp gives up on a socket that accepts nothing for a second, which happens while the broker catches up.
         options = {"socket_settings": {socket.TCP_USER_TIMEOUT: TIMEOUT * 1000}}
         self._connection = kombu.Connection(url, transport_options=options)
 
@@ -52,7 +52,7 @@ class Broker:
         return str(self._connection.connection.server_properties["version"])
 
     def fill(self, queue: kombu.Queue, task_ids: Iterable[str], body: Body) -> None:
-        """Declare a queue, with whatever it is bound to, and send it these results."""
+        """Declare a queue and its bindings, and send it these results."""
         queue(self.channel).declare()
         expected = self.messages(queue.name)
         template = publication(self.channel.channel_id, queue.name, body)
@@ -71,7 +71,7 @@ class Broker:
         self.wait_for(queue.name, expected)
 
     def fill_log(self, queue: kombu.Queue, group_id: str, count: int, by_reference: bool = False) -> None:
-        """Publish the parts of a chord to the log, as the workers of the header's tasks do. A joiner may be reading."""
+        """Publish the parts of a chord to the log, as workers do. A joiner may be consuming."""
 
         def events() -> Iterator[tuple[str, bytes]]:
             for index, task_id in enumerate(task_ids(group_id, count)):
@@ -100,7 +100,7 @@ class Broker:
 
     def _send_events(self, queue: kombu.Queue, events: Iterable[tuple[str, bytes]]) -> None:
         self._send(queue, CONTENT_TYPE, "binary", events, PERSISTENT)
-        # The broker answers once it has read all of them.
+        # The broker answers after it has read all of them.
         self.messages(queue.name)
 
     def fill_header(self, queue: kombu.Queue, group_id: str, count: int, body: Body) -> None:
@@ -116,7 +116,7 @@ class Broker:
         self, queue: kombu.Queue, content_type: str, encoding: str, bodies: Iterable[tuple[str, bytes]],
         delivery_mode: int = 1,
     ) -> None:  # fmt: skip
-        """Declare a queue, and send it messages that are each of one frame, with the tasks they are of."""
+        """Declare a queue, and send it messages with the ids of their tasks, each body in one frame."""
         queue(self.channel).declare()
         transport = self._connection.connection.transport
         #: The content header, by the length of the body.

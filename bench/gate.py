@@ -29,7 +29,7 @@ class Verdict:
     floor: float
     #: None: the run did not measure it.
     value: float | None
-    #: How many results it is of.
+    #: The number of results that were measured.
     count: int | None
 
     @property
@@ -71,14 +71,14 @@ def _judge(
             count = counts[0]
             value = records.median(measure, Key(count=count, **of))
     elif of == to:
-        # The same of many and of few results.
+        # A ratio of many results to few.
         counts = records.counts(**of)
         if len(counts) > 1 and counts[-1] >= results:
             small, count = counts[0], counts[-1]
             few = records.median(measure, Key(count=small, **to))
             many = records.median(measure, Key(count=count, **of))
             if few is not None and many is not None:
-                # A difference is that between two numbers of results, whichever were measured.
+                # A difference is between two measured numbers of results.
                 value = (many - few) * (grown[1] - grown[0]) / (count - small) if grown else many / few
     else:
         common = [count for count in records.counts(**of) if count >= results and count in records.counts(**to)]

@@ -1,4 +1,4 @@
-"""The machine of a run, and the versions of everything that takes part."""
+"""The machine of a run, and the versions of all programs and packages."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def describe(rabbitmq: str, redis: str) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "cpu": _first("/proc/cpuinfo", "model name") or platform.processor(),
         "memory": round(int(_first("/proc/meminfo", "MemTotal").split()[0]) / 2**20),
-        # Its load: figures of a busy machine are larger, ratios less so.
+        # The load: a busy machine has larger figures; ratios change less.
         "load": round(os.getloadavg()[0], 1),
         "system": platform.freedesktop_os_release()["PRETTY_NAME"],
         "versions": {

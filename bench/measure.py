@@ -36,7 +36,7 @@ def main() -> None:
         "peak": peak, "growth": peak - before, "held": held, **peer.taken,
     }  # fmt: skip
     print(json.dumps(taken), flush=True)
-    # To take a million results apart is of no use, and takes its time.
+    # Skip the deallocation of a million results.
     sys.stdin.readline()
     os._exit(0)
 

@@ -1,4 +1,4 @@
-"""The peers: how each reads, or stores, the results of a run. This runs in the measured process."""
+"""The peers: the operations of each backend, run in the measured process."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from workloads import SERIALIZERS, WORKLOADS, lone_ids, request_of, task_ids
 #: The timed operation. Returns the number of results that it has read or stored.
 Action = Callable[[], int]
 
-#: Results of the join that comes first, so that everything is imported and connected.
+#: Results of the first join, which imports modules and connects.
 WARM = 20
 #: Seconds that a queue of results is kept: Celery's default for result_expires.
 DAY = 86_400
-#: Operations on lone tasks whose results are stored before.
+#: Operations on lone tasks whose results were stored before.
 LONE = ("lone", "done")
 #: Operations that store results.
 STORES = ("store", "store_lone")
@@ -72,12 +72,12 @@ class Peer:
         getattr(self, self.job.how)(self.job.warm_id, WARM)()
 
     def prepare(self) -> Action:
-        """Make everything that is there before a join begins; the answer is the join."""
+        """Create everything that exists before a join begins. Returns: the join."""
         action: Action = getattr(self, self.job.how)(self.job.group_id, self.job.count)
         return action
 
     def inbox(self, group_id: str) -> kombu.Queue | None:
-        """The queue of a group's results; None where they are not in a broker."""
+        """The queue of a group's results; None if they are not in a broker."""
         return None
 
     def lone_inbox(self, task_id: str) -> kombu.Queue | None:
@@ -110,7 +110,7 @@ class Peer:
         return self._storing(request_of(task_id, reply_to=self.job.oid) for task_id in lone_ids(group_id, count))
 
     def done(self, group_id: str, count: int) -> Action:
-        """The states of tasks whose results are there, each once, as a page of a web application asks for them."""
+        """The states of tasks that have ended, each read once, as a web page does."""
         ids = lone_ids(group_id, count)
         random.Random(3).shuffle(ids)
         return lambda: sum(self._state(task_id) == "SUCCESS" for task_id in ids)
@@ -188,7 +188,7 @@ class CeleryAmqpBackend(Peer):
 
 
 class Bare(Peer):
-    """A queue, and a client that knows nothing of Celery."""
+    """A queue and a client without Celery."""
 
     url = "disabled://"
 
@@ -217,12 +217,12 @@ class KombuConsumer(Bare):
                     connection.drain_events()
             return taken
 
-        # The connection is made here, not when it is timed.
+        # Connect here, outside the timed part.
         connection.default_channel  # noqa: B018
         return consume
 
 
-#: By the name that the tables have.
+#: By the name in the tables.
 PEERS: dict[str, type[Peer]] = {
     "fastres": Fastres,
     "fastres (Python)": Fastres,

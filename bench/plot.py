@@ -31,7 +31,7 @@ CHORDS = [
 ]
 CHORD_BARS = [("Celery redis", OTHER), ("fastres", OURS), ("fastres, not kept", OURS)]
 
-#: Of text and axes: halfway, so that it can be read on white and on black.
+#: The colour of text and axes: a grey that is legible on white and on black.
 INK = "#7a828c"
 
 STYLE = {

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 #: Measures, computed from the figures of a process: CPU per result, and per part, in microseconds; memory in MB,
-#: wall in seconds, and of each thing that is done in milliseconds.
+#: wall in seconds, and in milliseconds for each operation.
 MEASURES = {
     "cpu": lambda taken: taken["cpu"] / taken["count"] * 1e6,
     "prepare": lambda taken: taken["prepare"] / taken["count"] * 1e6,

@@ -56,7 +56,7 @@ CHORD_ROWS = (
     ("small", "chords of 10 tasks", "chords", "wall", "s", 2),
     ("small", "queues declared by chords of 10 tasks", "chords", "queues", "queues", 0),
 )
-#: The same of tasks that are sent and read one by one, and of the queues that tasks take.
+#: The same for tasks that are sent and read one by one, and for the queues of tasks.
 SINGLE_ROWS = (
     ("store_lone", "storing a result, confirmed", "results", "each", "ms", 3),
     ("pending", "state of a task that has not run", "looks", "each", "ms", 3),

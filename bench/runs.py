@@ -1,4 +1,4 @@
-"""Runs a measured process: fills its queues, starts it, lets it go, clears up."""
+"""Runs a measured process: fills its queues, starts it, waits for it, cleans up."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from workloads import body_of, lone_ids, new_group, task_ids
 
 HERE = Path(__file__).parent
 LIMIT_MODES = {LIMIT: "no-ack", "rabbitmq-c, acknowledging": "ack"}
-#: Operations on results that are stored before.
+#: Operations on results that were stored before.
 FILLED = ("get", "get_many", *LONE)
 #: Seconds that strace may take to begin.
 ATTACH_TIMEOUT = 10
@@ -92,7 +92,7 @@ class Run:
         return Process(self.command(), environment(self.case.peer))
 
     def go(self) -> dict[str, float]:
-        """Let the process do its job. Returns: the cost."""
+        """Have the process do its job. Returns: the cost."""
         taken = self._go()
         if self.case.how in STORES:
             self._check()
@@ -206,14 +206,14 @@ class Process:
 
 
 def environment(peer: str) -> dict[str, str]:
-    """Of a measured process: `FASTRES_IMPL=python ci/bench` is how to see the gate fail."""
+    """The environment of a measured process: `FASTRES_IMPL=python ci/bench` shows that the gate can fail."""
     implementation = "python" if peer == "fastres (Python)" else os.environ.get("FASTRES_IMPL", "c")
     return {**os.environ, "FASTRES_IMPL": implementation, "PYTHONWARNINGS": "ignore"}
 
 
 @contextlib.contextmanager
 def _traced(pid: int, summary: str) -> Iterator[None]:
-    """Count the system calls of a process meanwhile. Raises Unavailable."""
+    """Count the system calls of a process during the block. Raises Unavailable."""
     strace = shutil.which("strace")
     if strace is None:
         raise Unavailable("strace is not installed")

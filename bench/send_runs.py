@@ -30,9 +30,9 @@ class SendRun(Run):
         return Process(command, environment(self.case.peer))
 
     def _write_sample(self) -> None:
-        """A task as the others send it: its properties as they go over the wire, and its body."""
+        """A task as the other peers send it: its encoded properties and its body."""
         channel = self.peer.channel
-        # The message of apply_many, over a connection that is closed afterwards.
+        # The message of apply_many, sent over a connection that is closed afterwards.
         group(self.peer.pair.s(*pair) for pair in pairs(1)).apply_async(connection=channel.connection.client)
         self.peer.await_tasks(1)
         message: Any = channel.basic_get(self.peer.tasks, no_ack=True)

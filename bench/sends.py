@@ -1,4 +1,4 @@
-"""Tasks that are sent in bulk, by Celery and by fastres, until the last one is in its queue. No worker runs."""
+"""Sends tasks in bulk, with Celery and with fastres, until the last one is in its queue. No worker runs."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class RedisSends(Sends, RedisChords):
     pass
 
 
-#: By the name that the tables have.
+#: By the name in the tables.
 SEND_PEERS: dict[str, type[Sends]] = {
     "fastres": FastresSends,
     "Celery redis": RedisSends,

@@ -1,4 +1,4 @@
-"""The workloads: results as Celery's worker writes them, and their numbers."""
+"""The workloads: results as Celery's worker writes them, and the numbers of results."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fastres.canvas import PAGE_SIZE
 
 SERIALIZERS = ("json", "msgpack", "pickle")
 
-#: Stands for a task's id in a body that is made once for all results of a run; as long as any id.
+#: Placeholder for a task's id in a body that is made once for all results of a run; as long as an id.
 ANY_ID = "00000000-0000-0000-0000-000000000000"
 
 TRACEBACK = "Traceback (most recent call last):\n" + "".join(
@@ -37,9 +37,9 @@ WORKLOADS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Size:
-    """How much is measured."""
+    """The numbers of results and of repetitions."""
 
-    #: Results of the joins that compare all peers, and of the two joins that show growth.
+    #: Results of the joins of all peers, and of the two joins that show growth.
     joins: tuple[int, ...]
     scale: tuple[int, int]
     #: Results for each pair of a workload and a serializer, 0: left out.
@@ -54,7 +54,7 @@ class Size:
     joined: int
     held: tuple[int, int]
     parts: int
-    #: Small chords that are open at once, of which none is complete before all others lack one part only.
+    #: Small chords that are open at once; none is complete before all others lack only one part.
     open: tuple[int, int]
     #: Parts of a chord whose body gets them by reference.
     referred: int
@@ -65,7 +65,7 @@ class Size:
     counted: int
     #: Tasks that are sent in bulk, by all and by fastres.
     sent: tuple[int, int]
-    #: Repetitions: of what takes a second, and of what takes ten.
+    #: Repetitions of cases that take a second, and of those that take ten.
     fast: int
     slow: int
 
@@ -112,17 +112,17 @@ def task_ids(group_id: str, count: int) -> list[str]:
 
 
 def lone_ids(group_id: str, count: int) -> list[str]:
-    """Ids of lone tasks as a process gives them that sends them one after the other."""
+    """Ids like those of lone tasks that one process sends one after the other."""
     return [f"{group_id[:14]}8{index // PAGE_SIZE:03x}-a000-{index:012x}" for index in range(count)]
 
 
 def part_of(index: int) -> str:
-    """The result of a chord's part: 100 bytes of JSON, as different as results are."""
+    """The result of a chord's part: 100 bytes of JSON, which differ."""
     return f"{index:098d}"
 
 
 def request_of(task_id: str, **fields: Any) -> Context:
-    """The request of a task, as its worker has it."""
+    """The request of a task, as in its worker."""
     delivery = {"exchange": "", "routing_key": "celery", "priority": 0, "redelivered": False}
     return Context({"id": task_id, "correlation_id": task_id, "delivery_info": delivery, **fields})
 

@@ -29,7 +29,7 @@ def main() -> int:
     parser.add_argument("--tasks", type=int, default=10_000, help="how many to run (%(default)s)")
     parser.add_argument("--in-memory", action="store_true", help="kombu's in-memory broker instead of RabbitMQ")
     args = parser.parse_args()
-    # A `kill` takes the same way out as Ctrl-C, on which everything is stopped that was started.
+    # Handle SIGTERM like Ctrl-C, which stops everything that was started.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         with in_memory() if args.in_memory or not installed() else rabbitmq() as worker:
@@ -62,7 +62,7 @@ class Worker(Leashed):
         return False
 
     def after_start_check(self) -> bool:
-        return True  # the result of the first task will tell
+        return True  # the first task's result shows whether it works
 
 
 @contextmanager
@@ -133,14 +133,14 @@ def run(tasks: int, worker: Worker | None) -> None:
 
 
 class Watch:
-    """Called while results are waited for: raises DemoError when none can come any more."""
+    """Called while waiting for results: raises DemoError when no more can arrive."""
 
     def __init__(self, worker: Worker | None) -> None:
         self._worker = worker
         self.alive()
 
     def alive(self) -> None:
-        """Something has come."""
+        """A result has arrived."""
         self._last = time.monotonic()
 
     def __call__(self, *args: Any) -> None:
@@ -182,7 +182,7 @@ def run_chord(tasks: int, watch: Watch) -> Taken:
 
     def look(*args: Any) -> None:
         nonlocal there
-        # The results of the header are kept too, and can be counted.
+        # The header's results are kept too, and can be counted.
         before, there = there, app.backend.group_progress(result.parent.id)
         if there > before:
             watch.alive()
@@ -190,7 +190,7 @@ def run_chord(tasks: int, watch: Watch) -> Taken:
 
     watch.alive()
     cpu = time.process_time()
-    # With its parents, each result of the header would be looked at once a second.
+    # With its parents, Celery would poll each result of the header once a second.
     value = result.get(on_interval=look, follow_parents=False)
     cpu = time.process_time() - cpu
     joined = time.perf_counter()

@@ -1,4 +1,4 @@
-"""The application of the demo: all that fastres needs is the name of the result backend."""
+"""The application of the demo: fastres needs only the name of the result backend."""
 
 from __future__ import annotations
 

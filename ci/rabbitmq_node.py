@@ -1,6 +1,6 @@
 """A private RabbitMQ node (or Redis) in a temporary folder, for the demo, the tests and the benchmarks.
 
-Whatever is started here ends with the Python process that started it, even if that is killed; so does its folder.
+Every program ends with the Python process that started it, even if that is killed; its folder is removed too.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Leashed(Executor):
         raise NotImplementedError
 
     def start(self) -> Self:
-        """Start and wait until it is ready, in a new folder or, after kill(), in the one that is there.
+        """Start and wait until it is ready, in a new folder or, after kill(), in the existing one.
 
         Raises StartError when the program ends or is not ready in time.
         """
@@ -66,7 +66,7 @@ class Leashed(Executor):
         self.kill()  # left behind by a crash
         if self.folder is None:
             self.folder = Path(tempfile.mkdtemp(prefix=f"{self.name}-".lower()))
-            # The shell reads a pipe that only this process holds open: the pipe's end is this process's end.
+            # The shell reads from a pipe that only this process holds open: it is closed when this process ends.
             leash = 'read -r _; read -r group <"$0/group" && kill -s KILL -- "-$group"; rm -rf -- "$0"'
             self._leash = subprocess.Popen(
                 ["sh", "-c", leash, str(self.folder)],
@@ -91,7 +91,7 @@ class Leashed(Executor):
 
     def kill(self, wait: bool = True, sig: int | None = None) -> Self:
         """SIGKILL the whole process tree; the folder stays, so that start() goes on with the same data."""
-        # A forked child has a copy of this object, and must not end what its parent runs.
+        # A forked child has a copy of this object, and must not stop its parent's program.
         if self.process is not None and os.getpid() == self._owner:
             with suppress(ProcessLookupError):
                 os.killpg(self.process.pid, sig or signal.SIGKILL)
@@ -105,7 +105,7 @@ class Leashed(Executor):
         if os.getpid() == self._owner and self.folder is not None and self._leash is not None:
             self.kill()
             shutil.rmtree(self.folder, ignore_errors=True)
-            self._leash.communicate(b"\n")  # deletes what a dying process may have written since
+            self._leash.communicate(b"\n")  # deletes files that a dying process has written since
             self.folder = self._leash = None
         return self
 
@@ -128,12 +128,12 @@ class Node(Leashed, TCPExecutor):
     """A RabbitMQ node that listens on 127.0.0.1 only; a context manager.
 
     `config` is lines of rabbitmq.conf, such as {"consumer_timeout": "5000"}, and `advanced` parameters of RabbitMQ
-    that it has no line for, such as {"channel_tick_interval": "1000"}. `tls` adds a listener at `tls_port` whose
+    that have no line there, such as {"channel_tick_interval": "1000"}. `tls` adds a listener at `tls_port` whose
     certificate for localhost and 127.0.0.1 is signed by `ca_file` (needs trustme). With a running `peer` it
     forms a cluster. There are no plugins but RabbitMQ's management API with `management`, at `management_port`.
 
-    After kill() a durable queue may be missing that was declared less than two seconds before, with its messages:
-    Mnesia, RabbitMQ 3's database, puts the last transaction on disk at once, but that it was committed only later.
+    After kill(), a durable queue that was declared less than two seconds before may be missing with its messages:
+    Mnesia, RabbitMQ 3's database, writes a transaction to disk at once, but its commit record only later.
     """
 
     name = "RabbitMQ"
@@ -157,7 +157,7 @@ class Node(Leashed, TCPExecutor):
         ports = free_ports(5)
         self.management_port = ports.pop()
         self.tls_port = ports.pop()
-        # A port mapper (epmd) of its own: the usual one would be left behind, and knows the machine's other nodes.
+        # Its own port mapper (epmd): a shared one would stay behind, and knows the machine's other nodes.
         self._epmd_port = ports.pop()
         self._distribution_port = ports.pop()
         #: The Erlang cookie that the nodes of a cluster share.
@@ -236,7 +236,7 @@ class Node(Leashed, TCPExecutor):
         return super().after_start_check() and (not self._tls or _accepts(self.tls_port))
 
     def reason(self) -> str:
-        # RabbitMQ gives the reason around these words, then buries it under crash reports.
+        # RabbitMQ logs the reason around these words, before many crash reports.
         before, failed, after = self.log_tail(1000).partition("BOOT FAILED")
         if not failed:
             return self.log_tail()
@@ -244,7 +244,7 @@ class Node(Leashed, TCPExecutor):
 
     @property
     def envvars(self) -> dict[str, str]:
-        """Environment of the node and of rabbitmqctl: nothing of the machine's own RabbitMQ reaches them."""
+        """Environment of the node and of rabbitmqctl, without any settings of the machine's own RabbitMQ."""
         folder = str(self.folder)
         only_loopback = "-kernel inet_dist_use_interface {127,0,0,1}"
         others = ("RABBITMQ_", "ERL_", "NOTIFY_SOCKET")
@@ -295,9 +295,9 @@ def installed() -> bool:
 
 
 def free_ports(count: int) -> set[int]:
-    """Ports that are free now and outside the range that the kernel gives to outgoing connections.
+    """Ports that are free now and outside the kernel's range for outgoing connections.
 
-    From inside that range, a client that reconnects in a loop while the node is down ends up connected to itself.
+    With a port inside that range, a client that reconnects in a loop while the node is down may connect to itself.
     """
     ports: set[int] = set()
     while len(ports) < count:
@@ -312,7 +312,7 @@ def _accepts(port: int) -> bool:
 
 
 def _server() -> Path:
-    """RabbitMQ's own script. Debian's wrapper of it insists on root or user rabbitmq, and switches user."""
+    """RabbitMQ's own script. Debian's wrapper requires root or the user rabbitmq, and switches the user."""
     path = shutil.which("rabbitmq-server", path="/usr/lib/rabbitmq/bin") or shutil.which("rabbitmq-server")
     if path is None:
         raise StartError("RabbitMQ is not installed. As root: apt-get install rabbitmq-server")
@@ -320,9 +320,9 @@ def _server() -> Path:
 
 
 def _lean_home(server: Path, home: Path, plugins: list[str]) -> Path:
-    """Another home for the same RabbitMQ that lacks the plugins; its rabbitmq-server, or `server` if that fails.
+    """Create another home for the same RabbitMQ, without plugins. Returns: its script, or `server` if that fails.
 
-    At its start the node loads hundreds of modules, and looks for each in the folders of all plugins.
+    At its start, the node searches the folders of all plugins for each of hundreds of modules.
     With only the 20 of 70 folders that `rabbit` depends on, it starts in two thirds of the time.
     """
     apps = {path.stem: path for path in (server.parent.parent / "plugins").glob("*/ebin/*.app")}
@@ -345,7 +345,7 @@ def _lean_home(server: Path, home: Path, plugins: list[str]) -> Path:
 
 
 def _certificates(folder: Path) -> dict[str, str]:
-    """Make the authority and the server's certificate, once; the lines of rabbitmq.conf that name them."""
+    """Create the authority and the server's certificate, once. Returns: their lines of rabbitmq.conf."""
     if not (folder / "ca.pem").exists():
         import trustme
 

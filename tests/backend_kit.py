@@ -29,19 +29,19 @@ from fastres.ids import Kind, kin_of, new_id, new_kin
 MakeApp = Callable[..., Celery]
 Reports = Callable[[], list[str]]
 
-#: Which Celery this is: the older ones have less.
+#: The version of Celery: older ones lack features.
 CELERY = tuple(map(int, celery.__version__.split(".")[:2]))
 
 #: Whether the applications of the tests have quorum queues.
 QUORUM = os.environ.get("FASTRES_TEST_QUEUES") == "quorum"
 
-#: Seconds that anything may take that ends by itself, and what is only a matter of the broker's having time.
+#: Timeouts in seconds: of operations that end by themselves, and of those that only wait for a busy broker.
 ENOUGH = 20.0
 SOON = 5.0
 
 
 class Impatient(AMQPBackend):
-    """Gives a broker up soon that is away: ``backend_kit:Impatient+fastres://`` is its URL."""
+    """Gives up early if the broker is unreachable; its URL is ``backend_kit:Impatient+fastres://``."""
 
     retry_policy: ClassVar[dict[str, Any]] = {
         "max_retries": 2,
@@ -52,7 +52,7 @@ class Impatient(AMQPBackend):
 
 
 class Older(AMQPBackend):
-    """Sends chords as fastres did before it joined them: ``backend_kit:Older+fastres://`` is its URL."""
+    """Sends chords as an old fastres without a joiner; its URL is ``backend_kit:Older+fastres://``."""
 
     def apply_chord(self, header_result_args: Any, body: Any, **kwargs: Any) -> None:
         Backend.apply_chord(self, header_result_args, body, **kwargs)
@@ -61,8 +61,8 @@ class Older(AMQPBackend):
         Backend.set_chord_size(self, group_id, chord_size)
 
 
-#: For tests that cut connections: py-amqp leaves a socket to the garbage collector that breaks while the broker is
-#: greeted, or the greeting is interrupted.
+#: For tests that cut connections: py-amqp leaves a socket to the garbage collector if it breaks during the handshake,
+#: or the handshake is interrupted.
 CUT_GREETINGS = [
     pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning"),
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
@@ -71,7 +71,7 @@ CUT_GREETINGS = [
 
 
 def cuts_greetings(test: Any) -> Any:
-    """Decorates one test that does."""
+    """Decorates a test that cuts connections."""
     for mark in CUT_GREETINGS:
         test = mark(test)
     return test
@@ -79,7 +79,7 @@ def cuts_greetings(test: Any) -> Any:
 
 def close(app: Celery) -> None:
     """Close an application and its connections: Celery leaves its own to the garbage collector."""
-    # app.backend would make one where there is none.
+    # app.backend would create one.
     backend = app._backend
     if isinstance(backend, AMQPBackend):
         backend.close()
@@ -92,14 +92,14 @@ def close(app: Celery) -> None:
     app.close()
 
 
-def unlearn(backend: AMQPBackend, task_id: str) -> None:
-    """Make a backend forget what it has read of a task, as in a new process. The result stays in its queue."""
+def clear_cache(backend: AMQPBackend, task_id: str) -> None:
+    """Clear a backend's cache of a task, as in a new process. The result stays in its queue."""
     backend._cache.pop(task_id, None)
     backend.layout.looks.forget_all()
 
 
 def request_of(task_id: str, **fields: Any) -> Context:
-    """The request of a task, as its worker has it."""
+    """The request of a task, as in its worker."""
     return Context({"id": task_id, "correlation_id": task_id, **fields})
 
 
@@ -113,12 +113,12 @@ def new_ids(count: int) -> list[str]:
 
 
 def member_ids(group_id: str, count: int) -> list[str]:
-    """Ids as the members of a group get them."""
+    """Ids like those of a group's members."""
     return [new_id(kin_of(group_id), Kind.MEMBER) for _ in range(count)]
 
 
 def page_ids(count: int) -> list[str]:
-    """Ids as lone tasks get them that are sent one after the other."""
+    """Ids like those of lone tasks that are sent one after the other."""
     kin = new_kin()
     return [new_id(kin, Kind.PAGE) for _ in range(count)]
 
@@ -128,7 +128,7 @@ def ids_of(held: GroupResult) -> list[str]:
 
 
 def group_of(app: Celery, members: int | Iterable[str] = 3, group_id: str | None = None) -> GroupResult:
-    """A group of tasks that were not sent: a number of them, or those with these ids."""
+    """A group of tasks that were not sent: so many, or with these ids."""
     group_id = group_id or uuid()
     ids = member_ids(group_id, members) if isinstance(members, int) else members
     return GroupResult(group_id, [app.AsyncResult(task_id) for task_id in ids], app=app)
@@ -145,7 +145,7 @@ def store_member(app: Celery, held: GroupResult, index: int, result: Any = None,
 
 
 def store_group(app: Celery, held: GroupResult, results: Iterable[Any] | None = None, start: int = 0) -> None:
-    """Store the results of a group's members from the one at ``start`` on: their numbers unless given."""
+    """Store results of a group's members from index ``start`` on; the default results are the indexes."""
     for index, result in enumerate(range(start, len(held)) if results is None else results, start):
         store_member(app, held, index, result)
 
@@ -156,16 +156,16 @@ def queue_of(group_id: str) -> str:
 
 
 def fill_group(app: Celery, broker: Broker, held: GroupResult, results: Iterable[Any] | None = None) -> None:
-    """As store_group(), for large ones: the first as a worker does, the others as fast as the broker can."""
+    """As store_group(), for large groups: the first as a worker does, the others as fast as the broker accepts them."""
     pairs = zip(ids_of(held), range(len(held)) if results is None else results)
     store_group(app, held, [next(pairs)[1]])
     broker.fill(queue_of(held.id), (success(task_id, result) for task_id, result in pairs))
 
 
 def nobodys_task(app: Celery) -> Any:
-    """A task that no worker is there to run."""
+    """A task that no worker runs."""
 
-    # Not shared: every application made later would have it.
+    # Not shared: every later application would have it.
     @app.task(name="nobody.runs.this", shared=False)
     def task() -> None: ...
 
@@ -173,12 +173,12 @@ def nobodys_task(app: Celery) -> Any:
 
 
 def send(app: Celery, task_id: str | None = None) -> AsyncResult:
-    """Send a task that no worker is there to run."""
+    """Send a task that no worker runs."""
     return app.send_task("nobody.runs.this", task_id=task_id, queue="nobody")
 
 
 def send_group(app: Celery, count: int) -> GroupResult:
-    """Send a group of tasks that no worker is there to run."""
+    """Send a group of tasks that no worker runs."""
     task = nobodys_task(app)
     return group([task.s() for _ in range(count)], app=app).apply_async(queue="nobody")
 
@@ -198,7 +198,7 @@ def in_thread(function: Callable[..., Any], *args: Any) -> threading.Thread:
 
 
 def until(condition: Callable[[], Any], timeout: float = ENOUGH, pause: float = 0.02, so: object = None) -> Any:
-    """Wait until something is true, and return it; AssertionError, with ``so``, when it is not in time."""
+    """Wait for a true value, and return it; AssertionError with ``so`` if there is none in time."""
     end = time.monotonic() + timeout
     while not (value := condition()):
         assert time.monotonic() < end, f"not so after {timeout} seconds: {so or condition}"
@@ -206,12 +206,12 @@ def until(condition: Callable[[], Any], timeout: float = ENOUGH, pause: float = 
     return value
 
 
-#: Seconds in which ``rabbitmqctl list_queues`` learns what is in a quorum queue.
+#: Seconds until ``rabbitmqctl list_queues`` shows the messages of a quorum queue.
 COUNTED = 1.5
 
 
 def settled(count: Callable[[], Any], for_: float = 0.3) -> Any:
-    """What the broker has counted, when it does not change any more: quorum queues count what comes back late."""
+    """The broker's count once it is stable: quorum queues count requeued messages late."""
     value = count()
     end = time.monotonic() + (for_ if QUORUM else 0)
     while time.monotonic() < end:
@@ -228,7 +228,7 @@ def on_classic_queues(why: str) -> Any:
 
 
 class Broker:
-    """The broker, without fastres."""
+    """Direct access to the broker, without fastres."""
 
     def __init__(self, url: str) -> None:
         self.connection = kombu.Connection(url)
@@ -240,7 +240,7 @@ class Broker:
         return self.connection.default_channel
 
     def state(self, name: str) -> Any:
-        """Messages that are ready and consumers of a queue, None where there is none."""
+        """The numbers of ready messages and consumers of a queue; None if it does not exist."""
         with self.connection.channel() as channel:
             try:
                 return channel.queue_declare(name, passive=True)
@@ -271,7 +271,7 @@ class Broker:
         self.channel().queue_declare(name, durable=True, auto_delete=False, arguments=arguments)
 
     def put(self, name: str, body: Any, arguments: dict[str, Any] | None = None, **properties: Any) -> None:
-        """Publish to a queue by its name; a ``body`` that is no bytes is encoded as JSON."""
+        """Publish to a queue by its name; a ``body`` of another type than bytes is encoded as JSON."""
         if not isinstance(body, bytes):
             body = json.dumps(body).encode()
         properties = {"content_type": "application/json", "content_encoding": "utf-8", **properties}
@@ -282,7 +282,7 @@ class Broker:
         self.channel().basic_qos(0, 0, False)
 
     def fill(self, name: str, metas: Iterable[dict[str, Any]]) -> None:
-        """Publish many results to a queue that exists, faster than a backend that waits for confirms."""
+        """Publish many results to an existing queue, without waiting for confirms."""
         channel = self.channel()
         for meta in metas:
             properties = {"content_type": "application/json", "content_encoding": "utf-8", "delivery_mode": 1}
@@ -297,7 +297,7 @@ def success(task_id: str, result: Any = None) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def takes(seconds: float, late: float = 0.1) -> Iterator[None]:
-    """The block takes so long, to a tenth of a second."""
+    """Check that the block takes so many seconds, to a tenth."""
     start = time.monotonic()
     yield
     took = time.monotonic() - start
@@ -305,7 +305,7 @@ def takes(seconds: float, late: float = 0.1) -> Iterator[None]:
 
 
 def in_another_process(code: str, *args: str) -> Any:
-    """Run Python code in a process of its own, with ``sys.argv[1:]``; what it prints, as JSON."""
+    """Run Python code in a new process, with ``sys.argv[1:]``. Returns: its output, which is JSON."""
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", code, *args],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},

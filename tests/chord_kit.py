@@ -62,14 +62,14 @@ def added_event(chord_id: str, task_id: str) -> bytes:
     return write_event(Event(chord_id, at=time.time(), added=[task_id]))
 
 
-#: Whether the queues of bodies are classic ones.
+#: Whether the bodies' queues are classic.
 BODIES_COME_ONCE = os.environ.get("FASTRES_TEST_DEFAULT_QUEUES") != "quorum"
 
 
 class Unrun:
-    """Chords that are sent for real, with headers and bodies in queues that no worker reads.
+    """Chords that are really sent; no worker reads the queues of their headers and bodies.
 
-    What becomes of them is done by hand; how often a body was sent, and with what, is counted exactly.
+    The test acts as the workers, and counts the sent bodies with their arguments.
     """
 
     def __init__(self, app: Celery, broker: Broker) -> None:
@@ -83,12 +83,12 @@ class Unrun:
             broker.channel().queue_declare(queue, durable=True, auto_delete=False)
 
     def send(self, count: int, name: Any = "body", **options: Any) -> Any:
-        """Send a chord of so many tasks; its body is known by ``name``. Returns the body's result."""
+        """Send a chord of so many tasks, whose body has ``name``. Returns: the body's result."""
         body = self.task.s(name=name).set(**{"queue": self.bodies, **options})
         return chord([self.task.s().set(queue=self.header) for _ in range(count)], app=self._app)(body)
 
     def begin(self, count: int, name: Any = "body", body: Any = None, **options: Any) -> list[Context]:
-        """As send(), without tasks for the header: their requests, which no broker has seen."""
+        """As send(), without sending the header's tasks. Returns: their requests."""
         body = body or self.task.s(name=name).set(**{"queue": self.bodies, **options})
         group_id, task_ids = uuid(), [uuid() for _ in range(count)]
         body.freeze(group_id=group_id)
@@ -100,7 +100,7 @@ class Unrun:
         ]
 
     def requests(self, count: int) -> list[Context]:
-        """The requests of the next tasks of headers, as a worker has them, in the order they were sent."""
+        """The requests of the next header tasks, as in a worker, in the order in which they were sent."""
         return list(self._take(self.header, count))
 
     def _take(self, queue: str, count: int) -> Iterator[Context]:
@@ -111,7 +111,7 @@ class Unrun:
             yield Context({**headers, "correlation_id": headers["id"], "chord": embedded["chord"]})
 
     def reconnect(self) -> None:
-        """The broker was away."""
+        """Open a new connection, after the broker was down."""
         until(lambda: self._broker.connection.ensure_connection(max_retries=3))
         self._broker.connection.collect()
 
@@ -123,9 +123,9 @@ class Unrun:
         return lambda: (self._broker.messages(self.bodies) or 0) >= count
 
     def called(self) -> list[tuple[Any, Any]]:
-        """The names of bodies that were sent and have not been asked for, with what they were called with."""
+        """The names and arguments of the bodies that were sent since the last call."""
         found = []
-        # A body whose queue is not a classic one may come twice when its joiner ends: docs/chords.md.
+        # If its queue is not classic, a body may be sent twice when its joiner ends: see docs/chords.md.
         seen: set[Any] = set() if BODIES_COME_ONCE else self._seen
         while (message := self._broker.channel().basic_get(self.bodies, no_ack=True)) is not None:
             (values,), kwargs, _ = kombu.serialization.loads(
@@ -133,13 +133,13 @@ class Unrun:
             )
             body = message.headers["id"], repr(kwargs["name"])
             if body not in seen:
-                # Where each comes once all are counted.
+                # Otherwise each is sent once, and all are counted.
                 seen.update([] if BODIES_COME_ONCE else [body])
                 found.append((kwargs["name"], values))
         return found
 
     def wait(self, count: int, timeout: float = 20.0) -> list[tuple[Any, Any]]:
-        """As called(), once there are so many; AssertionError when there are more, or fewer for too long."""
+        """As called(), once there are so many; AssertionError if there are more, or too few for too long."""
         found: list[tuple[Any, Any]] = []
         end = time.monotonic() + timeout
         while len(found) < count:
@@ -151,7 +151,7 @@ class Unrun:
 
 
 def wait_for_joiners(app: Celery, node: Node, count: int) -> None:
-    """So many read the first shard or stand by: a quorum queue tells clients of the one that reads only."""
+    """Wait until so many joiners consume the first shard; a quorum queue tells clients only of the active one."""
     name = app.backend.addresses.chords(0).name
 
     def consumers() -> int:
@@ -161,13 +161,13 @@ def wait_for_joiners(app: Celery, node: Node, count: int) -> None:
 
 
 def finish(unrun: Unrun, requests: Iterable[Context], results: Iterable[Any] | None = None) -> None:
-    """The tasks of a header have returned: their places in it unless given."""
+    """Store the results of header tasks; the default results are their places."""
     for request, result in zip(requests, results or iter(range(1_000_000))):
         unrun.part(request, request.group_index if results is None else result)
 
 
 def begun(unrun: Unrun, sizes: list[int]) -> list[Context]:
-    """Begin chords of these sizes, with their numbers as names; the requests of all their tasks."""
+    """Begin chords of these sizes, named by their numbers. Returns: the requests of all their tasks."""
     return [request for number, size in enumerate(sizes) for request in unrun.begin(size, number)]
 
 
@@ -181,7 +181,7 @@ def results(*task_ids: str) -> dict[str, bytes]:
 
 
 class Log:
-    """A model of a shard's queue: acknowledged messages are gone, others are delivered again, at their places."""
+    """A model of a shard's queue: removes acknowledged messages, and delivers others again, at their places."""
 
     def __init__(self) -> None:
         self._published = 0
@@ -214,11 +214,11 @@ class Log:
 
     def acknowledge(self, tags: Any) -> None:
         for tag in tags:
-            # Twice is an error to the broker.
+            # The broker refuses a second acknowledgement.
             del self.unacknowledged[tag]
 
     def give_back(self) -> None:
-        """The consumer is gone."""
+        """The consumer has ended: deliver its messages again."""
         self.ready.update(self.unacknowledged.values())
         self.unacknowledged.clear()
 
@@ -228,9 +228,9 @@ class Lost(Exception):
 
 
 class Lab:
-    """A shard's joiner on a queue in memory: it can end at any commit, and another one goes on.
+    """A shard's joiner on a queue in memory: it can end at any commit, and another one continues.
 
-    Implements what ``Shard`` uses of its joiner and of the broker.
+    Implements the methods of the joiner and of the session that ``Shard`` calls.
     """
 
     one_by_one = False
@@ -241,17 +241,17 @@ class Lab:
     since = 0.0
 
     def __init__(self, acknowledges_first: bool = False) -> None:
-        #: As LavinMQ: a commit that is False has acknowledged, and published nothing.
+        #: As LavinMQ: a commit that is False has acknowledged but published nothing.
         self.acknowledges_first = acknowledges_first
         self.log = Log()
-        #: Chords that were fired, each time, with their parts; why the last time, if they were to fail.
+        #: The parts of each firing of each chord, and the reason if it was fired as failed.
         self.fired: list[tuple[str, dict[str, bytes]]] = []
         self.failed: dict[str, str] = {}
-        #: The next commits, and waits for confirms: None is one that succeeds, False one that does not happen,
-        #: True one that happens and is not known to have.
+        #: Outcomes of the next commits and waits for confirms: None succeeds, False is not carried out, True is
+        #: carried out but its answer is lost.
         self.commits: list[bool | None] = []
         self.ends = 0
-        #: Whether the log refuses what is published to it.
+        #: Whether the log refuses publishings.
         self.is_full = False
         self.addresses = SimpleNamespace(
             chords=lambda number: Address(f"log.{number}", is_log=True),
@@ -271,7 +271,7 @@ class Lab:
         return Shard(self, self, 0)  # type: ignore[arg-type]
 
     def step(self, count: int) -> None:
-        """Read at most so many messages, and handle them."""
+        """Read at most so many messages and handle them."""
         self._step(lambda: self._receiver(self.log.deliver(self._room(count))))
 
     def maintain(self, renewal: float = 0.0, expires: float | None = None) -> None:
@@ -289,7 +289,7 @@ class Lab:
             self.end()
 
     def leave_shard(self) -> None:
-        """The joiner leaves the shard to another one."""
+        """The joiner hands the shard over to another one."""
         self._step(self._leave_shard)
 
     def _leave_shard(self) -> None:
@@ -304,7 +304,7 @@ class Lab:
         self.shard = self._start()
 
     def finish(self) -> None:
-        """Read until nothing is left to read."""
+        """Read until the log is empty."""
         self.commits = []
         for _ in range(1000):
             if not self.log.ready and not self.shard.received:

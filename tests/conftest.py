@@ -44,13 +44,13 @@ def pytest_report_header() -> str:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # Without the compiled modules half of the tests would silently not run.
+    # Without the compiled modules, half of the tests would not run, silently.
     if importlib.util.find_spec("fastres_ext") is None:
         raise pytest.UsageError("the tests run on both implementations: fastres_ext is not installed")
     if CELERY < (5, 7):
-        # The producers of its own backends are left to the garbage collector.
+        # Celery leaves its own backends' producers to the garbage collector.
         config.addinivalue_line("filterwarnings", "ignore:unclosed:ResourceWarning")
-        # Its Redis backend calls what newer clients of Redis warn of.
+        # Celery's Redis backend calls deprecated methods of newer Redis clients.
         config.addinivalue_line("filterwarnings", "ignore:Call to deprecated setex:DeprecationWarning")
 
 
@@ -61,14 +61,14 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 
 @pytest.fixture
 def no_leftovers() -> Iterator[None]:
-    """What a test has left to the garbage collector is complained about there, if at all, and not later."""
+    """Collect garbage after each test, so that warnings about leftovers appear in the test that left them."""
     yield
     gc.collect()
 
 
 @pytest.fixture(scope="session", autouse=True)
 def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Python looks for modules where it is started: a child must find the installed fastres, not the source."""
+    """Start child processes in another folder: Python would import the source tree instead of the installed fastres."""
     os.chdir(tmp_path_factory.mktemp("elsewhere"))
 
 
@@ -80,8 +80,8 @@ def impl(request: pytest.FixtureRequest) -> dict[str, Any]:
 
 @pytest.fixture
 def both(impl: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run a test on the backend with each of the implementations."""
-    # A process chooses one when it imports fastres: here the names that hold its choice are given the other's.
+    """Run a test of the backend with each implementation."""
+    # A process chooses an implementation when it imports fastres; here the imported names are replaced.
     classes = {name: getattr(module, name) for module in impl.values() for name in vars(module) if name in CHOSEN}
     for path, module in list(sys.modules.items()):
         if path.startswith("fastres.") and not path.startswith("fastres._py"):
@@ -103,7 +103,7 @@ class GivenNode:
 
 @pytest.fixture(scope="session")
 def node() -> Iterator[Any]:
-    """The broker of the tests that leave it as it is: the one at ``AMQP_URL``, if that is set."""
+    """The shared broker, which no test stops or configures; the one at ``AMQP_URL``, if set."""
     if given := os.environ.get("AMQP_URL"):
         yield GivenNode(given)
         return
@@ -113,7 +113,7 @@ def node() -> Iterator[Any]:
 
 @pytest.fixture(scope="session")
 def redis() -> Redis:
-    """What the same scripts do with Celery's Redis backend. It ends with this process: results hold on to it."""
+    """A Redis for Celery's Redis backend. It ends with this process, because results keep their connection."""
     redis = Redis().start()
     atexit.register(redis.stop)
     return redis
@@ -121,7 +121,7 @@ def redis() -> Redis:
 
 @pytest.fixture(scope="module")
 def own_node() -> Iterator[Node]:
-    """A broker for the tests of a module alone, which may end it."""
+    """A broker for one module, whose tests may stop it."""
     if os.environ.get("AMQP_URL"):
         pytest.skip("takes a broker of its own, and AMQP_URL is set")
     with Node() as node:
@@ -130,7 +130,7 @@ def own_node() -> Iterator[Node]:
 
 @pytest.fixture(scope="module")
 def broker(node: Node) -> Iterator[Broker]:
-    """The same broker, without fastres."""
+    """Direct access to the same broker."""
     broker = Broker(node.url)
     yield broker
     broker.close()
@@ -138,7 +138,7 @@ def broker(node: Node) -> Iterator[Broker]:
 
 @pytest.fixture
 def make_app(node: Node) -> Iterator[MakeApp]:
-    """Makes applications on the broker: ``make_app(result_expires=60)``; their connections end with the test."""
+    """Creates applications: ``make_app(result_expires=60)``; their connections are closed after the test."""
     apps: list[Celery] = []
 
     def make(broker: str | None = None, backend: str = "fastres://", **conf: Any) -> Celery:
@@ -165,13 +165,13 @@ def quiet(node: Node, make_app: MakeApp) -> Celery:
 
 @pytest.fixture
 def other(make_app: MakeApp) -> Celery:
-    """An application that shares nothing with ``app`` but the broker: another process, as far as results go."""
+    """An application that shares only the broker with ``app``: for results, it is another process."""
     return make_app()
 
 
 @pytest.fixture
 def written(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
-    """What is written to the sockets of connections that are made from now on, write by write."""
+    """The writes to the sockets of all later connections."""
     writes: list[bytes] = []
     setup = TCPTransport._setup_transport
 
@@ -191,7 +191,7 @@ def written(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
 
 @pytest.fixture(autouse=True)
 def nothing_ignored(capfd: pytest.CaptureFixture[str]) -> Iterator[None]:
-    """An exception that Python could only print fails the test that it was printed in."""
+    """Fails a test in which Python could only print an exception."""
     yield
     gc.collect(0)
     printed = capfd.readouterr().err

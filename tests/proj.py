@@ -29,7 +29,7 @@ Json = dict[str, Any]
 
 
 def conf_of_run(backend: str, conf: Json) -> Json:
-    """Settings of an application; FASTRES_TEST_QUEUES in the environment is the type of its queues."""
+    """Settings of an application; the environment variable FASTRES_TEST_QUEUES sets the type of its queues."""
     queue_type = os.environ.get("FASTRES_TEST_QUEUES")
     if queue_type is None or not backend.startswith(("fastres://", "fastress://")):
         return conf
@@ -38,7 +38,7 @@ def conf_of_run(backend: str, conf: Json) -> Json:
 
 
 def make_app(broker: str, backend: str, conf: Json | None = None, current: bool = False) -> Celery:
-    """An application with these tasks; `current`: the one that signatures and results find by themselves."""
+    """An application with these tasks; `current`: make it Celery's current application."""
     app = Celery("proj", broker=broker, backend=backend, set_as_current=current)
     app.conf.update(
         broker_connection_retry_on_startup=True,
@@ -52,7 +52,7 @@ def make_app(broker: str, backend: str, conf: Json | None = None, current: bool 
 
 
 class OutOfStockError(Exception):
-    """An exception of the application's own."""
+    """A user's exception."""
 
     def __init__(self, item: str, left: int) -> None:
         super().__init__(item, left)
@@ -75,7 +75,7 @@ def echo(value: Any) -> Any:
     return value
 
 
-#: Values that serializers have ways of their own for.
+#: Values that serializers encode in their own ways.
 TYPED = {
     "json": [
         datetime(2026, 1, 2, 3, 4, 5, 6, timezone.utc),
@@ -113,7 +113,7 @@ def slow(seconds: float, value: Any = None) -> Any:
 
 @shared_task
 def noted(numbers: list[int], file: str, name: str) -> None:
-    """The body of a chord that a test sees without a result."""
+    """The body of a chord that writes to a file, for tests without results."""
     with open(file, "a") as notes:
         notes.write(f"{name}:{sum(numbers)}\n")
 
@@ -123,7 +123,7 @@ def fail(item: str, left: int = 0) -> None:
     raise OutOfStockError(item, left)
 
 
-#: Exceptions of users' tasks that brokers' clients raise too.
+#: Exceptions of users' tasks that clients of brokers raise too.
 BROKEN = {
     "ConnectionError": ConnectionError("the shop is closed"),
     "ConnectionResetError": ConnectionResetError(104, "reset"),
@@ -151,7 +151,7 @@ def numbered() -> Any:
 
 
 class UnprintableError(Exception):
-    """An exception of the application's own, with a mistake."""
+    """A user's exception with a faulty ``__repr__``."""
 
     def __repr__(self) -> str:
         raise RuntimeError("no repr")
@@ -169,7 +169,7 @@ class UnsentError(Exception):
 
 
 class Unsent(Task):
-    """Cannot be sent: what its tenant's middleware does goes wrong."""
+    """A task whose sending fails: the user's override of ``apply_async`` raises."""
 
     def apply_async(self, args: Any = None, kwargs: Any = None, **options: Any) -> Any:
         how = (kwargs or {}).get("how")
@@ -186,7 +186,7 @@ def unsent(values: Any, how: str) -> Any:
 
 
 class Tenanted(Task):
-    """Tasks of a tenant's: the one of who sends them."""
+    """Tasks with the tenant of the task that sends them."""
 
     def apply_async(self, args: Any = None, kwargs: Any = None, **options: Any) -> Any:
         headers = dict(options.pop("headers", None) or {})
@@ -216,13 +216,13 @@ def silent(value: Any) -> Any:
 
 @shared_task
 def errback(request: Any, exc: BaseException, traceback: Any, folder: str) -> None:
-    """Which task failed, and how, into a file."""
+    """Writes the id of the failed task and its exception into a file."""
     Path(folder, "told").write_text(f"{request.id} {exc!r}")
 
 
 @shared_task
 def chord_errback(request: Any, exc: BaseException, traceback: Any, folder: str) -> None:
-    """Which task failed, how and why, into a file that is there only when it is whole."""
+    """Writes the failed task, its exception and the cause into a file, atomically."""
     telling = Path(folder, f"telling-{request.id}")
     telling.write_text(f"{request.id}\n{exc!r}\n{exc.__cause__!r}\n{traceback}")
     telling.rename(Path(folder, f"told-{request.id}"))
@@ -230,14 +230,14 @@ def chord_errback(request: Any, exc: BaseException, traceback: Any, folder: str)
 
 @shared_task
 def patient_errback(request: Any, exc: BaseException, traceback: Any, path: str) -> None:
-    """Ends as soon as a file is there, and tells that it waits for it."""
+    """Creates a file to show that it runs, and ends when another file exists."""
     Path(f"{path}-waiting").touch()
     gated(path, None)
 
 
 @shared_task
 def noted_errback(request: Any, exc: BaseException, traceback: Any, folder: str) -> None:
-    """One line more in a file each time that it is called; ends as soon as there is a gate."""
+    """Appends a line to a file at each call, and ends when the gate file exists."""
     with open(Path(folder, "noted"), "a") as file:
         file.write(f"{request.id}\n")
     gated(str(Path(folder, "gate")), None)
@@ -259,14 +259,14 @@ def count_lazily(results: Any) -> list[int]:
 
 @shared_task(bind=True)
 def delivery(self: Any, values: Any) -> Json:
-    """How a body came to its worker."""
+    """The delivery info of a body."""
     info = self.request.delivery_info
     return {"values": values, "queue": info["routing_key"], "priority": info["priority"]}
 
 
 @shared_task(bind=True)
 def retried(self: Any, times: int) -> int:
-    """Fails for so many times, then returns how often it ran."""
+    """Fails so many times, then returns how often it ran."""
     if self.request.retries < times:
         raise self.retry(countdown=0, max_retries=times)
     return int(self.request.retries) + 1
@@ -295,7 +295,7 @@ def progress_without_end(self: Any) -> None:
 
 
 def start_tracing(how: str | None) -> None:
-    """Have this process traced by an SDK that reports nowhere."""
+    """Trace this process with an SDK that reports nowhere."""
     if how == "opentelemetry":
         from opentelemetry import trace
         from opentelemetry.instrumentation.celery import CeleryInstrumentor
@@ -312,7 +312,7 @@ def start_tracing(how: str | None) -> None:
 
 @shared_task(bind=True)
 def traced(self: Any, *values: Any) -> Any:
-    """The trace that a task belongs to, as its headers say."""
+    """The trace id in a task's headers."""
     headers = self.request.headers or {}
     otel, sentry = headers.get("traceparent"), headers.get("sentry-trace")
     return (otel.split("-")[1] if otel else None, sentry.split("-")[0] if sentry else None)
@@ -342,7 +342,7 @@ def launch(self: Any, count: int) -> str:
 
 @shared_task
 def launch_and_wait(count: int, timeout: float) -> list[int]:
-    """A task that joins the group that it sent: what Celery warns of, but what is done."""
+    """A task that joins the group that it sent: Celery warns of it, but users do it."""
     with allow_join_result():
         result: list[int] = (
             group(add.s(number, number) for number in range(count)).apply_async().get(timeout=timeout)
@@ -393,7 +393,7 @@ def replaced_by_chain(self: Any, x: int) -> None:
 
 @shared_task(acks_late=True, reject_on_worker_lost=True)
 def dies_once(folder: str, number: int) -> int:
-    """The first time its process is killed: the broker gives the task to another one."""
+    """Kills its process on the first run: the broker delivers the task again."""
     mark = Path(folder, f"ran-{number}")
     if not mark.exists():
         mark.touch()
@@ -402,7 +402,7 @@ def dies_once(folder: str, number: int) -> int:
 
 
 class Dying(Task):
-    """When its result is stored its process is killed, and the whole worker if it says so."""
+    """Kills its process when its result is stored, or the whole worker if told to."""
 
     with_worker = False
 
@@ -423,7 +423,7 @@ def dies_with_its_worker(path: str) -> int:
 
 
 def _count_run(path: str) -> int:
-    """How often a task has run."""
+    """The number of runs of a task."""
     with open(path, "a+") as runs:
         runs.write("ran\n")
         runs.seek(0)
@@ -432,14 +432,14 @@ def _count_run(path: str) -> int:
 
 @shared_task(acks_late=True, reject_on_worker_lost=True)
 def late(seconds: float, value: Any) -> Any:
-    """Is run again when its worker is lost."""
+    """Runs again when its worker is lost (``acks_late``)."""
     time.sleep(seconds)
     return value
 
 
 @shared_task
 def gated(path: str, value: Any) -> Any:
-    """Ends as soon as a file is there."""
+    """Ends when a file exists."""
     end = time.monotonic() + 60
     while not os.path.exists(path):
         if time.monotonic() > end:

@@ -13,14 +13,14 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 HOST = "127.0.0.1"
-#: On close the kernel sends a reset instead of what is still to be sent: the network is gone.
+#: On close, the kernel sends a reset and drops unsent bytes, as if the network were lost.
 RESET = struct.pack("ii", 1, 0)
 #: AMQP's frame of it.
 HEARTBEAT = b"\x08\0\0\0\0\0\0\xce"
 
 
 class Proxy:
-    """Forwards what comes to `port` to another port of this machine; a context manager.
+    """Forwards connections to `port` to another port of this machine; a context manager.
 
     Args:
         cuts: after how many bytes from the server each connection is cut; those that come after it are not.
@@ -71,7 +71,7 @@ class Proxy:
             self.cut()
 
     def stall(self, heartbeats: bool = False) -> None:
-        """Forward nothing any more, and say nothing, or that the broker lives: connections hang."""
+        """Forward nothing any more, except heartbeats of the broker if asked: connections hang."""
         self._flowing.clear()
         if heartbeats:
             self._run(self._beat)

@@ -10,7 +10,7 @@ from kombu.serialization import loads
 
 
 def nobodys(app: Celery, **options: Any) -> Any:
-    # One for each test, of an application that others may have too.
+    # A task for each test, because tests may share an application.
     @app.task(name=f"tests.nobodys.{uuid()}", shared=False, **options)
     def task(*args: Any, **kwargs: Any) -> None: ...
 
@@ -18,7 +18,7 @@ def nobodys(app: Celery, **options: Any) -> Any:
 
 
 def sent(broker: Broker, queue: str, count: int = 1) -> list[Any]:
-    """The messages of a queue, which are taken when there are so many: Celery does not wait for confirms."""
+    """Take the messages of a queue once there are so many: Celery does not wait for confirms."""
     channel = broker.channel()
     until(lambda: (broker.messages(queue) or 0) >= count)
     found = []

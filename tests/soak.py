@@ -1,4 +1,4 @@
-"""Everything goes wrong for some minutes, and no result is lost: see ci/soak."""
+"""Injects every kind of fault for some minutes, and checks that no result is lost: see ci/soak."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from proxy import Proxy
 from rabbitmq_node import Node
 from workers import Worker, client
 
-#: Tasks that were begun when their worker was killed run again; what is sent is confirmed.
+#: Tasks run again if their worker is killed; sends are confirmed.
 CONF: dict[str, Any] = {
     "task_acks_late": True,
     "task_reject_on_worker_lost": True,
@@ -36,7 +36,7 @@ KILLS, CUTS, RESTARTS, ALARMS, ALARM = 15, 4, 70, 45, 5
 REST = 120
 #: The outcome of a task or a chord.
 HANDED_OVER, LATER, WRONG, MISSING = "handed over", "read at the end", "wrong", "missing"
-#: Errors of whoever sends while the broker is away: what was sent is not known then, and not accounted for.
+#: Errors of sending while the broker is down: it is unknown whether the tasks were sent, so they do not count.
 AWAY = (OperationalError, OSError)
 
 
@@ -62,7 +62,7 @@ class Account:
             self.events[event] += 1
 
     def close(self, app: Celery) -> Counter[str]:
-        """Read what nobody has read: the outcomes."""
+        """Read the outcomes that were not read."""
         outcomes: Counter[str] = Counter()
         end = time.monotonic() + REST
         for task_id, value in self.expected.items():
@@ -81,7 +81,7 @@ class Account:
 
 
 def send(account: Account, results: Callable[[], list[tuple[AsyncResult, Any]]]) -> list[tuple[AsyncResult, Any]]:
-    """Send tasks, and enter them."""
+    """Send tasks, and record them."""
     try:
         sent = results()
     except AWAY:
@@ -102,7 +102,7 @@ def wait(account: Account, result: AsyncResult, timeout: float) -> None:
 
 
 def lone(account: Account, chance: random.Random) -> None:
-    """Wait for tasks, patiently and impatiently."""
+    """Wait for tasks, with long and short timeouts."""
     number = chance.randrange(1000)
     for result, _ in send(account, lambda: [(echo.delay(number), number)]):
         wait(account, result, chance.choice([0.05, 1, 30]))
@@ -126,7 +126,7 @@ def polled(account: Account, chance: random.Random) -> None:
 
 
 def joined(account: Account, chance: random.Random) -> None:
-    """Join groups, some of them in two tries."""
+    """Join groups, some of them in two attempts."""
     count = chance.choice([2, 20, 200])
 
     def begin() -> list[tuple[AsyncResult, Any]]:
@@ -165,7 +165,7 @@ def trouble(
     over: Callable[[], bool],
     chance: random.Random,
 ) -> None:
-    """One fault after the other."""
+    """Inject one fault after the other."""
     due = {fault: time.monotonic() + chance.uniform(0, every) for fault, every in EVERY.items()}
     while not over():
         time.sleep(0.2)
@@ -204,7 +204,7 @@ def keep_doing(
         try:
             act(account, chance)
         except Exception as exc:
-            # What nobody expects is an outcome too.
+            # An unexpected exception is an outcome too.
             account.note(f"{act.__name__}: {exc!r}"[:200])
 
 
@@ -212,7 +212,7 @@ def keep_doing(
 @click.argument("seconds", type=float, default=600)
 @click.option("--seed", type=int, default=1)
 def soak(seconds: float, seed: int) -> None:
-    """Let everything go wrong for some SECONDS; the exit code is 1 when a result is missing or wrong."""
+    """Inject faults for SECONDS; the exit code is 1 if a result is missing or wrong."""
     logging.disable(logging.CRITICAL)
     account, start = Account(), time.monotonic()
 

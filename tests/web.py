@@ -16,7 +16,7 @@ api = FastAPI()
 
 
 async def value_of(result: Any, timeout: float) -> Any:
-    """The value of a result; with a backend that has nothing for event loops, in the way that works with each."""
+    """The value of a result; a backend without asyncio support is read in a thread."""
     if isinstance(app.backend, fastres.AMQPBackend):
         return await aio.get(result, timeout=timeout)
 

@@ -37,7 +37,7 @@ def delivery(
 
 
 HEARTBEAT = frame(8, 0, b"")
-#: As `methods` tells them.
+#: As `methods` returns them.
 QUEUE_DECLARE, BASIC_CONSUME, BASIC_PUBLISH, QUEUE_DELETE = (50, 10), (60, 20), (60, 40), (50, 40)
 
 

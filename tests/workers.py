@@ -22,12 +22,12 @@ TESTS = Path(__file__).parent
 
 
 class Worker(Leashed):
-    """A worker that is ready when started, and gone with all its processes when stopped; a context manager.
+    """A worker that is ready when started, and ends with all its processes; a context manager.
 
     Args:
         pool: ``prefork``, ``threads``, ``solo``, ``gevent`` or ``eventlet``.
         arguments: more of the command line.
-        conf: Celery's settings, as JSON can hold them.
+        conf: Celery's settings, with JSON values only.
     """
 
     name = "worker"
@@ -42,7 +42,7 @@ class Worker(Leashed):
         arguments: str = "",
         **conf: Any,
     ) -> None:
-        # A queue of its own: tasks that other tests left are not for this worker.
+        # Its own queue: this worker must not run tasks of other tests.
         conf.setdefault("task_default_queue", f"proj-{uuid4()}")
         self.broker, self.backend, self.conf = broker, backend, conf
         self.pool = pool
@@ -53,7 +53,7 @@ class Worker(Leashed):
         super().__init__(envvars=environment(broker, backend, **conf))
 
     def shell_line(self, folder: Path) -> str:
-        # The word that is waited for must be of this start, not of the last one.
+        # Look for "ready" behind the log of the previous start.
         (folder / "output.log").write_text("")
         return self._line
 
@@ -80,7 +80,7 @@ class JoinerProcess(Leashed):
     It may take a moment from its start until it reads: until ``broker.wait_for_consumer()`` of a shard's queue.
 
     Args:
-        conf: Celery's settings, as JSON can hold them.
+        conf: Celery's settings, with JSON values only.
     """
 
     name = "joiner"
@@ -126,11 +126,11 @@ def environment(broker: str, backend: str = "fastres://", **conf: Any) -> dict[s
 
 @contextmanager
 def client(broker: str, backend: str = "fastres://", **conf: Any) -> Iterator[Celery]:
-    """The current application of this process, as that of a program that sends tasks to workers."""
-    # Celery has no way back from being the current application.
+    """Make the current application of this process, like a program that sends tasks to workers."""
+    # Celery cannot unset the current application.
     before = _state.default_app, _state._tls.current_app
     app = proj.make_app(broker, backend, conf, current=True)
-    # The first id is made before the backend is: tests/unit/test_canvas.py has it.
+    # Otherwise the first id would precede the backend: tests/unit/test_canvas.py tests that.
     assert app.backend
     try:
         yield app
@@ -140,7 +140,7 @@ def client(broker: str, backend: str = "fastres://", **conf: Any) -> Iterator[Ce
 
 
 def python(code: str, app: Celery, timeout: float = 60, before: str = "") -> str:
-    """Run code in a new process that has imported all of ``proj``, with the settings of a client. Returns: its output.
+    """Run code in a new process that has imported all of ``proj``, with a client's settings. Returns: its output.
 
     Raises AssertionError, with its standard error, when it fails.
     """

@@ -23,17 +23,17 @@ from rabbitmq_node import HOST, Leashed, Node, Redis
 FOLDER = "t/integration/"
 FILES = ("test_canvas.py", "test_tasks.py", "test_group_chains.py")
 
-# Tests that count in Redis skip themselves unless the result backend is one, a few where it is no key/value store.
-# Here they have a Redis in any case; what they check of a backend holds for another as well, or is in known.toml.
+# Tests that count in Redis skip themselves unless the result backend is Redis, and a few unless it is a key/value
+# store. Here they always have a Redis; their checks of a backend apply to others too, or are in known.toml.
 GUARD = re.compile(
     r"if not (\w+(\.app)?\.conf\.result_backend\.startswith\(.+\)"
     r"|isinstance\(manager\.app\.backend, BaseKeyValueStoreBackend\)):"
 )
 
-STARTUP = 60  # seconds that a process may take on top of the first test's: it imports, connects, starts its worker
+STARTUP = 60  # extra seconds for the first test of a process, which imports, connects and starts its worker
 
-#: Its time limits and tries are not those of the suite, which has up to six tries of 300 seconds for many tests.
-#: The worker is there for those too that rely on a test before them to have started it.
+#: The suite's own limits, up to six tries of 300 seconds for many tests, are not used.
+#: Start the worker for tests that rely on an earlier test for it.
 PYTEST = (
     "pytest -q -p celery.contrib.pytest -p no:timeout -p no:rerunfailures -p no:cacheprovider -p no:benchmark "
     "-p no:hypothesispytest -o addopts= -o usefixtures=celery_session_worker"
@@ -46,11 +46,11 @@ class SuiteError(RuntimeError):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a test: `word` is passed, failed, skipped or xfailed (failed, as the suite expects)."""
+    """The outcome of a test: `word` is passed, failed, skipped or xfailed (failed, as the suite expects)."""
 
     word: str
     reason: str = ""
-    #: It had failed before, for this reason if it passes now.
+    #: The reason of an earlier failure, if it passes now.
     again: bool = False
 
     @property
@@ -66,7 +66,7 @@ class Suite:
     """The suite, unpacked: run from `root`, where `t` is a package and celery is the installed one."""
 
     root: Path
-    #: How many guards were lifted.
+    #: The number of removed guards.
     guards: int
 
     def collect(self, selection: Sequence[str]) -> list[str]:
@@ -120,13 +120,13 @@ def run(
     timeout: float,
     told: Callable[[str, Outcome], None],
 ) -> Outcomes:
-    """Run tests file by file, and each that failed once more alone.
+    """Run tests file by file, and each failed test once more alone.
 
     Args:
         backend: URL of the result backend.
         node: the broker.
-        store: what the tests themselves count in.
-        timeout: seconds that a test, or a subtest, may take; then it has failed, and the next has a new worker.
+        store: the Redis in which the tests count.
+        timeout: seconds that a test, or a subtest, may take; after that it has failed, and the next has a new worker.
         told: called with each test that has ended.
     """
     outcomes: Outcomes = {}
@@ -150,7 +150,7 @@ def run(
 
 
 class _Pytest(Leashed):
-    """A process that runs some tests, with the worker that the suite starts in it."""
+    """A process that runs some tests, with the suite's worker in it."""
 
     name = "pytest"
 
@@ -180,7 +180,7 @@ class _Pytest(Leashed):
 
 @contextmanager
 def _process(suite: Suite, tests: Sequence[str], backend: str, node: Node, store: Redis) -> Iterator[_Pytest]:
-    """A process on a virtual host of its own: what other tests left in queues is not for its worker."""
+    """A process on its own virtual host: its worker must not read messages of other tests."""
     vhost = f"suite-{time.time_ns()}"
     node.ctl("add_vhost", vhost)
     node.ctl("set_permissions", "-p", vhost, "guest", ".*", ".*", ".*")
@@ -189,7 +189,7 @@ def _process(suite: Suite, tests: Sequence[str], backend: str, node: Node, store
     environment = {
         "TEST_BROKER": f"amqp://guest:guest@{HOST}:{node.port}/{vhost}",
         "TEST_BACKEND": backend,
-        "WORKER_LOGLEVEL": "INFO",  # of which some tests read the log
+        "WORKER_LOGLEVEL": "INFO",  # some tests read its log
         "REDIS_HOST": HOST,
         "REDIS_PORT": str(store.port),
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
@@ -202,7 +202,7 @@ def _process(suite: Suite, tests: Sequence[str], backend: str, node: Node, store
 
 
 def _follow(process: _Pytest, tests: Sequence[str], timeout: float) -> Iterator[tuple[str, Outcome]]:
-    """Tests with their outcomes as they end, the last one where it does not in time, or where the process ends."""
+    """Yield tests with their outcomes as they end; the last one if it times out, or if the process ends."""
     left = list(tests)
     word, messages = "passed", []
     for report in _reports(process, timeout):
@@ -220,12 +220,12 @@ def _follow(process: _Pytest, tests: Sequence[str], timeout: float) -> Iterator[
 
 
 def _reports(process: _Pytest, timeout: float) -> Iterator[dict[str, Any]]:
-    """What pytest reports of the phases of tests, until it ends or says nothing for too long."""
+    """Yield pytest's reports of the phases of tests, until it ends or is silent for too long."""
     limit = time.monotonic() + STARTUP + timeout
     with process.reports() as file:
         line = ""
         while time.monotonic() < limit:
-            running = process.running()  # asked first: what it wrote before its end is read
+            running = process.running()  # asked first, so that its last reports are read
             line += file.readline()
             if line.endswith("\n"):
                 report, line = json.loads(line), ""
@@ -239,12 +239,12 @@ def _reports(process: _Pytest, timeout: float) -> Iterator[dict[str, Any]]:
 
 
 def _is_end(report: dict[str, Any]) -> bool:
-    """Whether nothing more is reported of this test; a subtest's reports are of another type."""
+    """Whether this is the last report of a test; subtests have another type of report."""
     return report["when"] == "teardown" and report["$report_type"] == "TestReport"
 
 
 def _judge(report: dict[str, Any], word: str, messages: Iterable[str]) -> tuple[str, list[str]]:
-    """The word for a test, and why, after one more of its phases or subtests."""
+    """The word for a test, and the reason, after one more of its phases or subtests."""
     if report["outcome"] == "failed":
         return "failed", [*messages, _message(report["longrepr"])]
     if report["outcome"] == "skipped" and word == "passed":
@@ -253,6 +253,6 @@ def _judge(report: dict[str, Any], word: str, messages: Iterable[str]) -> tuple[
 
 
 def _message(longrepr: Any) -> str:
-    """The first line of what a test failed with."""
+    """The first line of a test's error."""
     text = longrepr["reprcrash"]["message"] if isinstance(longrepr, dict) else str(longrepr)
     return text.strip().partition("\n")[0]

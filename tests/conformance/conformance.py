@@ -31,7 +31,7 @@ from verdicts import WORDS, Verdict, read_known, report
 import fastres
 
 HERE = Path(__file__).parent
-#: Where the sdist and the last run are kept; git ignores it.
+#: The folder of the sdist and of the last run; git ignores it.
 BUILD = HERE.parent.parent / "build" / "conformance"
 LAST = BUILD / "last.json"
 
@@ -56,7 +56,7 @@ guards are lifted. Reasons are those of [known.toml](known.toml), which must not
 @click.option("--judge", is_flag=True, help="Run nothing: judge the last run again.")
 @click.option("--timeout", default=120.0, show_default=True, help="Seconds that a test, or a subtest, may take.")
 def main(tests: tuple[str, ...], write: bool, judge: bool, timeout: float) -> None:
-    # A `kill` takes the same way out as Ctrl-C, on which everything is stopped that was started.
+    # Handle SIGTERM like Ctrl-C, which stops everything that was started.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     if not judge:
         try:
@@ -71,7 +71,7 @@ def main(tests: tuple[str, ...], write: bool, judge: bool, timeout: float) -> No
     click.echo(text)
     if write:
         (HERE / "REPORT.md").write_text(text, "utf-8")
-    # A name that no test has is found in a run of all of them only.
+    # Names of tests that do not exist are found only in a complete run.
     faults = verdict.faults + ([] if last["tests"] else verdict.nameless)
     if faults:
         raise click.ClickException("\n".join([f"{len(faults)} are not as known.toml has them:", *faults]))
@@ -105,7 +105,7 @@ def measure(tests: tuple[str, ...], timeout: float) -> dict[str, Any]:
 
 
 def in_thread(function: Callable[..., Outcomes], *args: Any) -> Future[Outcomes]:
-    """Call a function in a thread that does not keep this process alive: on Ctrl-C what it started ends too."""
+    """Call a function in a thread that does not keep this process alive, so that Ctrl-C ends its programs too."""
     future: Future[Outcomes] = Future()
 
     def call() -> None:
@@ -119,7 +119,7 @@ def in_thread(function: Callable[..., Outcomes], *args: Any) -> Future[Outcomes]
 
 
 def tell(backend: str, test: str, outcome: Outcome) -> None:
-    """A line for each test that has ended."""
+    """Print a line for a test that has ended."""
     click.echo(f"{backend:8}{WORDS[outcome.word]:8}{test}  {outcome.reason}".rstrip(), err=True)
 
 

@@ -1,4 +1,4 @@
-"""What two runs of the suite come to: which tests differ, and whether known.toml has their reasons."""
+"""The verdict on two runs of the suite: tests that differ, and whether known.toml has their reasons."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ WORDS = {"passed": "passed", "failed": "failed", "skipped": "skipped", "xfailed"
 
 @dataclass(frozen=True)
 class Verdict:
-    """A run with each backend, of the same tests, beside what is known of them."""
+    """A run of the same tests with each backend, compared with known.toml."""
 
     redis: Outcomes
     fastres: Outcomes
@@ -42,13 +42,13 @@ class Verdict:
 
     @property
     def retried(self) -> list[str]:
-        """Tests that passed in a second try, with one backend or both."""
+        """Tests that passed in a second attempt, with one backend or both."""
         runs = self.redis, self.fastres
         return [test for test in self.redis if any(run[test].passed and run[test].again for run in runs)]
 
     @property
     def faults(self) -> list[str]:
-        """Why the run has failed: tests without a reason in known.toml, and reasons that do not hold any more."""
+        """Why the run has failed: tests that are not in known.toml, and entries that do not apply any more."""
         return [
             *(f"{test} passes with Redis, not with fastres" for test in self.differing if test not in self.known),
             *(f"{test} passes: known.toml has it for nothing" for test in self.known if self._passes(test)),
@@ -56,7 +56,7 @@ class Verdict:
 
     @property
     def nameless(self) -> list[str]:
-        """Names in known.toml that no test of a complete run has."""
+        """Names in known.toml that do not exist in a complete run."""
         return [
             f"{test} is in known.toml, and not in the suite" for test in self.known if test not in self.fastres
         ]
@@ -71,7 +71,7 @@ def read_known(path: Path = KNOWN) -> dict[str, str]:
 
 
 def report(verdict: Verdict, introduction: str) -> str:
-    """All of it, in Markdown."""
+    """The report, in Markdown."""
     runs = {"Redis": verdict.redis, "fastres": verdict.fastres}
     parts = ["# Conformance", introduction, _counts(runs)]
     if verdict.differing:
@@ -110,7 +110,7 @@ def _cell(run: Outcomes, test: str) -> str:
 
 
 def _why(text: str) -> str:
-    """A text that keeps to its cell."""
+    """A text that fits into a cell."""
     return " ".join(text.replace("|", "\\|").split())
 
 

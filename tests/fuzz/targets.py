@@ -150,8 +150,8 @@ def properties(data: bytes) -> None:
     if source.integer() % 16 == 1:
         payload = payload[: source.integer()]
     one = [wire.delivery(1, b"")[0], wire.frame(2, 1, payload), *([wire.frame(3, 1, body)] if body else [])]
-    # In one piece, and frame by frame: the compiled implementation has a path for each. The remembered properties of the
-    # first message must not leak into the second.
+    # In one piece, and frame by frame: the compiled implementation has a path for each. The remembered properties of
+    # the first message must not leak into the second.
     another = wire.delivery(1, b"y", content_type=JSON, content_encoding="utf-8", correlation_id="id")
     same(read, [b"".join([*one, *another])], 131_072)
     same(read, [*one, *another, *one], 131_072)
