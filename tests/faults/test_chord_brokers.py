@@ -1,4 +1,4 @@
-"""Chords whose results live at another broker than tasks: what is lost on the way to either is sent again."""
+"""Chords whose results are on another broker than tasks: messages lost on the way to either are sent again."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def options() -> dict[str, Any]:
 
 @pytest.fixture
 def tasks(own_node: Node) -> Node:
-    """The broker of tasks, running whatever the last test has done with it."""
+    """The broker of tasks, started again if an earlier test has stopped it."""
     return own_node.start()
 
 
@@ -44,7 +44,7 @@ def results(node: Node) -> str:
 
 @pytest.fixture
 def proxy(tasks: Node) -> Iterator[Proxy]:
-    """The joiner's way to the broker of tasks."""
+    """The proxy between the joiner and the broker of tasks."""
     with Proxy(tasks.port) as proxy:
         yield proxy
 
@@ -67,7 +67,7 @@ def joiner(proxy: Proxy, results: str, options: dict[str, Any], unrun: Unrun) ->
         yield joiner
 
 
-#: Gives a broker up soon that does not answer.
+#: Gives up early if a broker does not answer.
 IMPATIENT = """
     from fastres.chords import producer
 
@@ -78,7 +78,7 @@ IMPATIENT = """
 
 @pytest.fixture
 def impatient(proxy: Proxy, results: str, options: dict[str, Any], unrun: Unrun) -> Iterator[None]:
-    """A joiner that does not wait for long."""
+    """A joiner with a short timeout."""
     conf = {"broker_connection_timeout": 1, "result_backend_transport_options": options}
     with client(proxy.url, results, **conf) as app:
         process = start_python(IMPATIENT, app)
@@ -91,7 +91,7 @@ def impatient(proxy: Proxy, results: str, options: dict[str, Any], unrun: Unrun)
 
 
 def join_one(unrun: Unrun) -> None:
-    """From then on the joiner's connection to the broker of tasks is there."""
+    """Join one chord, so that the joiner is connected to the broker of tasks."""
     finish(unrun, begun(unrun, [2]))
     assert unrun.wait(1, LONG) == results_of([2])
 
@@ -122,7 +122,7 @@ def test_the_broker_of_tasks_is_down_when_a_chord_becomes_complete(
     requests = begun(unrun, SIZES)
     finish(unrun, requests[:-1])
     assert sorted(unrun.wait(len(SIZES) - 1, LONG)) == results_of(SIZES)[:-1]
-    # A queue that is younger than two seconds may be lost: see Node.
+    # A queue may be lost in its first two seconds: see Node.
     time.sleep(2.5)
     tasks.kill()
     finish(unrun, requests[-1:])
@@ -136,7 +136,7 @@ def test_the_broker_of_tasks_is_down_when_a_chord_becomes_complete(
 
 @pytest.mark.usefixtures("impatient")
 def test_a_body_that_is_lost_on_its_way(app: Celery, unrun: Unrun, proxy: Proxy) -> None:
-    """The network takes it and does not deliver it: until it is confirmed its parts are not acknowledged."""
+    """The network accepts it and does not deliver it; its parts are acknowledged only after its confirm."""
     proxy.stall()
     accepted = proxy.accepted
     finish(unrun, begun(unrun, SIZES))

@@ -1,4 +1,4 @@
-"""Joiners end, and connections are cut, while errbacks are told: at least once, and nobody is held up by it."""
+"""Joiners end and connections are cut while errbacks run: each is called at least once, and delays no chord."""
 
 from __future__ import annotations
 
@@ -45,26 +45,26 @@ def unrun(app: Celery, broker: Broker) -> Unrun:
 def joining(
     app: Celery, node: Node, options: dict[str, Any], url: str | None = None, beside: int = 0
 ) -> Iterator[JoinerProcess]:
-    """A joiner that reads, or stands by beside another one."""
+    """A joiner that consumes, or is the standby of another."""
     with JoinerProcess(url or node.url, result_backend_transport_options=options) as joiner:
         wait_for_joiners(app, node, beside + 1)
         yield joiner
 
 
 def failing(unrun: Unrun, folder: Path) -> Context:
-    """The request of the only task of a chord, which is about to fail."""
+    """The request of the only task of a chord, which will fail."""
     (request,) = unrun.begin(1, "never", link_error=[noted_errback.s(folder=str(folder))])
     return request
 
 
 def fail(app: Celery, request: Context) -> str:
-    """The task of a header has raised; the id of its body."""
+    """Fail the task of a header. Returns: the id of its body."""
     app.backend.mark_as_failure(request.id, OutOfStockError("apples", 4), request=request)
     return str(request.chord.id)
 
 
 def told(folder: Path) -> list[str]:
-    """Ids of the bodies whose errbacks were called, each time."""
+    """The ids of the bodies whose errbacks were called, one for each call."""
     path = folder / "noted"
     return path.read_text().split() if path.exists() else []
 
@@ -76,7 +76,7 @@ def has_failed(app: Celery, unrun: Unrun, body: str) -> None:
     assert unrun.called() == []
 
 
-#: Ends as soon as it would commit that the errbacks of a chord have been told.
+#: Ends just before it commits that a chord's errbacks were called.
 DIES = """
     import os, signal
     from fastres.chords.shard import Shard
@@ -86,7 +86,7 @@ DIES = """
 """
 
 
-def test_a_joiner_is_killed_after_it_has_told_an_errback(
+def test_a_joiner_is_killed_after_an_errback(
     app: Celery, unrun: Unrun, node: Node, options: dict[str, Any], tmp_path: Path
 ) -> None:
     (tmp_path / "gate").touch()
@@ -103,7 +103,7 @@ def test_a_joiner_is_killed_after_it_has_told_an_errback(
         has_failed(app, unrun, body)
 
 
-def test_a_joiner_is_killed_while_it_tells_an_errback(
+def test_a_joiner_is_killed_during_an_errback(
     app: Celery, unrun: Unrun, node: Node, options: dict[str, Any], tmp_path: Path
 ) -> None:
     with joining(app, node, options) as killed, joining(app, node, options, beside=1):
@@ -116,7 +116,7 @@ def test_a_joiner_is_killed_while_it_tells_an_errback(
         has_failed(app, unrun, body)
 
 
-def test_a_joiner_has_lost_its_shard_while_it_tells_an_errback(
+def test_a_joiner_loses_its_shard_during_an_errback(
     app: Celery, unrun: Unrun, node: Node, options: dict[str, Any], tmp_path: Path
 ) -> None:
     with (
@@ -134,26 +134,26 @@ def test_a_joiner_has_lost_its_shard_while_it_tells_an_errback(
         assert "starts again" not in cut.log()
 
 
-def test_a_joiner_is_connected_again_while_it_tells_an_errback(
+def test_a_joiner_reconnects_during_an_errback(
     app: Celery, unrun: Unrun, node: Node, options: dict[str, Any], tmp_path: Path
 ) -> None:
-    """It remembers what it is about to tell."""
+    """It remembers the errbacks that are running."""
     with Proxy(node.port) as proxy, joining(app, node, options, proxy.url) as cut:
         body = fail(app, failing(unrun, tmp_path))
         until(lambda: told(tmp_path) == [body])
         proxy.cut()
         until(lambda: "lost the broker" in cut.log())
-        # It has read the shard when it answers.
+        # When it answers, it has read the shard.
         until(lambda: (status := app.backend.asker.status(LONG)[0].open) is not None and status.count == 1)
         (tmp_path / "gate").touch()
         has_failed(app, unrun, body)
         assert told(tmp_path) == [body]
 
 
-def test_a_chord_is_sent_again_that_another_joiner_has_told_of(
+def test_a_chord_is_sent_again_after_another_joiner_called_its_errbacks(
     app: Celery, unrun: Unrun, node: Node, options: dict[str, Any], tmp_path: Path
 ) -> None:
-    """As by a task that runs again, and this time all is well: what was told is of the time before."""
+    """As by a task that runs again, and succeeds this time: the errbacks were of the first run."""
     with Proxy(node.port) as proxy, joining(app, node, options, proxy.url):
         with joining(app, node, options, beside=1) as other:
             request = failing(unrun, tmp_path)
@@ -171,7 +171,7 @@ def test_a_chord_is_sent_again_that_another_joiner_has_told_of(
         assert unrun.wait(1) == [("never", [0])]
 
 
-def test_errbacks_that_take_their_time_hold_up_no_chords(
+def test_slow_errbacks_do_not_delay_chords(
     app: Celery, unrun: Unrun, node: Node, options: dict[str, Any], tmp_path: Path
 ) -> None:
     with joining(app, node, options):

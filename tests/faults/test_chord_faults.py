@@ -21,15 +21,15 @@ from proxy import Proxy
 from rabbitmq_node import Node
 from workers import JoinerProcess, Worker, client, start_python
 
-#: How many chords are sent while joiners are killed: 20 times as many where there is time.
+#: The number of chords that are sent while joiners are killed; 20 times as many on demand.
 CHORDS = 500 * (20 if os.environ.get("FASTRES_MILLION") else 1)
-#: Seconds that all of it may take.
+#: The timeout of each test, in seconds.
 LONG = 60 * (20 if os.environ.get("FASTRES_MILLION") else 1)
 
 
 @pytest.fixture
 def alive(own_node: Node) -> Node:
-    """A broker to mistreat, running whatever the last test has done with it."""
+    """A broker that tests stop and kill, started again if an earlier test has stopped it."""
     return own_node.start()
 
 
@@ -41,7 +41,7 @@ def broker(alive: Node) -> Iterator[Broker]:
 
 @pytest.fixture
 def options() -> dict[str, Any]:
-    """Chords of this test alone; what becomes of their results beside the join is not of interest."""
+    """Chords of this test only, whose results are not kept."""
     return {"namespace": uuid(), "keep_chord_results": False}
 
 
@@ -53,7 +53,7 @@ def app(alive: Node, options: dict[str, Any]) -> Iterator[Celery]:
 
 @pytest.fixture
 def unconfirmed(options: dict[str, Any]) -> None:
-    """The broker is not mistreated: parts need no confirms, and many are sent soon."""
+    """Without confirms, to send many parts quickly: the broker is not stopped."""
     options["confirm"] = False
 
 
@@ -67,8 +67,8 @@ def shard(app: Celery) -> str:
 
 
 def nothing_is_open(app: Celery) -> None:
-    """All that the joiner holds is what came late."""
-    # It may be on its way back, after a cut.
+    """Whether the joiner holds only late parts."""
+    # After a cut it may be reconnecting.
     until(lambda: app.backend.asker.status(20)[0].open is not None)
     (status,) = app.backend.asker.status(20)
     assert status.open is not None
@@ -77,7 +77,7 @@ def nothing_is_open(app: Celery) -> None:
 
 # -- joiners
 
-#: Joiners, one after the other, each killed after a random time; as soon as a file is there, one that is not.
+#: Joiners, one after the other, each killed after a random time; once a file exists, one that is not killed.
 KILLED = """
     import ctypes, os, random, signal, time
     from fastres.chords.joiner import Joiner
@@ -101,10 +101,10 @@ KILLED = """
 
 @contextlib.contextmanager
 def killed_joiners(app: Celery, folder: Path, longest: float = 0.8) -> Iterator[Callable[[], None]]:
-    """Joiners are killed until the function is called that this gives: the one that is there then is spared."""
+    """Kills joiners until the yielded function is called; the current one is then spared."""
     stop = folder / "stop"
     seed = random.randrange(1 << 32)
-    # What is printed is shown with a failure.
+    # pytest shows printed output if a test fails.
     print("seed", seed)
     process = start_python(KILLED.format(seed=seed, stop=str(stop), longest=longest), app)
     killed = ""
@@ -121,7 +121,7 @@ def killed_joiners(app: Celery, folder: Path, longest: float = 0.8) -> Iterator[
 
 
 def finish_in(seconds: float, unrun: Unrun, requests: list[Context]) -> None:
-    """The tasks return, one after the other, for so long."""
+    """Finish the tasks one after the other, in so many seconds."""
     begin = time.monotonic()
     for done, request in enumerate(requests):
         finish(unrun, [request])
@@ -133,7 +133,7 @@ def finish_in(seconds: float, unrun: Unrun, requests: list[Context]) -> None:
 def test_joiners_are_killed_at_random_moments(app: Celery, unrun: Unrun, tmp_path: Path) -> None:
     sizes = [random.choice([2, 3, 4, 8]) if number % 250 else 1500 for number in range(CHORDS)]
     requests = begun(unrun, sizes)
-    # Some tasks are run twice, some of these after their chord has fired.
+    # Some tasks run twice, some of these after their chord has fired.
     requests += random.sample(requests, len(requests) // 50)
     order = sorted(range(len(requests)), key=lambda at: at + random.uniform(0, 300))
     with killed_joiners(app, tmp_path) as spare:
@@ -146,7 +146,7 @@ def test_joiners_are_killed_at_random_moments(app: Celery, unrun: Unrun, tmp_pat
 
 @pytest.mark.usefixtures("unconfirmed")
 def test_joiners_are_killed_while_they_merge(app: Celery, unrun: Unrun, tmp_path: Path) -> None:
-    """Chords of many parts, each of which is in several generations of merged events."""
+    """Chords of many parts, which go through several generations of merged events."""
     sizes = [4000, 1001, 1000, 999]
     requests = begun(unrun, sizes)
     random.shuffle(requests)
@@ -173,7 +173,7 @@ def test_a_standby_takes_over(alive: Node, app: Celery, unrun: Unrun, options: d
         nothing_is_open(app)
 
 
-def test_a_joiner_that_is_told_to_end_leaves_to_the_other(
+def test_a_joiner_that_ends_hands_over_to_the_other(
     alive: Node, app: Celery, unrun: Unrun, options: dict[str, Any]
 ) -> None:
     joiners = [JoinerProcess(alive.url, result_backend_transport_options=options) for _ in range(2)]
@@ -194,7 +194,7 @@ def test_a_joiner_that_is_told_to_end_leaves_to_the_other(
 
 
 def chord_of_late(unrun: Unrun, number: int, size: int) -> Any:
-    """Tasks that are run again when their worker is lost, and a body that nobody runs."""
+    """Tasks that run again when their worker is lost, and a body that no worker runs."""
     body = unrun.task.s(name=number).set(queue=unrun.bodies)
     return chord([late.s(0.02, value) for value in range(size)])(body)
 
@@ -237,7 +237,7 @@ def test_one_of_two_workers_leaves(alive: Node, broker: Broker, options: dict[st
 def test_processes_of_a_pool_are_killed(
     alive: Node, broker: Broker, options: dict[str, Any], tmp_path: Path
 ) -> None:
-    """Their tasks are run again, and the joiner beside the pool does not mind."""
+    """Their tasks run again, and the joiner beside the pool goes on."""
     with Worker(alive.url, result_backend_transport_options=options) as worker, worker.client() as app:
         unrun = Unrun(app, broker)
         for number in range(8):
@@ -250,9 +250,9 @@ def test_processes_of_a_pool_are_killed(
         assert unrun.called() == []
 
 
-def test_every_task_is_run_in_a_process_of_its_own(alive: Node, broker: Broker, options: dict[str, Any]) -> None:
-    """The pool forks all the time beside the joiner: no child inherits a lock that the joiner holds."""
-    # Celery looks for processes to start every 0.8 seconds.
+def test_every_task_runs_in_a_new_process(alive: Node, broker: Broker, options: dict[str, Any]) -> None:
+    """The pool forks all the time beside the joiner: no child inherits a held lock."""
+    # Celery checks every 0.8 seconds whether to start processes.
     sizes = [4] * 20
     with (
         Worker(
@@ -267,9 +267,7 @@ def test_every_task_is_run_in_a_process_of_its_own(alive: Node, broker: Broker, 
         assert unrun.called() == []
 
 
-def test_processes_are_started_while_an_errback_takes_its_time(
-    alive: Node, options: dict[str, Any], tmp_path: Path
-) -> None:
+def test_processes_are_started_during_a_slow_errback(alive: Node, options: dict[str, Any], tmp_path: Path) -> None:
     gate = tmp_path / "gate"
     with (
         Worker(
@@ -280,18 +278,18 @@ def test_processes_are_started_while_an_errback_takes_its_time(
         errback = patient_errback.s(path=str(gate))
         failing = chord([late.s(0, 1), fail.s("apples")])(tsum.s().on_error(errback))
         until((tmp_path / "gate-waiting").exists, LONG)
-        # Before, each of the processes was waited for.
+        # Before, the pool waited for each of the processes.
         assert chord([late.s(0, 1)] * 12)(tsum.s()).get(timeout=30) == 12
         gate.touch()
         with pytest.raises(ChordError):
             failing.get(timeout=LONG, follow_parents=False)
 
 
-# -- the broker, and the way to it
+# -- the broker and the network
 
 
 @pytest.mark.parametrize("end", ["restart", "kill"])
-def test_the_broker_goes_and_comes(
+def test_the_broker_is_stopped_and_started(
     alive: Node, app: Celery, unrun: Unrun, options: dict[str, Any], end: str
 ) -> None:
     sizes = [2, 5, 1200, 10, 3]
@@ -304,7 +302,7 @@ def test_the_broker_goes_and_comes(
         if end == "restart":
             alive.restart()
         else:
-            # A queue that is younger than two seconds may be lost: see Node.
+            # A queue may be lost in its first two seconds: see Node.
             time.sleep(2.5)
             alive.kill()
             alive.start()
@@ -318,7 +316,7 @@ def test_the_broker_goes_and_comes(
 def test_connections_of_the_joiner_are_cut(
     alive: Node, app: Celery, unrun: Unrun, options: dict[str, Any]
 ) -> None:
-    """At many places: while it begins, while it is sent events, and before it knows of a commit."""
+    """At many points: while it starts, while it receives events, and before the answer of a commit."""
     sizes = [3] * 100
     cuts = tuple(range(700, 9000, 397))
     with Proxy(alive.port, cuts) as proxy:
@@ -348,8 +346,10 @@ def test_connections_of_the_joiner_are_cut_at_any_time(
 
 
 def test_connections_of_workers_and_joiners_are_cut(alive: Node, broker: Broker, options: dict[str, Any]) -> None:
-    """All but those that tasks come over: when Celery 5.7 loses one of these while it acknowledges a task, it does
-    not set up its event loop again, and acknowledges nothing from then on.
+    """All connections except those of the tasks.
+
+    If Celery 5.7 loses one of these while it acknowledges a task, it does not set up its event loop again, and
+    acknowledges nothing from then on.
     """
     sizes = [random.choice([2, 5, 10]) for _ in range(40)]
     with Proxy(alive.port) as proxy:

@@ -1,4 +1,4 @@
-"""Shards are shared out among joiners that come and go: every chord is joined once."""
+"""Shards are shared among joiners that start and end: every chord is joined once."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def unrun(app: Celery, broker: Broker) -> Unrun:
     return Unrun(app, broker)
 
 
-#: Looks often at how the shards are shared out.
+#: Shares the shards at short intervals.
 JOINER = """
     from fastres.chords import joiner
 
@@ -42,7 +42,7 @@ JOINER = """
 
 @contextlib.contextmanager
 def joining(app: Celery) -> Iterator[Any]:
-    """A joiner in a process of its own, which has found its place in the line of each shard."""
+    """A joiner in another process, which consumes or stands by at each shard."""
     before = joiners(app)
     process = start_python(JOINER, app)
     try:
@@ -50,7 +50,7 @@ def joining(app: Celery) -> Iterator[Any]:
         yield process
     finally:
         process.kill()
-        # What is printed is shown with a failure.
+        # pytest shows printed output if a test fails.
         print(*process.communicate())
 
 
@@ -70,17 +70,17 @@ def readers(app: Celery, node: Node) -> dict[str, str]:
 
 
 def joiners(app: Celery) -> list[int]:
-    """How many joiners read a shard or stand by, by shard."""
+    """The number of joiners that read a shard or stand by, by shard."""
     return [shard.joiners for shard in app.backend.asker.status(0)]
 
 
 def open_chords(app: Celery) -> list[int]:
-    """How many chords are open, by shard."""
+    """The number of open chords, by shard."""
     return [shard.open.count if shard.open else 0 for shard in app.backend.asker.status(LONG)]
 
 
 def nth(requests: list[Context], index: int) -> list[Context]:
-    """The task at this place of each header."""
+    """The requests of the task at this place of each header."""
     return [request for request in requests if request.group_index == index]
 
 

@@ -1,4 +1,4 @@
-"""A cluster, one node of which is down: what lives there is waited for, what lives elsewhere comes."""
+"""A cluster with one node down: results on it are waited for, results on others arrive."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ import fastres
 
 pytestmark = CUT_GREETINGS
 
-#: What RabbitMQ 3.10 says of a queue whose node is down; RabbitMQ 4 thinks for a minute before it says anything.
+#: RabbitMQ 3.10's error for a queue whose node is down; RabbitMQ 4 answers only after a minute.
 DOWN = "down or inaccessible|has not answered|due to timeout|timed out"
 
 
 @pytest.fixture(scope="module")
 def nodes() -> Iterator[list[Node]]:
-    """A cluster of three: of two RabbitMQ 4.3 lets neither go on alone."""
-    # One after the other: two at once may form a cluster of their own.
+    """A cluster of three: with two, RabbitMQ 4.3 would have no majority after the loss of one."""
+    # One after the other: two at once may form another cluster.
     majority = {"cluster_partition_handling": "pause_minority"}
     with (
         Node(majority) as first,
@@ -84,7 +84,7 @@ def test_the_node_of_a_queue_is_down(
 
     threads = [in_thread(wait, "there", there), in_thread(wait, "here", here)]
     second.kill()
-    # A queue that cannot be reached is not one that is not there.
+    # An unreachable queue is not reported as missing.
     for call in (
         lambda: impatient.AsyncResult(lone).state,
         lambda: store_group(impatient, there, range(1, 2), start=1),
@@ -109,7 +109,7 @@ def test_the_node_of_a_queue_is_down(
 def test_the_node_of_a_queue_stands_still(
     nodes: list[Node], make_app: MakeApp, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Who waits for it, and who looks, keeps nobody of the same process from the queues of other nodes."""
+    """A wait for it, or a look at it, does not block queues of other nodes in the same process."""
     monkeypatch.setattr("fastres.amqp.browse.REPLY_TIMEOUT", 8.0)
     first, second = nodes[0].start(), nodes[1].start()
     here, there, soon = group_on(first, make_app), group_on(second, make_app), group_on(first, make_app)
@@ -148,7 +148,7 @@ def test_the_node_of_a_queue_stands_still(
 @on_classic_queues("a body is taken by the majority")
 @pytest.mark.timeout(420)
 def test_the_node_of_a_bodys_queue_stands_still(nodes: list[Node], make_app: MakeApp) -> None:
-    """Its chord waits for it, and no other does for longer than the joiner needs to notice."""
+    """Its chord waits for it; others wait only until the joiner notices."""
     make_whole(nodes)
     first, second = nodes[:2]
     options = {"namespace": uuid()}
@@ -163,18 +163,18 @@ def test_the_node_of_a_bodys_queue_stands_still(nodes: list[Node], make_app: Mak
             time.sleep(1)
             for number in range(3):
                 finish(others, others.begin(3, name=number))
-                # 30 seconds, and then the others go first.
+                # After 30 seconds, the other chords go first.
                 assert others.wait(1, 60)[0][0] == number
             assert "other chords go first" in joiner.log()
 
         def called() -> list[Any]:
-            # The nodes find out that one was away, and close their connections.
+            # The nodes notice that one was unreachable, and close their connections.
             with contextlib.suppress(OSError, amqp.AMQPError):
                 stuck.reconnect()
                 return stuck.called()
             return []
 
-        # A node that stood still for longer than the others waited for it may need a restart to be one of them again.
+        # A node that stood still for longer than the others waited may need a restart to rejoin the cluster.
         make_whole(nodes)
         # The joiner tries again once a minute.
         ((name, _),) = until(called, 150, 0.5, so=joiner.log())
@@ -185,7 +185,7 @@ def test_the_node_of_a_bodys_queue_stands_still(nodes: list[Node], make_app: Mak
 
 # -- three nodes, everything on quorum queues
 
-#: How often a node is harmed, and how many chords of ten there are meanwhile, with one of so many parts.
+#: The number of faults, of chords of ten tasks meanwhile, and of the parts of one large chord.
 HARMS, CHORDS, LARGE = (
     int(os.environ.get(f"FASTRES_{name}", default))
     for name, default in (("KILLS", 2), ("CHORDS", 40), ("LARGE", 500))
@@ -211,7 +211,7 @@ def killed(node: Node, nodes: list[Node]) -> Iterator[None]:
 
 
 def make_whole(nodes: list[Node]) -> None:
-    """All nodes run, and each knows of the others: one that stood still in an earlier test may not yet."""
+    """Wait until all nodes run and see each other: one that stood still in an earlier test may not yet."""
 
     def is_whole() -> bool:
         for node in nodes:
@@ -235,11 +235,11 @@ def make_whole(nodes: list[Node]) -> None:
 
 @contextlib.contextmanager
 def cut_off(node: Node, nodes: list[Node]) -> Iterator[None]:
-    """The other nodes neither hear it nor are heard; its clients reach it."""
+    """Cut a node off from the other nodes, but not from its clients."""
     others = ", ".join(f"'{other.name_in_cluster}'" for other in nodes if other is not node)
 
     def share(cookie: str, then: str) -> None:
-        # At once: RabbitMQ has its ways with a node that some can reach, and some cannot.
+        # On all nodes at once: RabbitMQ handles partial partitions in its own way.
         node.ctl(
             "eval",
             f"[F(N) || F <- [fun(N) -> erlang:set_cookie(N, '{cookie}') end, fun {then}/1], N <- [{others}]].",
@@ -253,7 +253,7 @@ def cut_off(node: Node, nodes: list[Node]) -> Iterator[None]:
 @pytest.mark.timeout(300 + 60 * HARMS)
 @pytest.mark.parametrize("harm", [killed, cut_off])
 def test_a_node_of_three_is_lost_and_nothing_else(nodes: list[Node], make_app: MakeApp, harm: Any) -> None:
-    """No result, no part, no body, and no body is sent twice, though each chord sees most of the harm."""
+    """No result, part or body is lost, and no body is sent twice, although faults last as long as the chords."""
     options = {"queue_type": "quorum", "namespace": uuid(), "keep_chord_results": False}
     urls = ";".join(node.url for node in nodes)
     moments = random.Random(4)
@@ -262,7 +262,7 @@ def test_a_node_of_three_is_lost_and_nothing_else(nodes: list[Node], make_app: M
     with JoinerProcess(urls, result_backend_transport_options=options):
         make_whole(nodes)
         broker = Broker(nodes[0].url)
-        # Its queues are on the first node, which lives.
+        # Its queues are on the first node, which stays up.
         unrun = Unrun(app, broker)
         sizes = [10] * CHORDS + [LARGE]
         requests = begun(unrun, sizes)

@@ -1,4 +1,4 @@
-"""The broker goes and comes back, connections break, queues vanish: waits end with every result, or in time."""
+"""The broker stops and starts, connections break, queues vanish: waits end with every result, or at their timeout."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ Start = Callable[..., "Future[Any]"]
 
 @pytest.fixture
 def alive(own_node: Node) -> Node:
-    """A broker to mistreat, running whatever the last test has done with it."""
+    """A broker that tests stop and kill, started again if an earlier test has stopped it."""
     return own_node.start()
 
 
@@ -71,7 +71,7 @@ def start() -> Iterator[Start]:
 
 
 class Joined:
-    """A join in a thread: what came, in order, how often."""
+    """A join in a thread, which records the results in order."""
 
     def __init__(self, result: GroupResult, start: Start, **how: Any) -> None:
         self.result = result
@@ -90,7 +90,7 @@ class Joined:
         assert len(self.ids) >= count or self._thread.result()
 
     def is_whole(self) -> None:
-        """It ended with every result, each of them once."""
+        """Check that it ended with every result, each once."""
         self._thread.result(SECONDS)
         wanted = {task_id: number for number, task_id in enumerate(ids_of(self.result))}
         assert self.values == wanted
@@ -98,7 +98,7 @@ class Joined:
 
 
 def ends_in_time(wait: Callable[..., Any], timeout: float) -> None:
-    """A wait ends at its timeout, and says why."""
+    """Check that a wait ends at its timeout, with the reason."""
     with takes(timeout, late=0.5), pytest.raises((TimeoutError, OperationalError), match=r"\w"):
         wait(timeout=timeout)
 
@@ -107,7 +107,7 @@ def ends_in_time(wait: Callable[..., Any], timeout: float) -> None:
 
 
 @pytest.mark.parametrize("end", ["restart", "kill"])
-def test_the_broker_goes_and_comes_while_a_join_waits(
+def test_the_broker_is_stopped_and_started_while_a_join_waits(
     alive: Node, reader: Celery, writer: Celery, start: Start, end: str
 ) -> None:
     result = group_of(reader, 200)
@@ -121,7 +121,7 @@ def test_the_broker_goes_and_comes_while_a_join_waits(
         alive.restart()
     else:
         if QUORUM:
-            # One that was made just before RabbitMQ was killed may never have a leader again.
+            # A quorum queue that was made just before the kill may never have a leader again.
             time.sleep(3)
         alive.kill()
         alive.start()
@@ -140,7 +140,7 @@ def test_a_result_is_stored_when_the_broker_is_back(
     result = group_of(reader, 3)
     lone = reader.AsyncResult(*page_ids(1))
     stores = [start(store_group, writer, result), start(store, writer, lone.id, "stored")]
-    time.sleep(1)  # nothing tells that they are still trying
+    time.sleep(1)  # there is no sign that they are still trying
     assert not any(stored.done() for stored in stores)
     alive.start()
     for stored in stores:
@@ -160,7 +160,7 @@ def test_a_result_is_not_stored_for_ever(alive: Node) -> None:
 
 @pytest.mark.timing
 @pytest.mark.parametrize("connected", [True, False], ids=["connected before", "never connected"])
-def test_a_wait_ends_at_its_timeout_while_the_broker_is_away(alive: Node, reader: Celery, connected: bool) -> None:
+def test_a_wait_ends_at_its_timeout_while_the_broker_is_down(alive: Node, reader: Celery, connected: bool) -> None:
     if connected:
         assert reader.AsyncResult(*page_ids(1)).state == "PENDING"
     alive.kill()
@@ -172,17 +172,17 @@ def test_a_wait_ends_at_its_timeout_while_the_broker_is_away(alive: Node, reader
 
 
 @pytest.mark.timing
-def test_timeouts_are_kept_while_another_thread_seeks_the_broker(
+def test_timeouts_are_kept_while_another_thread_reconnects(
     alive: Node, reader: Celery, broker: Broker, start: Start
 ) -> None:
-    """Whoever waits for longer holds nobody up."""
+    """A thread with a longer timeout does not delay others."""
     patient = start(reader.AsyncResult(*page_ids(1)).get, timeout=8)
     early = reader.AsyncResult(*page_ids(1))
     started = start(ends_in_time, early.get, 2)
     broker.wait_for_consumer(reader.backend.rkey(early.id))
     alive.kill()
     try:
-        # One began before the broker went away, two when it was gone.
+        # One wait began before the broker was killed, two after that.
         late = [start(ends_in_time, reader.AsyncResult(*page_ids(1)).get, 1) for _ in range(2)]
         for each in [started, *late]:
             each.result(SECONDS)
@@ -214,7 +214,7 @@ def test_connections_are_cut_at_many_places(alive: Node, writer: Celery, start: 
 
 
 def test_connections_are_cut_at_any_time(alive: Node, writer: Celery, start: Start) -> None:
-    """While results come, while none come, and several waits are on the same connection."""
+    """While results arrive, while none arrive, and with several waits on the same connection."""
     with Proxy(alive.port) as proxy, client(proxy.url) as reader:
         groups = [group_of(reader, 100) for _ in range(4)]
         lone = [reader.AsyncResult(*page_ids(1)) for _ in range(4)]
@@ -231,7 +231,7 @@ def test_connections_are_cut_at_any_time(alive: Node, writer: Celery, start: Sta
         assert [wait.result(SECONDS) for wait in waits] == [result.id for result in lone]
 
 
-def test_a_writer_whose_connection_is_cut_writes_again(alive: Node, reader: Celery) -> None:
+def test_a_writer_sends_again_after_its_connection_is_cut(alive: Node, reader: Celery) -> None:
     with Proxy(alive.port) as proxy, client(proxy.url) as writer:
         result = group_of(reader, 60)
         for number in range(0, 60, 10):
@@ -267,13 +267,13 @@ def test_polls_go_on_after_a_cut(alive: Node, writer: Celery) -> None:
 
 @pytest.mark.timing
 @pytest.mark.parametrize("connected", [True, False], ids=["connected before", "never connected"])
-def test_a_wait_ends_at_its_timeout_while_the_network_says_nothing(alive: Node, connected: bool) -> None:
+def test_a_wait_ends_at_its_timeout_while_the_network_stalls(alive: Node, connected: bool) -> None:
     with Proxy(alive.port) as proxy, client(proxy.url) as reader:
         try:
             if connected:
                 assert reader.AsyncResult(*page_ids(1)).state == "PENDING"
             proxy.stall()
-            threading.Timer(6, proxy.resume).start()  # a wait that hangs ends then, late
+            threading.Timer(6, proxy.resume).start()  # a wait that hangs ends then, too late
             ends_in_time(reader.AsyncResult(*page_ids(1)).get, 1)
         finally:
             proxy.resume()
@@ -288,15 +288,15 @@ def test_a_wait_that_subscribed_ends_at_its_timeout_when_the_network_stalls(
         wait = start(ends_in_time, result.get, 2)
         broker.wait_for_consumer(reader.backend.rkey(result.id))
         if QUORUM:
-            # It asks the broker once more when it consumes.
+            # It asks the broker once more when it starts to consume.
             time.sleep(0.3)
         proxy.stall()
-        threading.Timer(6, proxy.resume).start()  # a wait that hangs ends then, late
+        threading.Timer(6, proxy.resume).start()  # a wait that hangs ends then, too late
         wait.result(SECONDS)
 
 
-def test_heartbeats_are_no_answer(alive: Node, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each of them would begin the timeout of a socket anew."""
+def test_heartbeats_do_not_extend_a_timeout(alive: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of them would restart the timeout of a socket."""
     monkeypatch.setattr("fastres.amqp.browse.REPLY_TIMEOUT", 1.0)
     options = {"confirm_timeout": 1, "retry_policy": {"max_retries": 0}}
     with Proxy(alive.port) as proxy, client(proxy.url, result_backend_transport_options=options) as app:
@@ -307,7 +307,7 @@ def test_heartbeats_are_no_answer(alive: Node, monkeypatch: pytest.MonkeyPatch) 
             lambda: store(app, *page_ids(1), 2),
             lambda: app.AsyncResult(*page_ids(1)).state,
         ):
-            # Over a connection that is there.
+            # Over an existing connection.
             app.AsyncResult(*page_ids(1)).ready()
             proxy.stall(heartbeats=True)
             start = time.monotonic()
@@ -324,7 +324,7 @@ def test_heartbeats_are_no_answer(alive: Node, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize("first", ["reader", "writer"])
-def test_reader_and_writer_disagree_on_arguments(
+def test_reader_and_writer_have_different_arguments(
     alive: Node, writer: Celery, reports: Callable[[], list[str]], first: str
 ) -> None:
     with client(alive.url, result_expires=4321) as reader:
@@ -340,7 +340,9 @@ def test_reader_and_writer_disagree_on_arguments(
     assert len([line for line in told if repr(queue_of(result.id)) in line]) == 1, told
 
 
-def test_disagreement_does_not_end_other_waits(alive: Node, writer: Celery, broker: Broker, start: Start) -> None:
+def test_different_arguments_do_not_end_other_waits(
+    alive: Node, writer: Celery, broker: Broker, start: Start
+) -> None:
     with client(alive.url, result_expires=4321) as reader:
         waiting, foreign = reader.AsyncResult(*page_ids(1)), reader.AsyncResult(*page_ids(1))
         store(writer, foreign.id, "foreign")
@@ -409,27 +411,27 @@ def test_a_reader_is_killed_in_the_middle_of_a_group(
     assert len(handed_over - {""}) == 101
     there = {task_id: number for number, task_id in enumerate(ids_of(result))}
     if no_ack:
-        # What it was not given to do something with is not lost.
+        # Results that it did not return are not lost.
         there = {task_id: number for task_id, number in there.items() if task_id not in handed_over}
     read = reader.backend.get_many(list(there), timeout=20)
     assert {task_id: meta["result"] for task_id, meta in read} == there
 
 
 @pytest.mark.usefixtures("both")
-def test_the_host_of_a_reader_is_gone(alive: Node, writer: Celery, broker: Broker) -> None:
-    """Its connection stays open, and says nothing any more: the broker gives its messages to the next reader."""
+def test_the_host_of_a_reader_is_lost(alive: Node, writer: Celery, broker: Broker) -> None:
+    """Its connection stays open and silent: the broker delivers its messages to the next reader."""
     with Proxy(alive.port) as proxy, client(proxy.url, broker_heartbeat=2) as gone, client(alive.url) as reader:
         held = group_of(writer, 3)
         store_group(writer, held, range(2))
         lost = threading.Thread(target=lambda: list(gone.backend.get_many(ids_of(held))), daemon=True)
         lost.start()
         until(lambda: broker.state(queue_of(held.id)).message_count == 0)
-        # It lives for as long as it says so.
+        # The broker keeps it as long as it sends heartbeats.
         time.sleep(8)
         assert broker.state(queue_of(held.id)).consumer_count == 1
         proxy.stall()
         store_group(writer, held, range(2, 3), start=2)
-        # The first two were handed over.
+        # The first two were returned before.
         assert held_by(reader, held).results[2].get(timeout=30) == 2
         until(lambda: broker.state(queue_of(held.id)).consumer_count == 0)
         proxy.resume()

@@ -1,4 +1,4 @@
-"""What is interrupted at any point leaves no consumer, no unacknowledged message, and a backend that works."""
+"""An operation interrupted at any point leaves no consumer, no unacknowledged message, and a working backend."""
 
 from __future__ import annotations
 
@@ -40,18 +40,19 @@ pytestmark = CUT_GREETINGS
 
 
 class Interrupted(BaseException):
-    """As a signal's handler or the death of a greenlet raises it."""
+    """Raised as by a signal handler, or by killing a greenlet."""
 
 
-#: Where a thread waits: for the broker, for another thread, for time to pass. A lock that was got stays got.
+#: The functions in which a thread waits: for the broker, for another thread, for time to pass. An acquired lock stays
+#: acquired.
 WAITS = {"recv", "recv_into", "send", "sendall", "poll", "connect", "sleep", "select"}
 LOCKS = {"acquire"}
 
 
 class InterruptAt:
-    """Raises in this thread, once, at the n-th point where it begins to wait, or has just waited.
+    """Raises in this thread, once, at the n-th point where it begins or ends a wait.
 
-    As a signal's handler does, or the one who kills a greenlet.
+    Like a signal handler, or the killing of a greenlet.
     """
 
     def __init__(self, number: int) -> None:
@@ -76,7 +77,7 @@ class InterruptAt:
 
 
 def points_of(operation: Callable[[], Any]) -> int:
-    """At how many points it can be interrupted."""
+    """The number of points at which an operation can be interrupted."""
     counter = InterruptAt(-1)
     with counter:
         operation()
@@ -84,7 +85,7 @@ def points_of(operation: Callable[[], Any]) -> int:
 
 
 def is_clean(broker: Broker, names: list[str], expected: int) -> bool:
-    """Whether all messages are ready, and nobody consumes."""
+    """Whether all messages are ready, without consumers."""
     states = [state for name in names if (state := broker.state(name)) is not None]
     return all(not state.consumer_count for state in states) and (
         sum(state.message_count for state in states) == expected
@@ -151,7 +152,7 @@ def test_waits(make_app: MakeApp, broker: Broker, kind: Any) -> None:
     interrupt_everywhere(wait, check)
 
 
-def test_waits_for_what_does_not_come(make_app: MakeApp, broker: Broker) -> None:
+def test_waits_for_missing_results(make_app: MakeApp, broker: Broker) -> None:
     app, writer = make_app(), make_app()
     ids = page_ids(2)
     store(writer, ids[0], 1)
@@ -170,7 +171,7 @@ def test_waits_for_what_does_not_come(make_app: MakeApp, broker: Broker) -> None
 
 
 def test_joins(make_app: MakeApp, broker: Broker) -> None:
-    """Nothing of a join is lost: what was not handed over is there for the next one."""
+    """No result of a join is lost: those that were not returned are there for the next join."""
     app, writer = make_app(), make_app()
     for point in range(1, 60):
         held = group_of(app, 3)
@@ -188,7 +189,7 @@ def test_joins(make_app: MakeApp, broker: Broker) -> None:
 
 
 def test_stores(make_app: MakeApp, broker: Broker) -> None:
-    """Whatever was interrupted while it was written, the next result is stored, and read."""
+    """The next result is stored and read, whichever write was interrupted."""
     app, reader = make_app(), make_app()
 
     def write() -> None:
@@ -204,7 +205,7 @@ def test_stores(make_app: MakeApp, broker: Broker) -> None:
 
 
 def test_many_interrupted_threads_leave_room_for_others(make_app: MakeApp) -> None:
-    """The connections that the threads of a process share are not used up by those that were killed."""
+    """Killed threads do not use up the process's shared connections."""
     app = make_app(broker_pool_limit=2)
     (task_id,) = page_ids(1)
     store(app, task_id, 1)
@@ -225,21 +226,21 @@ def test_many_interrupted_threads_leave_room_for_others(make_app: MakeApp) -> No
     look()
 
 
-# -- signals, at moments that nobody chooses
+# -- signals at random moments
 
-#: How many rounds there are of four operations, each with a timer that goes off meanwhile.
+#: The number of rounds of four operations, each interrupted by a timer.
 ROUNDS = int(os.environ.get("FASTRES_SIGNALS", "400")) // 4
 
 
 class Alarm(Exception):
-    """As ``SoftTimeLimitExceeded``: raised by the handler of a signal."""
+    """Like ``SoftTimeLimitExceeded``: raised by a signal handler."""
 
 
 @contextlib.contextmanager
 def alarms(seed: int) -> Iterator[Callable[[Callable[[], Any]], Any]]:
-    """Gives what does something with a timer that goes off meanwhile, or soon after."""
+    """Yields a function that runs an operation with a timer that fires meanwhile or soon after."""
     moments = random.Random(seed)
-    # On a busy machine a connection takes longer than this, and must be had now and then.
+    # On a busy machine, connecting takes longer than this, and must succeed now and then.
     longest, interrupted = 0.006, 0
 
     def on_alarm(*args: Any) -> None:
@@ -270,7 +271,7 @@ def alarms(seed: int) -> Iterator[Callable[[Callable[[], Any]], Any]]:
 
 @pytest.mark.timeout(180 + ROUNDS)
 def test_signals_at_any_moment(make_app: MakeApp, broker: Broker) -> None:
-    """Nothing is lost, nothing is stuck, nobody consumes: of stores, looks, waits and joins."""
+    """Stores, looks, waits and joins lose nothing, hang nowhere, and leave no consumers."""
     app, other = make_app(), make_app()
     lone, pages = page_ids(40), set()
     for task_id in lone:
@@ -286,7 +287,7 @@ def test_signals_at_any_moment(make_app: MakeApp, broker: Broker) -> None:
             do(partial(getattr, result, "state"))
             do(partial(result.get, timeout=5))
             do(partial(held.get, timeout=5))
-            # What was interrupted goes on: with what was handed over before, and what is in the queue.
+            # The interrupted join continues with the returned results and those in the queue.
             assert held.get(timeout=ENOUGH) == list(range(5))
             store(app, own.id, "own")
             assert own.get(timeout=ENOUGH) == "own"
@@ -297,8 +298,8 @@ def test_signals_at_any_moment(make_app: MakeApp, broker: Broker) -> None:
     until(lambda: is_clean(broker, sorted(pages), len(lone)), ENOUGH)
 
 
-def test_a_task_that_reports_until_its_time_is_over(node: Node) -> None:
-    """Its process is used again, and so are its connections."""
+def test_a_task_that_reports_progress_until_its_time_limit(node: Node) -> None:
+    """Its process and its connections are used again."""
     with Worker(node.url, concurrency=1) as worker, worker.client():
         for _ in range(5):
             with pytest.raises(SoftTimeLimitExceeded):
@@ -307,7 +308,7 @@ def test_a_task_that_reports_until_its_time_is_over(node: Node) -> None:
 
 
 def test_a_wait_that_the_garbage_collector_ends(app: Any, broker: Broker) -> None:
-    """In the middle of another one's question: it must not take the answer."""
+    """In the middle of another thread's question: it must not take the answer."""
     held = group_of(app, 3)
     store_group(app, held)
     ids = [member.id for member in held.results]
@@ -325,7 +326,7 @@ def test_a_wait_that_the_garbage_collector_ends(app: Any, broker: Broker) -> Non
 
 @pytest.mark.timeout(120)
 def test_signals_while_results_are_stored_without_confirms(make_app: MakeApp) -> None:
-    """What was stored is there, whatever was interrupted before and after it."""
+    """Stored results are there, no matter what was interrupted before and after."""
     app = make_app(result_backend_transport_options={"confirm": False, "confirm_window": 20})
     ids = member_ids(uuid(), 4000)
     stored = []

@@ -1,4 +1,4 @@
-"""A million messages through the drain leave a process as large as a hundred thousand left it."""
+"""A million messages through the drain take no more memory than a hundred thousand."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import textwrap
 
 import pytest
 
-#: Bytes that the process may have grown by since the first messages, after which everything has its place.
+#: Bytes by which the process may grow after the first messages, which fill its caches.
 LIMIT = 1 << 20
 FIRST = 100_000
 
-#: Reads, decodes and sorts a stream of 1,000 messages again and again; prints by how much the process has grown.
+#: Reads, decodes and sorts a stream of 1,000 messages repeatedly; prints the growth of the process.
 DRAIN = """
 import ctypes, gc, os, sys
 import wire
@@ -82,21 +82,21 @@ print(least() - before)
 
 def grown(impl: str, count: int, planted: str = "") -> int:
     command = [sys.executable, "-c", textwrap.dedent(DRAIN), impl, str(FIRST), str(count), planted]
-    # Python's own allocator takes memory by the megabyte, the whole of what is allowed here, and gives one back
-    # only when nothing in it is used: the C library's has no such step.
+    # Python's own allocator takes and returns whole megabytes, as much as is allowed here; the C library's has
+    # smaller steps.
     env = {"PYTHONPATH": ":".join(filter(None, sys.path)), "PATH": "/usr/bin:/bin", "PYTHONMALLOC": "malloc"}
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return int(done.stdout)
 
 
-# The reference takes twenty times as long: it is shown fewer.
+# The reference takes twenty times as long, so it reads fewer messages.
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(("impl", "count"), [("c", 1_000_000), ("python", 200_000)])
 def test_messages_leave_nothing_behind(impl: str, count: int) -> None:
     assert grown(impl, count) <= LIMIT
 
 
-def test_a_leak_is_seen() -> None:
+def test_a_leak_is_detected() -> None:
     """A few messages of every thousand are kept."""
     assert grown("c", 200_000, "planted") > LIMIT

@@ -1,4 +1,4 @@
-"""The joiner of a group holds a bounded part of it: what it needs grows with the ids, not with the results."""
+"""A join of a group holds a bounded part of it: its memory grows with the ids, not with the results."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from celery import Celery
 from rabbitmq_node import Node
 from workers import client
 
-#: Bytes that a join may need per result that it waits for, besides the id: to know that it waits for it.
+#: Bytes that a join may need for each awaited result, besides the id.
 PER_ID = 250
-#: And bytes of one that is held, decoded, until all that are there were read.
+#: Bytes of a decoded result that is held until all in the queue were read.
 HELD = 4_000
-#: As large as a small result becomes: held, 16,000 of them would be 30 MB.
+#: The size of a small decoded result: 16,000 of them would be 30 MB.
 VALUE = "x" * 1000
 
 
@@ -31,14 +31,14 @@ def app(node: Node) -> Iterator[Celery]:
 
 
 def sent(app: Celery, broker: Broker, count: int) -> list[str]:
-    """The members of a group that this process has sent, and whose results have come."""
+    """The members of a group that this process has sent, with all results in the queue."""
     held = group_of(app, count)
     fill_group(app, broker, held, itertools.repeat(VALUE))
     return ids_of(held)
 
 
 def peak(app: Celery, broker: Broker, count: int, **how: Any) -> int:
-    """How many bytes more than before a join has held at most."""
+    """The peak of the memory of a join, in bytes."""
     task_ids = sent(app, broker, count)
     tracemalloc.start()
     try:
@@ -56,7 +56,7 @@ def test_a_join_holds_a_bounded_part_of_a_group(app: Celery, broker: Broker, no_
     if no_ack:
         assert grown < (many - few) * PER_ID
     else:
-        # What is not taken is read to its end, and given back, before anybody is told.
+        # If they are not taken, all results are read and requeued before the first is returned.
         assert grown < (many - few) * HELD
 
 

@@ -1,4 +1,4 @@
-"""Policies that operators set for all queues: what they do to results and chords. docs/brokers.md lists it."""
+"""Policies that operators set for all queues: their effects on results and chords, as in docs/brokers.md."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SetPolicy = Callable[..., None]
 
 @pytest.fixture
 def policy(own_node: Node) -> Iterator[SetPolicy]:
-    """Sets a policy for all queues of fastres; it ends with the test."""
+    """Sets a policy for all queues of fastres, until the end of the test."""
 
     def set_policy(**definition: Any) -> None:
         definition = {key.replace("_", "-"): value for key, value in definition.items()}
@@ -39,7 +39,7 @@ def options(request: pytest.FixtureRequest) -> dict[str, str]:
     return {"queue_type": request.param, "namespace": f"fastres-{request.param}"}
 
 
-def test_results_that_a_policy_lets_expire(
+def test_results_that_expire_by_policy(
     own_node: Node, make_app: MakeApp, policy: SetPolicy, options: dict[str, str]
 ) -> None:
     policy(message_ttl=300)
@@ -65,7 +65,7 @@ def test_the_oldest_results_are_dropped(
 def test_a_full_queue_refuses_results(
     own_node: Node, make_app: MakeApp, policy: SetPolicy, options: dict[str, str]
 ) -> None:
-    """Whoever stores is told, what was stored stays, and there is room again when it was taken."""
+    """Storing raises, stored results stay, and after they are taken there is room again."""
     policy(max_length=2, overflow="reject-publish")
     app = make_app(own_node.url, result_backend_transport_options=options)
     held = group_of(app, 30)
@@ -78,7 +78,7 @@ def test_a_full_queue_refuses_results(
 
     with pytest.raises(fastres.MessageRefused, match=f"refused.*{held.id[:8]}.*reject-publish"):
         fill()
-    # A quorum queue learns of its limit a little late.
+    # A quorum queue applies its limit a little late.
     assert len(stored) >= 2
     ids = [held.results[number].id for number in stored]
     assert len(dict(app.backend.get_many(ids, timeout=ENOUGH))) == len(stored)
@@ -87,7 +87,7 @@ def test_a_full_queue_refuses_results(
     assert again.get(timeout=ENOUGH) == [0, 1]
 
 
-def test_queues_expire_as_the_policy_says(
+def test_queues_expire_by_policy(
     own_node: Node, make_app: MakeApp, policy: SetPolicy, options: dict[str, str]
 ) -> None:
     policy(expires=500)
@@ -96,14 +96,14 @@ def test_queues_expire_as_the_policy_says(
     store_group(app, held)
     assert held_by(app, held).get(timeout=ENOUGH) == [0, 1, 2]
     store_group(app, held)
-    # For a client to ask for it would be to use it.
+    # A client's question would count as a use.
     until(lambda: app.backend.addresses.group(held.id).name not in own_node.queues(), 30, 1)
-    # The connection that declared it finds out when its message comes back.
+    # The connection that declared it notices when its message is returned.
     store_group(app, held)
     assert held.get(timeout=ENOUGH) == [0, 1, 2]
 
 
-def test_parts_that_are_refused_are_told_of_in_the_worker(
+def test_refused_parts_are_logged_by_the_worker(
     own_node: Node, policy: SetPolicy, options: dict[str, str], tmp_path: Path
 ) -> None:
     policy(max_length=1, overflow="reject-publish")
@@ -113,7 +113,7 @@ def test_parts_that_are_refused_are_told_of_in_the_worker(
         try:
             result = chord(header)(tsum.s())
         except fastres.MessageRefused:
-            return  # the sender is told, of the chord's size
+            return  # the sender gets the error, for the chord's size
         (tmp_path / "gate").touch()
         until(lambda: "MessageRefused" in worker.log(), ENOUGH)
         with pytest.raises(TimeoutError):
@@ -121,7 +121,7 @@ def test_parts_that_are_refused_are_told_of_in_the_worker(
 
 
 def test_dropped_events_of_the_log_leave_chords_open(own_node: Node, make_app: MakeApp, policy: SetPolicy) -> None:
-    """As any lost message does: they expire, and are told of then."""
+    """Like any lost message: they expire, with a warning."""
     policy(max_length=3)
     options = {"namespace": f"fastres-{uuid()}", "keep_chord_results": False}
     app = make_app(own_node.url, result_backend_transport_options=options)

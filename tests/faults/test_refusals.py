@@ -1,4 +1,4 @@
-"""A broker that says no: it closes channels, refuses, has nothing. No wait hangs, and all are told why."""
+"""A broker that closes channels, refuses, or stands still: no wait hangs, and each error says why."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from workers import Worker
 
 import fastres
 
-#: Seconds for which the impatient broker lets a message be unacknowledged, and until it has surely noticed.
+#: The impatient broker's limit for unacknowledged messages in seconds, and until it has surely checked it.
 HELD, NOTICED = 2, 5
 
 
@@ -48,7 +48,7 @@ def impatient() -> Iterator[Node]:
 
 @pytest.fixture
 def slow(impatient: Node, make_app: MakeApp) -> Celery:
-    """An application whose broker does not wait long for acknowledgements."""
+    """An application whose broker has a short limit for acknowledgements."""
     return make_app(impatient.url)
 
 
@@ -66,7 +66,7 @@ def wait_in_thread(get: Any) -> tuple[threading.Thread, list[Any]]:
     return thread, got
 
 
-# -- what is held for longer than the broker allows
+# -- messages that are held for longer than the broker allows
 
 
 @pytest.mark.usefixtures("both")
@@ -77,7 +77,7 @@ def test_a_slow_loop_over_results(slow: Celery, make_app: MakeApp, impatient: No
     found = []
     for _, meta in slow.backend.get_many(ids_of(held), timeout=ENOUGH, no_ack=no_ack):
         if not found:
-            # Meanwhile this thread reads nothing: the broker's word comes before the next acknowledgement.
+            # Meanwhile this thread reads nothing: the broker closes the channel before the next acknowledgement.
             time.sleep(NOTICED)
         found.append(meta["result"])
     assert sorted(found) == list(range(5))
@@ -89,7 +89,7 @@ def test_a_slow_loop_over_results(slow: Celery, make_app: MakeApp, impatient: No
 
 @pytest.mark.usefixtures("both")
 def test_a_state_of_a_long_task(slow: Celery, impatient: Node, make_app: MakeApp) -> None:
-    """It is held until a later one comes; the wait of another thread is none of its business."""
+    """It is held until a later one arrives, which does not affect another thread's wait."""
     worker, held, (lone,) = make_app(impatient.url), group_of(slow), page_ids(1)
     told: list[str] = []
     waits = [
@@ -138,7 +138,7 @@ def test_a_mailbox_that_nobody_reads_for_long(impatient: Node, make_app: MakeApp
 
 # -- permissions
 
-#: What a user may: configure, write, read.
+#: A user's permissions: configure, write, read.
 NOTHING, ALL = "^$", ".*"
 LACKING = {
     "configure": (NOTHING, ALL, ALL),
@@ -149,7 +149,7 @@ LACKING = {
 
 @pytest.fixture(params=LACKING)
 def lacking(request: pytest.FixtureRequest, node: Node) -> Iterator[tuple[str, str, str]]:
-    """Which permission a user lacks, its name, and the URL."""
+    """The permission that a user lacks, the user's name, and the URL."""
     name = f"user-{uuid()}"
     node.ctl("add_user", name, "secret")
     node.ctl("set_permissions", name, *LACKING[request.param])
@@ -158,7 +158,7 @@ def lacking(request: pytest.FixtureRequest, node: Node) -> Iterator[tuple[str, s
 
 
 def refused(call: Any) -> None:
-    """That a call is told at once, and why."""
+    """Check that a call raises at once, with the reason."""
     start = time.monotonic()
     with pytest.raises(fastres.AccessRefused, match=r"user 'user-.*set_permissions") as raised:
         call()
@@ -168,7 +168,7 @@ def refused(call: Any) -> None:
 
 
 @pytest.mark.usefixtures("both")
-def test_a_permission_that_lacks(
+def test_a_missing_permission(
     lacking: tuple[str, str, str], make_app: MakeApp, node: Node, broker: Broker
 ) -> None:
     which, user, url = lacking
@@ -195,7 +195,7 @@ def test_a_permission_that_lacks(
     if which == "read":
         refused(lambda: app.AsyncResult(there).state)
     else:
-        # A look declares nothing; what stores a result does.
+        # A look declares nothing, but storing a result does.
         assert app.AsyncResult(there).state == "SUCCESS"
         refused(lambda: store(app, new_ids(1)[0], 1))
     node.ctl("set_permissions", user, ALL, ALL, ALL)
@@ -225,7 +225,7 @@ def test_the_least_permissions(node: Node, make_app: MakeApp) -> None:
     held.delete()
     joiner = app.backend.joiner
     joiner.start()
-    # What waits there may be another test's.
+    # The waiting messages may be another test's.
     assert len(app.backend.asker.status(ENOUGH)) == 1
     joiner.stop()
     node.ctl("delete_user", name)
@@ -258,7 +258,7 @@ def test_a_mailbox_without_a_permission(lacking: tuple[str, str, str], make_app:
 
 
 @pytest.mark.timeout(180)
-def test_results_without_confirms_outlast_a_broker_that_stands_still(make_app: MakeApp) -> None:
+def test_results_without_confirms_survive_a_broker_that_stands_still(make_app: MakeApp) -> None:
     count, pause = 40_000, 3.0
     with Node() as node, contextlib.closing(Broker(node.url)) as broker:
         app = make_app(node.url, result_backend_transport_options={"confirm": False})
@@ -287,12 +287,12 @@ def test_results_without_confirms_outlast_a_broker_that_stands_still(make_app: M
 def test_an_alarm_holds_results_back_until_it_is_over(
     own_node: Node, tmp_path: Path, confirm: bool, alarm: str
 ) -> None:
-    """Nothing is lost, and what somebody reads meanwhile comes."""
+    """No result is lost, and reads go on meanwhile."""
     raised, over = {
         "memory": (("set_vm_memory_high_watermark", "0.00000001"), ("set_vm_memory_high_watermark", "0.6")),
         "disk": (("set_disk_free_limit", "1000000GB"), ("set_disk_free_limit", "1MB")),
     }[alarm]
-    # It has said why it takes nothing: that is waited for longer.
+    # The broker has given the reason, so the wait is longer.
     options = {"confirm": confirm, "confirm_timeout": 1}
     worker = Worker(own_node.url, concurrency=1, result_backend_transport_options=options)
     with worker, worker.client():
@@ -321,7 +321,7 @@ def test_a_broker_that_stands_still_is_waited_for_until_an_end(
     try:
         for call in (lambda: app.AsyncResult(later).state, lambda: store(app, later, "later")):
             start = time.monotonic()
-            # A new connection for each, that is not even greeted any more, has a time limit of its own.
+            # A new connection for each, which gets no handshake, has its own time limit.
             with pytest.raises(fastres.BrokerUnreachable, match="has not"):
                 call()
             assert time.monotonic() - start < 3
@@ -335,7 +335,7 @@ def test_a_broker_that_stands_still_is_waited_for_until_an_end(
 
 
 @pytest.mark.parametrize("policy", [{"max_retries": 1}, {"timeout": 0.5}], ids=str)
-def test_how_long_a_broker_is_sought_is_an_option(make_app: MakeApp, policy: dict[str, float]) -> None:
+def test_the_time_to_reconnect_is_an_option(make_app: MakeApp, policy: dict[str, float]) -> None:
     app = make_app("amqp://guest:secret@127.0.0.1:1//", result_backend_transport_options={"retry_policy": policy})
     for call in (
         lambda: app.AsyncResult(new_ids(1)[0]).state,
@@ -348,10 +348,10 @@ def test_how_long_a_broker_is_sought_is_an_option(make_app: MakeApp, policy: dic
         assert time.monotonic() - start < 5
 
 
-# -- what a timeout says
+# -- messages of timeouts
 
 
-def test_a_timeout_says_what_is_known(make_app: MakeApp) -> None:
+def test_a_timeout_names_the_reason(make_app: MakeApp) -> None:
     app = make_app()
     held = group_of(app)
     store_group(app, held, [1])
@@ -368,7 +368,7 @@ def test_a_timeout_says_what_is_known(make_app: MakeApp) -> None:
 
 
 def test_a_worker_says_at_its_start_that_results_cannot_be_stored(node: Node) -> None:
-    """In one line, before any task has run."""
+    """In one log line, before any task has run."""
     name = f"user-{uuid()}"
     node.ctl("add_user", name, "secret")
     node.ctl("set_permissions", name, ALL, r"^(?!amq\.default$)", ALL)

@@ -1,4 +1,4 @@
-"""``confirm`` off: what is published is kept until the broker has confirmed it, and sent again if it must be."""
+"""``confirm`` off: messages are kept until the broker has confirmed them, and sent again if necessary."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def own_broker(alive: Node) -> Iterator[Broker]:
 
 
 def come(app: Celery, task_ids: list[str]) -> list[Any]:
-    """Their results, in order. One may come twice: it was sent again over another connection."""
+    """Their results, in order. A result may arrive twice if it was sent again over another connection."""
     metas = dict(app.backend.get_many(task_ids, timeout=ENOUGH))
     return [metas[task_id]["result"] for task_id in task_ids]
 
@@ -82,8 +82,10 @@ def test_connections_that_break(
     assert [there[task_id]["result"] for task_id in ids] == list(range(5000))
 
 
-def test_nobody_publishes_any_more(alive: Node, make_app: MakeApp, own_broker: Broker) -> None:
-    """What went down with a connection comes all the same."""
+def test_messages_are_sent_again_without_another_publish(
+    alive: Node, make_app: MakeApp, own_broker: Broker
+) -> None:
+    """Messages that were lost with a connection arrive nevertheless."""
     with Proxy(alive.port) as proxy:
         app = make_app(proxy.url, result_backend_transport_options=UNCONFIRMED)
         held = group_of(app, 100)
@@ -132,8 +134,8 @@ def test_a_queue_that_is_deleted_meanwhile(make_app: MakeApp, broker: Broker) ->
     assert come(make_app(), task_ids) == list(range(100, 200))
 
 
-def test_one_that_is_too_large(make_app: MakeApp, reports: Reports) -> None:
-    """It is named; the others come."""
+def test_a_message_that_is_too_large(make_app: MakeApp, reports: Reports) -> None:
+    """It is named; the others arrive."""
     with Node({"max_message_size": "100000"}) as node:
         app = make_app(node.url, result_backend_transport_options=UNCONFIRMED)
         held = group_of(app, 30)
@@ -146,7 +148,7 @@ def test_one_that_is_too_large(make_app: MakeApp, reports: Reports) -> None:
         assert "100000 bytes" in told
 
 
-def test_a_permission_that_lacks_is_told(node: Node, make_app: MakeApp, reports: Reports) -> None:
+def test_a_missing_permission_is_logged(node: Node, make_app: MakeApp, reports: Reports) -> None:
     name = f"user-{uuid()}"
     node.ctl("add_user", name, "secret")
     node.ctl("set_permissions", name, ".*", "^nothing$", ".*")
@@ -186,7 +188,7 @@ def test_the_end_of_a_process(node: Node, broker: Broker, end: str) -> None:
 
 
 def test_children_of_a_pool_that_end(node: Node) -> None:
-    """After each task."""
+    """Each child ends after one task."""
     conf = {"worker_max_tasks_per_child": 1, "result_backend_transport_options": UNCONFIRMED}
     with Worker(node.url, **conf) as worker, worker.client():
         assert group(add.s(number, 1) for number in range(20))().get(timeout=60) == list(range(1, 21))

@@ -37,14 +37,14 @@ def app(worker: Worker) -> Iterator[Celery]:
         yield app
 
 
-async def aside(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Call in a thread what blocks: sending, as Celery does it."""
+async def in_executor(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call blocking code in a thread, such as Celery's sending."""
     return await asyncio.get_running_loop().run_in_executor(None, functools.partial(function, *args, **kwargs))
 
 
 @pytest.fixture(params=["asyncio", "uvloop"])
 def run(request: pytest.FixtureRequest, caplog: pytest.LogCaptureFixture) -> Callable[[Any], Any]:
-    """Runs a coroutine in a loop whose debug mode warns of what blocks it."""
+    """Runs a coroutine in a loop whose debug mode warns of blocking code."""
     new_loop = (
         asyncio.new_event_loop if request.param == "asyncio" else pytest.importorskip("uvloop").new_event_loop
     )
@@ -52,7 +52,7 @@ def run(request: pytest.FixtureRequest, caplog: pytest.LogCaptureFixture) -> Cal
     def run(coroutine: Coroutine[Any, Any, Any]) -> Any:
         loop = new_loop()
         loop.set_debug(True)
-        # More than what Celery does in it takes on a busy machine, and less than a wait for a broker.
+        # More than Celery's own code takes on a busy machine, and less than a wait for a broker.
         loop.slow_callback_duration = 2
         try:
             return loop.run_until_complete(coroutine)
@@ -67,16 +67,16 @@ def run(request: pytest.FixtureRequest, caplog: pytest.LogCaptureFixture) -> Cal
 
 def test_get(app: Celery, run: Callable[[Any], Any]) -> None:
     async def main() -> None:
-        result = await aside(add.delay, 1, 2)
+        result = await in_executor(add.delay, 1, 2)
         assert await aio.get(result, timeout=SECONDS) == 3
         assert result._cache is not None
         assert await aio.get(result) == 3
         assert await aio.get(result.id, timeout=SECONDS, app=app) == 3
         with pytest.raises(OutOfStockError):
-            await aio.get(await aside(fail.delay, "apples", 4), timeout=SECONDS)
-        value = await aio.get(await aside(fail.delay, "apples", 4), timeout=SECONDS, propagate=False)
+            await aio.get(await in_executor(fail.delay, "apples", 4), timeout=SECONDS)
+        value = await aio.get(await in_executor(fail.delay, "apples", 4), timeout=SECONDS, propagate=False)
         assert isinstance(value, OutOfStockError)
-        assert await aio.get(await aside(chord(adds(5)), tsum.s()), timeout=SECONDS) == 20
+        assert await aio.get(await in_executor(chord(adds(5)), tsum.s()), timeout=SECONDS) == 20
         assert await aio.state(result) == "SUCCESS"
         assert await aio.state(*page_ids(1)) == "PENDING"
 
@@ -85,17 +85,19 @@ def test_get(app: Celery, run: Callable[[Any], Any]) -> None:
 
 def test_groups(app: Celery, run: Callable[[Any], Any]) -> None:
     async def main() -> None:
-        assert await aio.join(await aside(group(adds(50)).apply_async), timeout=SECONDS) == [
+        assert await aio.join(await in_executor(group(adds(50)).apply_async), timeout=SECONDS) == [
             2 * n for n in range(50)
         ]
-        nested = await aside(group(add.s(1, 1), group(add.s(2, 2), add.s(3, 3))).apply_async)
+        nested = await in_executor(group(add.s(1, 1), group(add.s(2, 2), add.s(3, 3))).apply_async)
         assert await aio.get(nested, timeout=SECONDS) == [2, 4, 6]
-        # What has been read is not waited for.
+        # Results that were read before are not waited for.
         assert await aio.join(nested, timeout=1) == [2, 4, 6]
         failing = [add.s(1, 1), fail.s("apples", 4)]
         with pytest.raises(OutOfStockError):
-            await aio.join(await aside(group(failing).apply_async), timeout=SECONDS)
-        value, error = await aio.join(await aside(group(failing).apply_async), timeout=SECONDS, propagate=False)
+            await aio.join(await in_executor(group(failing).apply_async), timeout=SECONDS)
+        value, error = await aio.join(
+            await in_executor(group(failing).apply_async), timeout=SECONDS, propagate=False
+        )
         assert (value, type(error)) == (2, OutOfStockError)
         assert await aio.join(app.GroupResult(uuid(), [])) == []
 
@@ -104,17 +106,17 @@ def test_groups(app: Celery, run: Callable[[Any], Any]) -> None:
 
 def test_as_completed(app: Celery, run: Callable[[Any], Any]) -> None:
     async def main() -> None:
-        sent = await aside(group([*adds(20), fail.s("apples", 4)]).apply_async)
+        sent = await in_executor(group([*adds(20), fail.s("apples", 4)]).apply_async)
         came = {task_id: value async for task_id, value in aio.as_completed(sent, timeout=SECONDS)}
         assert [came[each.id] for each in sent[:20]] == [2 * n for n in range(20)]
         assert isinstance(came[sent[20].id], OutOfStockError)
-        lone = [await aside(add.delay, n, n) for n in range(5)]
+        lone = [await in_executor(add.delay, n, n) for n in range(5)]
         assert len([each async for each in aio.as_completed(lone, timeout=SECONDS)]) == 5
-        ids = [each.id for each in [await aside(add.delay, n, n) for n in range(5)]]
+        ids = [each.id for each in [await in_executor(add.delay, n, n) for n in range(5)]]
         assert {task_id async for task_id, _ in aio.as_completed(ids, timeout=SECONDS, app=app)} == set(ids)
         with pytest.raises(OutOfStockError):
             async for _ in aio.as_completed(
-                [await aside(fail.delay, "apples", 4)], timeout=SECONDS, propagate=True
+                [await in_executor(fail.delay, "apples", 4)], timeout=SECONDS, propagate=True
             ):
                 pass
         assert [each async for each in aio.as_completed([], app=app)] == []
@@ -133,7 +135,7 @@ def test_timeouts_and_cancelled_waits_leave_nothing(
         start = time.monotonic()
         with pytest.raises(fastres.ResultsMissing, match="2 results are missing of 3"):
             await aio.join(held, timeout=0.5)
-        # What came is not lost.
+        # Results that arrived are not lost.
         assert [member._cache is not None for member in held] == [True, False, False]
         with pytest.raises(TimeoutError):
             await aio.get(lone, timeout=0.3)
@@ -166,10 +168,10 @@ def test_timeouts_and_cancelled_waits_leave_nothing(
         await came.aclose()
 
     run(first())
-    # What was read and not asked for can be asked for again here.
+    # Results that were read but not returned can be read again here.
     rest = dict(app.backend.get_many([each.id for each in others][1:], timeout=SECONDS))
     assert len(rest) == 2
-    # What was not handed over is there for others.
+    # Results that were not returned are there for others.
     store_group(writer, held, range(1, 3), start=1)
     store(writer, lone.id, "late")
     again = make_app(node.url)
@@ -181,17 +183,17 @@ def test_timeouts_and_cancelled_waits_leave_nothing(
 
 
 def test_many_waits_at_once(app: Celery, run: Callable[[Any], Any], broker: Broker) -> None:
-    """One thread, and one connection, for all."""
+    """All waits share one thread and one connection."""
     before = {thread.ident for thread in threading.enumerate()}
 
     async def main() -> None:
-        results = await aside(lambda: [add.delay(n, n) for n in range(200)])
+        results = await in_executor(lambda: [add.delay(n, n) for n in range(200)])
         values = await asyncio.gather(*(aio.get(result, timeout=SECONDS) for result in results))
         assert values == [2 * n for n in range(200)]
 
     run(main())
     added = {thread.name for thread in threading.enumerate() if thread.ident not in before}
-    # But for those of the loop's executor, which sends.
+    # Except the threads of the loop's executor, which sends.
     assert {name for name in added if not name.startswith(("asyncio_", "uvloop_"))} <= {"fastres-loop-reader"}
 
 
@@ -238,10 +240,10 @@ def test_the_connection_is_cut(node: Node, run: Callable[[Any], Any]) -> None:
         run(main())
 
 
-def test_threads_wait_beside_it(app: Celery, run: Callable[[Any], Any]) -> None:
+def test_threads_wait_at_the_same_time(app: Celery, run: Callable[[Any], Any]) -> None:
     async def main() -> None:
         loop = asyncio.get_running_loop()
-        results = await aside(lambda: [add.delay(n, n) for n in range(40)])
+        results = await in_executor(lambda: [add.delay(n, n) for n in range(40)])
         in_threads = [loop.run_in_executor(None, lambda r=r: r.get(timeout=SECONDS)) for r in results[::2]]
         values = await asyncio.gather(*(aio.get(result, timeout=SECONDS) for result in results[1::2]))
         assert values == [2 * n for n in range(1, 40, 2)]
@@ -253,7 +255,7 @@ def test_threads_wait_beside_it(app: Celery, run: Callable[[Any], Any]) -> None:
 def test_progress(app: Celery, run: Callable[[Any], Any], tmp_path: Any) -> None:
     async def main() -> None:
         gate = tmp_path / "gate"
-        result = await aside(chord([add.s(1, 1), add.s(2, 2), gated.s(str(gate), 1)]), tsum.s())
+        result = await in_executor(chord([add.s(1, 1), add.s(2, 2), gated.s(str(gate), 1)]), tsum.s())
         end = time.monotonic() + SECONDS
         while (found := await aio.progress(result)).ready < 2:
             assert time.monotonic() < end
@@ -267,7 +269,7 @@ def test_progress(app: Celery, run: Callable[[Any], Any], tmp_path: Any) -> None
     run(main())
 
 
-def test_what_it_cannot_do(node: Node, make_app: MakeApp) -> None:
+def test_unsupported_calls(node: Node, make_app: MakeApp) -> None:
     app = make_app(node.url, result_backend="fastres-rpc://")
     with pytest.raises(ImproperlyConfigured, match="fastres://"):
         asyncio.run(aio.get(app.AsyncResult(uuid())))

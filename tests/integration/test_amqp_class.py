@@ -52,7 +52,7 @@ def make_backend(app: Celery) -> Iterator[Any]:
 
 
 def test_connection(make_app: MakeApp, node: Node, broker: Broker) -> None:
-    """The broker of the results need not be that of the tasks."""
+    """Results may be on another broker than tasks."""
     task_id = uuid()
     app = make_app(broker="memory://")
     with kombu.Connection(node.url) as connection:
@@ -79,7 +79,7 @@ def test_exchange_and_exchange_type(make_backend: Any, broker: Broker, kind: str
 
 
 @pytest.mark.parametrize("kind", ["fanout", "headers"])
-def test_exchange_type_that_cannot_carry_results(app: Celery, kind: str) -> None:
+def test_an_exchange_type_that_cannot_route_results(app: Celery, kind: str) -> None:
     with pytest.raises(ImproperlyConfigured, match=f"result_exchange_type='{kind}'"):
         AMQPBackend(app, exchange="results", exchange_type=kind)
 
@@ -152,7 +152,7 @@ def test_attributes(app: Celery) -> None:
 
 
 def test_retry_policy(make_app: MakeApp) -> None:
-    """An attribute that a subclass may have another of."""
+    """A subclass may override the attribute."""
     with socket.socket() as nobody:
         nobody.bind(("127.0.0.1", 0))
         url = f"amqp://guest:guest@127.0.0.1:{nobody.getsockname()[1]}//"
@@ -176,7 +176,7 @@ def test_consumer_does_not_declare(app: Celery, broker: Broker) -> None:
 
 
 def test_consumer(app: Celery, broker: Broker) -> None:
-    """What 3.1 documents of it: callbacks, add_queue, consuming_from, cancel_by_queue, recover, purge."""
+    """The methods that 3.1 documents: callbacks, add_queue, consuming_from, cancel_by_queue, recover, purge."""
     first, second = uuid(), uuid()
     for name in (first, second):
         broker.put(name, success(name, name), {"x-expires": 60_000})
@@ -209,7 +209,7 @@ def test_consumer(app: Celery, broker: Broker) -> None:
         broker.channel().queue_delete(name)
 
 
-def test_consumer_accepts_what_it_is_told_to(app: Celery, broker: Broker) -> None:
+def test_consumer_honours_its_accept_argument(app: Celery, broker: Broker) -> None:
     name = uuid()
     broker.put(name, success(name), {"x-expires": 60_000})
     with broker.connection.channel() as channel:
@@ -250,7 +250,7 @@ def test_exchange_and_producer(app: Celery, broker: Broker) -> None:
     queue.delete()
 
 
-# -- the rest
+# -- other methods
 
 
 def test_as_uri(make_app: MakeApp) -> None:
@@ -271,7 +271,7 @@ def test_close_and_use_again(app: Celery, other: Celery) -> None:
     assert app.backend.wait_for(task_id, timeout=ENOUGH) == 2
 
 
-def test_a_lone_result_that_is_taken_leaves_no_queue(make_app: MakeApp, other: Celery, node: Node) -> None:
+def test_taking_a_lone_result_deletes_its_queue(make_app: MakeApp, other: Celery, node: Node) -> None:
     app = make_app(result_backend_transport_options={"take": "always"})
     before = set(node.queues())
     for number in range(5):
@@ -284,7 +284,7 @@ def test_a_lone_result_that_is_taken_leaves_no_queue(make_app: MakeApp, other: C
     assert set(node.queues()) == before
 
 
-def test_a_result_that_was_only_polled_leaves_no_queue_once_another_took_it(
+def test_a_polled_result_leaves_no_queue_after_another_process_took_it(
     make_app: MakeApp, other: Celery, broker: Broker
 ) -> None:
     app = make_app(result_backend_transport_options={"take": "always"})

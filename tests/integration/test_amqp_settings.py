@@ -1,4 +1,4 @@
-"""Celery's settings for results on ``AMQPBackend``, and what comes back: values, exceptions, pickled objects."""
+"""Celery's result settings on ``AMQPBackend``, and round trips of values, exceptions and pickled objects."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ import fastres
 
 
 class Refused(Exception):
-    """An exception of the application, with arguments of its own."""
+    """A user's exception with its own arguments."""
 
     def __init__(self, code: int, why: str) -> None:
         super().__init__(code, why)
@@ -79,8 +79,8 @@ def test_result_serializer_of_a_failure(make_app: MakeApp, serializer: str) -> N
 
 
 @pytest.mark.usefixtures("both")
-def test_readers_go_by_the_content_type(make_app: MakeApp) -> None:
-    """A writer that is rolled over to another serializer."""
+def test_readers_use_the_content_type(make_app: MakeApp) -> None:
+    """The writer changes to another serializer."""
     reader = make_app(result_accept_content=list(CONTENT_TYPES))
     for serializer in CONTENT_TYPES:
         task_id = uuid()
@@ -99,11 +99,11 @@ def test_result_accept_content(make_app: MakeApp, broker: Broker, setting: str) 
         reader.backend.get_task_meta(task_id)
     with pytest.raises(ContentDisallowed):
         reader.backend.wait_for(task_id, timeout=ENOUGH)
-    # It is there for whoever accepts it.
+    # It stays for readers that accept it.
     assert writer.backend.wait_for(task_id, timeout=ENOUGH) == 1
 
 
-def test_result_accept_content_counts_more_than_accept_content(make_app: MakeApp) -> None:
+def test_result_accept_content_precedes_accept_content(make_app: MakeApp) -> None:
     app = make_app(result_serializer="yaml", accept_content=["json"], result_accept_content=["yaml"])
     task_id = uuid()
     store(app, task_id, 1)
@@ -176,12 +176,12 @@ def test_result_expires(make_app: MakeApp, broker: Broker, expires: Any, argumen
 
 
 def test_expired(make_app: MakeApp, node: Node) -> None:
-    """The queue goes, with the result in it; whoever asks then sees a task that is pending."""
+    """The queue is deleted with its result; afterwards the task looks pending."""
     app, task_id, group_id = make_app(result_expires=datetime.timedelta(seconds=0.5)), uuid(), uuid()
     store(app, task_id, 1)
     store(app, uuid(), 1, group=group_id, group_index=0)
     mine = {app.backend.rkey(task_id), queue_of(group_id)}
-    # Asking for a queue's state may count as its use, a list of queues does not.
+    # Asking for a queue's state may count as its use; listing queues does not.
     until(lambda: not mine & node.queues().keys())
     assert app.backend.get_task_meta(task_id)["status"] == "PENDING"
     store(app, task_id, "again")
@@ -196,7 +196,7 @@ def test_expired(make_app: MakeApp, node: Node) -> None:
 def test_result_failure_expires(
     make_app: MakeApp, broker: Broker, expires: float, failure_expires: float, gone: str, kept: str, id_of: Any
 ) -> None:
-    """The results of failed tasks are kept for a time of their own, longer or shorter, wherever they are."""
+    """Results of failed tasks have their own expiry, longer or shorter, in every kind of queue."""
     conf = {"result_expires": expires, "result_failure_expires": failure_expires}
     app, reader = make_app(**conf), make_app(**conf)
     results = dict(zip((gone, kept), id_of(2)))
@@ -210,7 +210,7 @@ def test_result_failure_expires(
 
 
 def test_result_failure_expires_unset(make_app: MakeApp, broker: Broker) -> None:
-    """As any result: messages carry no expiration of their own."""
+    """As for any result: messages have no expiration."""
     app = make_app(result_expires=3600)
     for state in ("SUCCESS", "FAILURE"):
         store(app, task_id := uuid(), None, state)
@@ -227,7 +227,7 @@ def test_result_persistent(make_app: MakeApp, broker: Broker, persistent: bool |
     store(app, member_ids(group_id, 1)[0], 1)
     for name in (app.backend.rkey(lone), queue_of(group_id)):
         assert broker.look(name).properties["delivery_mode"] == mode
-        # Whatever the messages are, the queue outlives its connection.
+        # The queue outlives its connection in any case.
         broker.channel().queue_declare(name, passive=True, durable=True)
 
 
@@ -237,7 +237,7 @@ def test_result_exchange(make_app: MakeApp, broker: Broker, kind: str) -> None:
     writer, reader = make_app(**conf), make_app(**conf)
     lone, group_id = uuid(), uuid()
     (member,) = member_ids(group_id, 1)
-    # The reader is there first, with a state that is none.
+    # The reader comes first, and sees no state.
     assert reader.backend.get_task_meta(lone)["status"] == "PENDING"
     store(writer, lone, "lone")
     store(writer, member, "member", group=group_id, group_index=0)
@@ -256,7 +256,7 @@ def test_result_exchange_of_celerys_default_is_the_default_exchange(make_app: Ma
 
 
 @pytest.mark.parametrize("kind", ["fanout", "headers"])
-def test_result_exchange_type_that_cannot_carry_results(make_app: MakeApp, kind: str) -> None:
+def test_a_result_exchange_type_that_cannot_route_results(make_app: MakeApp, kind: str) -> None:
     app = make_app(result_exchange="results", result_exchange_type=kind)
     with pytest.raises(ImproperlyConfigured, match=f"result_exchange_type='{kind}'"):
         _ = app.backend
@@ -276,7 +276,7 @@ def test_applications_that_share_a_virtual_host(make_app: MakeApp) -> None:
         assert app.backend.wait_for(task_id, timeout=ENOUGH) == app.backend.options.namespace
 
 
-# -- what a result has
+# -- fields of results
 
 
 def test_result_extended(make_app: MakeApp) -> None:
@@ -320,7 +320,7 @@ def test_a_result_in_a_result(app: Celery, make_app: MakeApp) -> None:
 
 @pytest.mark.timing
 def test_custom_states(app: Celery, make_app: MakeApp) -> None:
-    """What ``update_state`` sends is seen by a poll, and waits go on."""
+    """A poll sees states of ``update_state``, and waits go on."""
     result = make_app().AsyncResult(uuid())
     for done in range(3):
         app.backend.store_result(result.id, {"done": done}, "COUNTING", request=request_of(result.id))
@@ -363,7 +363,7 @@ def test_exceptions_of_modules_that_are_not_loaded(app: Celery, broker: Broker) 
 
 
 def test_pickled_backend(node: Node) -> None:
-    """Where the application has this backend, it is that one: results that were unpickled share its connection."""
+    """Unpickled in an application with this backend, it is the application's own: results share its connection."""
     with client(node.url) as app:
         assert pickle.loads(pickle.dumps(app.backend)) is app.backend
 
@@ -383,7 +383,7 @@ backend.close()
 
 
 def test_pickled_backend_in_another_process(app: Celery, node: Node) -> None:
-    """... which has another one: all that the constructor was given goes with it."""
+    """With another backend, the constructor's arguments are pickled too."""
     backend = fastres.AMQPBackend(
         app, exchange="pickled", exchange_type="topic", persistent=False, serializer="yaml", accept=["yaml"],
         auto_delete=False, expires=77, url=node.url.replace("amqp:", "fastres:"),
@@ -422,7 +422,7 @@ def test_pickled_result_in_another_process(app: Celery, node: Node) -> None:
 
 
 def test_result_as_tuple(app: Celery, make_app: MakeApp) -> None:
-    """How results travel inside messages."""
+    """The form of results inside messages."""
     result = app.AsyncResult(uuid())
     store(app, result.id, 1)
     again = result_from_tuple(json.loads(json.dumps(result.as_tuple())), make_app())

@@ -1,4 +1,4 @@
-"""``AsyncResult`` on this backend: ``get``, ``then``, and what Celery asks of a backend for them."""
+"""``AsyncResult`` on this backend: ``get``, ``then``, and the backend methods that Celery calls for them."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_then_fires_when_a_poll_sees_the_result(app: Celery, other: Celery) -> N
 
 
 def test_then_of_every_result_object_of_a_task(app: Celery, other: Celery) -> None:
-    """As in Celery 5: whoever reads the result, all that wait for it are told."""
+    """As in Celery 5: all waiting result objects are notified, whichever of them reads the result."""
     task_id, called = uuid(), []
     first, second = app.AsyncResult(task_id), app.AsyncResult(task_id)
     first.then(called.append)
@@ -94,7 +94,7 @@ def test_get_callback_and_propagate(app: Celery, other: Celery) -> None:
 
 
 def test_get_of_a_failed_parent(app: Celery, other: Celery) -> None:
-    """A chain whose first task failed: its last one never ends, and the wait does."""
+    """A chain whose first task failed: its last task never ends, but the wait does."""
     parent = app.AsyncResult(uuid())
     last = AsyncResult(uuid(), app=app, parent=parent)
     store(other, parent.id, ValueError("first"), states.FAILURE)
@@ -103,7 +103,7 @@ def test_get_of_a_failed_parent(app: Celery, other: Celery) -> None:
 
 
 def test_on_task_call(app: Celery, broker: Broker) -> None:
-    """Sending a task declares nothing: its worker does, when there is something to store."""
+    """Sending a task declares no queue: its worker does, when it stores a result."""
     task_id = uuid()
     with app.producer_pool.acquire() as producer:
         assert app.backend.on_task_call(producer, task_id) == {}

@@ -1,4 +1,4 @@
-"""Messages that are no result: reported once with queue and task id, counted, and never the end of a join."""
+"""Messages that are not results: reported once with queue and task id, counted, and joins go on."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from fastres import MalformedResult, OversizedResult
 pytestmark = pytest.mark.usefixtures("both")
 
 GZIP = {"compression": "application/x-gzip"}
-#: body, properties, the kind that is counted, the exception of a lone wait
+#: body, properties, the counted kind, the exception of a lone wait
 BAD: dict[str, tuple[bytes, dict[str, Any], str, type[Exception]]] = {
     "no JSON": (b"{not json", {}, "undecodable", DecodeError),
     "not UTF-8": (b'{"task_id": "\xff"}', {}, "undecodable", DecodeError),
@@ -69,7 +69,7 @@ def put_bad(broker: Broker, queue: str, name: str, task_id: str) -> None:
 
 
 def check_reports(reports: Reports, backend: Any, name: str, queue: str, task_id: str) -> None:
-    """One report, with queue and task id, and one counted."""
+    """Check that there is one report, with queue and task id, and that it was counted once."""
     _, _, kind, _ = BAD[name]
     (report,) = reports()
     assert report.startswith(f"{kind} result")
@@ -105,7 +105,7 @@ def test_lone(app: Celery, broker: Broker, reports: Reports, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["no JSON", "content type not accepted", "no result", "truncated"])
 def test_lone_among_others(app: Celery, other: Celery, broker: Broker, reports: Reports, name: str) -> None:
-    """The others are handed over; the bad one stays where it was, and the end of the wait says why."""
+    """The others are returned; the bad message stays in the queue, and the error of the wait says why."""
     ids = new_ids(5)
     queue = lone_queue(app, ids[2])
     put_bad(broker, queue, name, ids[2])
@@ -116,7 +116,7 @@ def test_lone_among_others(app: Celery, other: Celery, broker: Broker, reports: 
     with pytest.raises(TimeoutError, match=f"1 result is missing.*{ids[2]}.*{kind.__name__}"):
         got.extend(app.backend.get_many(ids, timeout=0.5))
     assert {task_id for task_id, _ in got} == {*ids} - {ids[2]}
-    # Without a timeout the wait ends when there is nothing left that can be read.
+    # Without a timeout, the wait ends when no readable result is left.
     with pytest.raises(kind):
         list(app.backend.get_many(ids))
     check_reports(reports, app.backend, name, queue, ids[2])
@@ -133,7 +133,7 @@ def test_lone_bad_message_that_is_replaced_by_a_result(app: Celery, other: Celer
 
 
 def test_lone_task_id_missing(app: Celery, broker: Broker, reports: Reports) -> None:
-    """The correlation id is enough; without that too nobody can tell whose result it is."""
+    """The correlation id is enough; without it, the result's task is unknown."""
     known, unknown = uuid(), uuid()
     broker.put(lone_queue(app, known), {"status": "SUCCESS", "result": 1}, correlation_id=known)
     assert app.backend.wait_for(known, timeout=ENOUGH) == 1
@@ -189,7 +189,7 @@ def test_lone_failure_that_cannot_be_raised(app: Celery, broker: Broker, name: s
 
 @each_bad
 def test_group(app: Celery, other: Celery, broker: Broker, reports: Reports, name: str) -> None:
-    """The others of the group are joined, the bad one stays in the queue and with it what was not handed over."""
+    """The other members are joined; the bad message stays in the queue, as do results that were not returned."""
     held = group_of(app, 4)
     ids = ids_of(held)
     queue = queue_of(held.id)
@@ -204,13 +204,13 @@ def test_group(app: Celery, other: Celery, broker: Broker, reports: Reports, nam
     assert got.items() >= {ids[2]: 2, ids[3]: 3}.items()
     check_reports(reports, app.backend, name, queue, ids[1])
     assert broker.messages(queue) == 1
-    # ... and when it comes again in good order, the group is complete.
+    # After a valid result for the same member, the group is complete.
     store_member(other, held, 1, 1)
     assert held.results[1].get(timeout=ENOUGH) == 1
 
 
 @pytest.mark.parametrize("name", ["no JSON", "no status"])
-def test_group_timeout_says_what_came(app: Celery, other: Celery, broker: Broker, name: str) -> None:
+def test_group_timeout_names_the_number_of_results(app: Celery, other: Celery, broker: Broker, name: str) -> None:
     held = group_of(app, 3)
     store_member(other, held, 0, 0)
     put_bad(broker, queue_of(held.id), name, held.results[1].id)
@@ -220,7 +220,7 @@ def test_group_timeout_says_what_came(app: Celery, other: Celery, broker: Broker
 
 
 def test_group_bad_message_of_no_member(app: Celery, other: Celery, broker: Broker, reports: Reports) -> None:
-    """It completes nobody's wait, and hinders nobody's."""
+    """It neither completes a wait nor disturbs one."""
     held = group_of(app, 3)
     for index in range(3):
         store_member(other, held, index, index)
@@ -245,7 +245,7 @@ def test_group_duplicates(app: Celery, other: Celery, broker: Broker, reports: R
 
 
 def test_group_result_for_an_unknown_id(app: Celery, other: Celery, broker: Broker) -> None:
-    """A member that this process has not heard of is not lost."""
+    """The result of an unknown member is not lost."""
     held = group_of(app, 2)
     (added,) = member_ids(held.id, 1)
     store(other, added, "added while running", group=held.id, group_index=2)
@@ -282,7 +282,7 @@ def test_group_poll(app: Celery, other: Celery, broker: Broker, reports: Reports
 
 
 def test_saved_group(app: Celery, broker: Broker) -> None:
-    """What is no saved group is not taken for one."""
+    """Other messages are not read as saved groups."""
     held = group_of(app, 1)
     held.save()
     queue = f"fastres.saved.{held.id}"
@@ -306,7 +306,7 @@ def client(make_app: MakeApp) -> Celery:
 
 @each_bad
 def test_mailbox(client: Celery, broker: Broker, reports: Reports, name: str) -> None:
-    """Bad messages are taken out of the mailbox, where nobody else would; the others are read."""
+    """Bad messages are removed from the mailbox, which has no other reader; the others are read."""
     good, bad = send(client), send(client)
     mailbox = client.thread_oid
     put_bad(broker, mailbox, name, bad.id)
@@ -321,7 +321,7 @@ def test_mailbox(client: Celery, broker: Broker, reports: Reports, name: str) ->
 
 
 def test_mailbox_while_somebody_waits_for_it(client: Celery, broker: Broker, reports: Reports) -> None:
-    """The wait ends at once: nothing else will come."""
+    """The wait ends at once, because no other result can arrive."""
     result = send(client)
     put_bad(broker, client.thread_oid, "content type not accepted", result.id)
     with pytest.raises(ContentDisallowed):
@@ -340,7 +340,7 @@ def test_mailbox_failure_that_cannot_be_raised(client: Celery, broker: Broker, n
 
 
 def test_mailbox_result_for_an_unknown_id(client: Celery, broker: Broker) -> None:
-    """It is kept for whoever asks: a result that was sent by id from elsewhere."""
+    """It is kept for a later reader: another process may have sent the task."""
     sent, stranger = send(client), uuid()
     broker.put(client.thread_oid, success(stranger, "kept"), correlation_id=stranger)
     broker.put(client.thread_oid, success(sent.id, 1), correlation_id=sent.id)

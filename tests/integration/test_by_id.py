@@ -1,4 +1,4 @@
-"""Whoever has an id finds its result: the same scripts on Redis and on fastres, with real workers."""
+"""Any process finds a result by its id: the same scripts on Redis and on fastres, with real workers."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SECONDS = 20
 #: Tasks that are revoked while they wait.
 REVOKED = 1_000
 
-#: Celery's Redis backend does all of this in this process.
+#: Celery's Redis backend runs in this process.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Call to deprecated setex:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning"),
@@ -44,7 +44,7 @@ pytestmark = [
 def worker(request: pytest.FixtureRequest, node: Node, redis: Redis) -> Iterator[Worker]:
     with Worker(node.url, backend="fastres://" if request.param == "fastres" else redis.url) as worker:
         yield worker
-        # What Celery's Redis backend leaves open is complained about here, not in the tests of other modules.
+        # Collect what Celery's Redis backend leaves open, so that other modules see no warnings.
         gc.collect()
 
 
@@ -58,7 +58,7 @@ def app(worker: Worker) -> Iterator[Celery]:
 
 
 def elsewhere(app: Celery, code: str, *args: Any) -> Any:
-    """What a process that has nothing but the arguments prints, as JSON."""
+    """The output, which is JSON, of a process that has only the arguments."""
     return json.loads(python(f"import json\nargs = json.loads({json.dumps(args)!r})\n{code}", app))
 
 
@@ -96,7 +96,7 @@ def test_any_part_of_a_canvas_by_its_id(app: Celery, make: str) -> None:
 
 
 def test_three_processes_poll_a_member(app: Celery, tmp_path: Any) -> None:
-    """As a web application with several workers does, none of which has sent the group."""
+    """As several processes of a web application do, none of which has sent the group."""
     gate = tmp_path / "gate"
     sent = group([gated.s(str(gate), 7), add.s(1, 1)]).apply_async()
     code = """
@@ -143,7 +143,7 @@ def test_a_group_result_after_a_fork(app: Celery) -> None:
     assert again.get(timeout=SECONDS) == sums(10)
 
 
-# -- whoever stores without a request
+# -- storing without a request
 
 
 def test_members_that_no_worker_has_registered(app: Celery) -> None:
@@ -163,7 +163,7 @@ def test_members_that_are_revoked_while_they_wait(app: Celery, node: Node) -> No
     sent.revoke()
     with pytest.raises(TaskRevokedError):
         sent.get(timeout=SECONDS)
-    # The group's own; and a pidbox's reply queue comes and goes.
+    # The group's queue; the reply queue of a pidbox may exist for a moment.
     assert len(node.queues()) <= before + 3
 
 
@@ -196,14 +196,14 @@ def test_a_success_that_is_delivered_again(worker: Worker, tmp_path: Path) -> No
     not find_spec("celery_batches"), reason="celery-batches is not installed: Celery 5.7 is too new"
 )
 def test_batches(app: Celery) -> None:
-    """Their requests have no group."""
+    """Requests of batches have no group."""
     assert group(doubled.s(number) for number in range(12)).apply_async().get(timeout=SECONDS) == sums(12)
     results = [doubled.delay(number) for number in range(3)]
     assert [result.get(timeout=SECONDS) for result in results] == sums(3)
 
 
 def test_results_that_are_stored_by_hand(app: Celery) -> None:
-    """A webhook completes a task: it has the id, and no request."""
+    """A webhook completes a task with its id and without a request."""
     ids = [signature.freeze().id for signature in adds(3)]
     sent = GroupResult(uuid(), [app.AsyncResult(id) for id in ids], app=app)
     app.backend.mark_as_done(ids[0], "done")
@@ -224,7 +224,7 @@ def test_members_of_a_sent_group_that_are_stored_by_hand(app: Celery) -> None:
 
 
 def test_a_request_without_group_fields(app: Celery) -> None:
-    """celery-batches stores the results of its tasks with requests that know an id and little more."""
+    """celery-batches stores results with requests that have little more than an id."""
     from types import SimpleNamespace
 
     sent = group([echo.s(n).set(queue="nobody-consumes-this") for n in range(3)]).apply_async()
@@ -267,7 +267,7 @@ def test_abort_while_somebody_waits(app: Celery) -> None:
     assert waiting.communicate(timeout=30)[0].strip() == "True"
 
 
-# -- groups that are put together
+# -- groups that are put together by hand
 
 
 def test_tasks_that_are_sent_into_a_group_one_by_one(app: Celery) -> None:
@@ -299,8 +299,8 @@ def test_a_chord_of_a_group_of_chains(app: Celery) -> None:
     assert elsewhere(app, code, [part.id for part in sent.parent.results]) == [3, 4]
 
 
-def test_what_made_a_header_fail_is_raised(app: Celery) -> None:
-    """Whoever waits for the body looks at its parents, whose results are beside the one that he has just read."""
+def test_the_exception_of_a_failed_header_is_raised(app: Celery) -> None:
+    """A wait for the body reads the results of its parents, which are in the same queue."""
     for size in range(8):
         result = chord([fail.si("apples"), *adds(size)])(tsum.s())
         with pytest.raises(OutOfStockError):
@@ -308,7 +308,7 @@ def test_what_made_a_header_fail_is_raised(app: Celery) -> None:
 
 
 def test_a_member_and_its_group_at_the_same_time(app: Celery, tmp_path: Any) -> None:
-    """One process waits for a member while another polls the others of the group."""
+    """One process waits for a member while another polls the other members."""
     gate = tmp_path / "gate"
     sent = group([gated.s(str(gate), 5), add.s(1, 1), add.s(2, 2)]).apply_async()
     waiting = start_python(f"print(app.AsyncResult({sent.results[0].id!r}).get(timeout=20))", app)
@@ -327,12 +327,12 @@ def test_the_same_id_again_at_once(app: Celery) -> None:
         task_id = f"again-{uuid()}"
         assert add.apply_async((number, 1), task_id=task_id).get(timeout=SECONDS) == number + 1
         for _ in range(3):
-            # The first success stays.
+            # The first success is kept.
             assert add.apply_async((number, 2), task_id=task_id).get(timeout=SECONDS) == number + 1
 
 
 def test_a_success_is_not_overwritten(app: Celery) -> None:
-    """A worker is lost after it has stored a result, and Celery runs the task again."""
+    """Celery runs a task again if its worker is lost after it has stored the result."""
     for task_id in (uuid(), add.s(1, 1).freeze().id):
         app.backend.mark_as_done(task_id, "first")
         assert elsewhere(app, "print(json.dumps(app.AsyncResult(args[0]).state))", task_id) == "SUCCESS"
@@ -341,7 +341,7 @@ def test_a_success_is_not_overwritten(app: Celery) -> None:
         assert elsewhere(app, code, task_id) == ["SUCCESS", "first"]
 
 
-def test_a_failure_gives_way_to_what_comes_later(app: Celery) -> None:
+def test_a_failure_is_replaced_by_a_later_result(app: Celery) -> None:
     for task_id in (uuid(), add.s(1, 1).freeze().id):
         app.backend.mark_as_failure(task_id, RuntimeError("first"))
         assert elsewhere(app, "print(json.dumps(app.AsyncResult(args[0]).state))", task_id) == "FAILURE"
@@ -377,7 +377,7 @@ def test_results_of_odd_ids(app: Celery) -> None:
 
 
 def test_an_id_that_is_the_name_of_a_queue(app: Celery) -> None:
-    """It comes out of a URL, perhaps: the queue is none of ours."""
+    """The id may come from a URL; the queue is not of fastres."""
     name = f"orders-{uuid()}"
     with app.connection_for_write() as connection:
         channel = connection.default_channel
@@ -389,7 +389,7 @@ def test_an_id_that_is_the_name_of_a_queue(app: Celery) -> None:
         with pytest.raises(TimeoutError):
             result.get(timeout=0.2)
         result.forget()
-        # Still there, with what it was declared with and what is in it.
+        # The queue is unchanged, with its arguments and messages.
         declared = channel.queue_declare(name, durable=True, auto_delete=False, arguments={"x-expires": 60_000})
         assert declared.message_count == 1
         channel.queue_delete(name)

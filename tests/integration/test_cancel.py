@@ -1,4 +1,4 @@
-"""Cancelling groups and chords: nothing of them begins any more, and whoever waits is told at once."""
+"""Cancelling groups and chords: none of their tasks starts any more, and all waits end at once."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def gate(tmp_path: Path) -> Iterator[Path]:
 
 
 def busy(gate: Path) -> list[Any]:
-    """Tasks that keep both processes of the worker until the gate is open."""
+    """Tasks that occupy both processes of the worker until the gate is open."""
     return [gated.s(str(gate), "done")] * 2
 
 
@@ -64,7 +64,7 @@ def raises_revoked(result: Any) -> None:
 
 
 def settle_down(app: Celery) -> None:
-    """All that was sent before has been seen by the worker."""
+    """Wait until the worker has seen all earlier tasks."""
     assert add.delay(1, 1).get(timeout=SECONDS) == 2
 
 
@@ -91,7 +91,7 @@ def test_a_group(app: Celery, gate: Path, tmp_path: Path) -> None:
     until(lambda: [app.AsyncResult(each.id).state for each in sent[:2]] == ["SUCCESS"] * 2)
     settle_down(app)
     assert began(tmp_path) == []
-    # Once more does no harm, and what has come stays.
+    # A second cancellation changes nothing, and results that arrived before stay.
     fastres.cancel(sent)
     assert [app.AsyncResult(each.id).get(timeout=SECONDS) for each in sent[:2]] == ["done"] * 2
     again = app.GroupResult(sent.id, [app.AsyncResult(each.id) for each in sent])
@@ -129,7 +129,7 @@ def test_a_chord(app: Celery, worker: Worker, gate: Path, tmp_path: Path, count:
     assert began(tmp_path) == []
     assert noted.read_text().split() == [sent.id]
     assert "It was cancelled" in worker.log()
-    # Its state is the joiner's word.
+    # The joiner sets its state.
     assert app.AsyncResult(sent.id).state == "FAILURE"
 
 
@@ -148,7 +148,7 @@ def test_groups_chains_and_chords_in_a_group(app: Celery, gate: Path, tmp_path: 
     blocking = group(busy(gate)).apply_async()
     sent = group(members * 2).apply_async()
     fastres.cancel(sent)
-    # The body of the chord in it has failed with a ChordError.
+    # The body of the inner chord has failed with a ChordError.
     with pytest.raises((TaskRevokedError, ChordError)):
         sent.get(timeout=3)
     gate.touch()
@@ -216,7 +216,7 @@ def test_a_long_chain_before_a_group(app: Celery) -> None:
         body.get(timeout=2, follow_parents=False)
 
 
-def test_a_chord_that_is_over_stays_as_it_is(app: Celery) -> None:
+def test_a_chord_that_has_ended_is_not_changed(app: Celery) -> None:
     sent = chord(adds(10))(tsum.s())
     assert app.AsyncResult(sent.id).get(timeout=SECONDS) == 90
     fastres.cancel(sent)
@@ -227,7 +227,7 @@ def test_a_chord_that_is_over_stays_as_it_is(app: Celery) -> None:
 # -- without a worker
 
 
-def test_every_wait_and_look_is_told(make_app: MakeApp, broker: Broker) -> None:
+def test_every_wait_and_look_sees_the_cancellation(make_app: MakeApp, broker: Broker) -> None:
     app, other = make_app(), make_app()
     held = group_of(app, 500)
     for index in range(5):
@@ -256,11 +256,11 @@ def test_every_wait_and_look_is_told(make_app: MakeApp, broker: Broker) -> None:
     assert isinstance(late.AsyncResult(held[7].id).result, TaskRevokedError)
     with pytest.raises(TaskRevokedError):
         late.AsyncResult(held[6].id).get(timeout=2)
-    # What had come was taken by the join, as without a notice.
+    # Earlier results were taken by the join, as without a cancellation.
     broker.channel().queue_delete(queue_of(held.id))
 
 
-def test_each_of_a_small_group_only(make_app: MakeApp) -> None:
+def test_only_the_members_of_a_small_group(make_app: MakeApp) -> None:
     app = make_app()
     ids = page_ids(6)
     first = app.GroupResult(ids[0], [app.AsyncResult(each) for each in ids[1:4]])
@@ -271,7 +271,7 @@ def test_each_of_a_small_group_only(make_app: MakeApp) -> None:
         app.AsyncResult(ids[4]).get(timeout=0.3)
 
 
-def test_ids_of_the_users_own(make_app: MakeApp, broker: Broker) -> None:
+def test_ids_that_the_user_chose(make_app: MakeApp, broker: Broker) -> None:
     app = make_app()
     names = [f"my-task-{number}-{time.time()}" for number in range(3)]
     held = app.GroupResult("my-group", [app.AsyncResult(name) for name in names])
@@ -298,7 +298,7 @@ def test_many_thousands_that_were_sent_in_bulk(make_app: MakeApp) -> None:
         connection.default_channel.queue_delete(queue)
 
 
-def test_what_cannot_be_cancelled(make_app: MakeApp, node: Node) -> None:
+def test_results_that_cannot_be_cancelled(make_app: MakeApp, node: Node) -> None:
     app = make_app()
     for wrong in (app.AsyncResult("one"), "an id", None, app.ResultSet([app.AsyncResult("one")])):
         with pytest.raises(TypeError, match=r"takes a GroupResult.*revoke"):

@@ -1,4 +1,4 @@
-"""Where the errors of chords go, and the results of their parts."""
+"""The queues of the errors of chords, and of the results of their parts."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ def test_chord_error_of_a_body_that_is_a_group(app: Celery, make_app: MakeApp, b
     body = group([task.s(), task.s()], app=app)
     frozen = body.freeze()
     fail_chord(app, body, "the header failed")
-    # ... in its queue, for a client that holds the group's result.
+    # They are in the group's queue, for a client that has the group's result.
     assert broker.messages(queue_of(frozen.id)) == 2
     held = held_by(make_app(), frozen)
     assert [type(one) for one in held.get(timeout=ENOUGH, propagate=False)] == [ChordError, ChordError]
 
 
 def test_a_chords_part_stays_when_it_is_joined(app: Celery, other: Celery, broker: Broker) -> None:
-    """Wanted by the join, and by users: ``chord_result.parent.get()``."""
+    """The join reads it, and so may users: ``chord_result.parent.get()``."""
     held = group_of(app, 3)
     body = {"task": "body", "options": {"task_id": uuid()}}
     for index, member in enumerate(held.results):

@@ -1,4 +1,4 @@
-"""Chords that fail: who is told, how, and what is not held up by it."""
+"""Chords that fail: their errbacks and errors, and that other chords go on."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def error_of(result: Any) -> ChordError:
 
 
 def told(folder: Path, task_id: str) -> list[str]:
-    """What the errback was told of a task: its id, the error, the error's cause, the traceback."""
+    """The arguments of a task's errback: its id, the error, the error's cause, the traceback."""
     path = folder / f"told-{task_id}"
     until(path.exists, SECONDS, so=f"the errback of {task_id}")
     return path.read_text().split("\n", 3)
@@ -71,7 +71,7 @@ def test_a_failed_task_fails_the_chord(app: Celery) -> None:
 
 
 def test_waiting_for_the_body_raises_what_the_task_raised(app: Celery) -> None:
-    """As Celery does: a result looks at its parents first."""
+    """As in Celery: a result looks at its parents first."""
     result = chord([fail.s("apples", 4), add.s(2, 2)])(tsum.s())
     with pytest.raises((ChordError, OutOfStockError), match="apples"):
         result.get(timeout=SECONDS)

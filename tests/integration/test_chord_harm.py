@@ -289,7 +289,7 @@ def test_an_event_of_a_newer_version_is_left_to_newer_joiners(
         assert unrun.wait(1) == [("body", [0, 1])]
 
 
-# -- compression, and sizes
+# -- compression and sizes
 
 
 def test_parts_are_compressed_as_results_are(node: Node, broker: Broker) -> None:
@@ -324,7 +324,7 @@ def test_a_result_that_is_too_large_fails_its_task_and_the_chord(size: int) -> N
 
 @pytest.mark.parametrize("pool", ["threads", "prefork"])
 def test_the_body_is_sent_from_the_request_of_the_last_part(node: Node, redis: Redis, pool: str) -> None:
-    """An override of ``apply_async`` sees what it sees on Redis: headers, correlation id, host name."""
+    """An override of ``apply_async`` sees the same request as on Redis: headers, correlation id, host name."""
     got = []
     for backend in ("fastres://", redis.url):
         with Worker(node.url, backend, pool=pool) as worker, worker.client():
@@ -338,7 +338,7 @@ def test_the_body_is_sent_from_the_request_of_the_last_part(node: Node, redis: R
 
 
 def test_a_join_is_a_span(node: Node) -> None:
-    """With the real SDK, in a process of its own: it has one provider for good."""
+    """With the real SDK, in a new process, because its provider cannot be replaced."""
     code = """
         from opentelemetry import trace
         from opentelemetry.sdk.trace import TracerProvider

@@ -55,7 +55,7 @@ def test_a_body_over_the_limit_fails_the_chord(app: Celery, tmp_path: Path) -> N
 
 
 def test_a_body_over_the_limit_among_others(app: Celery) -> None:
-    """Several chords are fired in a commit, which the broker refuses as a whole."""
+    """Several chords are fired in one commit, which the broker refuses as a whole."""
     results = []
     for number in range(12):
         header = [big.s(50_000)] * 6 if number in (3, 8) else adds(4, number)
@@ -80,8 +80,8 @@ def test_a_lazy_body_of_a_header_with_groups(app: Celery) -> None:
     assert chord(header)(fastres.lazy(count_lazily.s())).get(timeout=SECONDS) == [3, 60, 30]
 
 
-def test_results_by_reference_whose_tasks_have_one_place(make_app: MakeApp) -> None:
-    """Celery 5.5 gives the tasks of a group in a chain of the header the places of other tasks."""
+def test_results_by_reference_whose_tasks_have_the_same_place(make_app: MakeApp) -> None:
+    """Celery 5.5 gives tasks of a group in a header's chain the places of other tasks."""
     app = make_app()
     held, body = group_of(app, 3), fastres.lazy(tsum.s())
     for member, place in ((0, 0), (0, 0), (1, 0), (2, 1), (1, 0)):
@@ -106,7 +106,7 @@ def test_a_lazy_body_needs_results_that_are_kept(worker: Worker) -> None:
 
 
 def test_merged_events_stay_below_the_limit(small: Node) -> None:
-    """A thousand parts are merged into one message where they fit into one."""
+    """A thousand parts are merged into one message if they fit."""
     options = {"namespace": uuid(), "keep_chord_results": False}
     with (
         client(small.url, result_backend_transport_options=options) as app,
@@ -116,7 +116,7 @@ def test_merged_events_stay_below_the_limit(small: Node) -> None:
         unrun = Unrun(app, broker)
         requests = unrun.begin(2100)
         finish(unrun, requests[1:], ["x" * 500] * 2099)
-        # What is too large for one message is written in several, not again and again.
+        # Larger batches are written as several messages, once.
         until(lambda: app.backend.addresses and small.queues()[f"{options['namespace']}.chords.0"] < 1100, 60, 0.5)
         finish(unrun, requests[:1], ["x" * 500])
         body = requests[0].chord["options"]["task_id"]
@@ -132,7 +132,7 @@ def test_merged_events_stay_below_the_limit(small: Node) -> None:
 
 @pytest.fixture(scope="module")
 def impatient() -> Iterator[Node]:
-    """Closes the channel of who does not acknowledge in three seconds; usually that is half an hour."""
+    """A broker that closes a channel after three seconds without acknowledgement; the default is half an hour."""
     with Node(config={"consumer_timeout": "3000"}, advanced={"channel_tick_interval": "1000"}) as node:
         yield node
 
@@ -142,7 +142,7 @@ def test_chords_that_run_for_longer_than_the_brokers_timeout(impatient: Node) ->
     renewing = {"namespace": "renewing", "keep_chord_results": False, "chord_renewal": 1}
     if tuple(map(int, impatient.ctl("version").split(".")[:2])) >= (4, 3):
         pytest.skip("classic queues have no consumer timeout since RabbitMQ 4.3")
-    # One that is not told of the short timeout.
+    # A joiner that does not know the short timeout.
     unaware = {"namespace": "unaware", "keep_chord_results": False}
     with contextlib.ExitStack() as stack:
         broker = stack.enter_context(contextlib.closing(Broker(impatient.url)))

@@ -1,4 +1,4 @@
-"""A chord's events in a real RabbitMQ: repeated, late, strange, too old, and what a joiner tells of them."""
+"""A chord's events in a real RabbitMQ: repeated, late, malformed, expired, and the joiner's reports."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ def status(app: Celery) -> ShardStatus:
 
 
 def parts_of(app: Celery, chord_id: str) -> tuple[int, int | None] | None:
-    """How many parts of an open chord have come, and how many it takes."""
+    """The number of parts of an open chord that have arrived, and their total."""
     told = status(app).open
     assert told is not None
     found = [each for each in told.chords if each.id == chord_id]
     return (found[0].parts, found[0].total) if found else None
 
 
-# -- what counts, and how often
+# -- repetitions and order
 
 
 def test_the_body_is_sent_when_the_last_part_has_come(app: Celery, unrun: Unrun) -> None:
@@ -81,7 +81,7 @@ def test_a_late_part_is_ignored(app: Celery, unrun: Unrun) -> None:
     finish(unrun, requests)
     assert unrun.wait(1) == [("body", [0, 1])]
     finish(unrun, requests, ["late", "late"])
-    # Chords that come afterwards are not disturbed.
+    # Later chords are not disturbed.
     unrun.send(2, "another")
     finish(unrun, unrun.requests(2))
     assert unrun.wait(1) == [("another", [0, 1])]
@@ -115,7 +115,7 @@ def test_a_chord_of_many_parts_is_held_in_few_messages(app: Celery, unrun: Unrun
     until(lambda: node.queues()[SHARD] <= before, SECONDS, 0.2, so="nothing of it is left")
 
 
-# -- what is no event
+# -- messages that are not events
 
 
 @pytest.mark.parametrize("garbage", [b"", b"garbage", b'{"chord":"c","parts":[["t",5]]}\nx', b"\xff\n"])
@@ -138,7 +138,7 @@ def test_garbage_is_set_aside_and_reported(
     assert message is None
 
 
-# -- what is told
+# -- status
 
 
 def test_status(app: Celery, unrun: Unrun) -> None:
@@ -166,7 +166,7 @@ def test_status_without_a_joiner(make_app: MakeApp) -> None:
     assert [(shard.joiners, shard.waiting, shard.open) for shard in shards] == [(0, 0, None)] * 2
 
 
-# -- what comes to nothing
+# -- expiry
 
 
 @pytest.fixture
@@ -191,7 +191,7 @@ def test_a_chord_that_never_completes_expires(
     assert f"Chord {result.parent.id} has expired: 2 of 3 parts came" in line
     until(lambda: node.queues()["short-lived.chords.0"] == 0, SECONDS, 0.2)
     finish(unrun, requests[2:])
-    time.sleep(1)  # nothing tells of a body that is not sent
+    time.sleep(1)  # there is no notice that a body is not sent
     assert unrun.called() == []
     # The joiner and its shard go on.
     unrun.send(2, "another")
@@ -199,7 +199,7 @@ def test_a_chord_that_never_completes_expires(
     assert unrun.wait(1) == [("another", ["a", "b"])]
 
 
-def test_a_chord_whose_parts_come_now_and_then_does_not_expire(
+def test_a_chord_whose_parts_keep_arriving_does_not_expire(
     make_app: MakeApp, short_lived: JoinerProcess, broker: Broker
 ) -> None:
     app = make_app(result_expires=3, result_backend_transport_options={"namespace": "short-lived"})
@@ -211,7 +211,7 @@ def test_a_chord_whose_parts_come_now_and_then_does_not_expire(
     assert unrun.wait(1) == [("body", [0, 1, 2, 3, 4])]
 
 
-# -- who joins
+# -- joiners
 
 
 def test_shards(make_app: MakeApp, node: Node, broker: Broker) -> None:
@@ -245,8 +245,10 @@ def test_a_sender_with_fewer_shards_than_the_joiner(make_app: MakeApp, node: Nod
         assert sorted(unrun.wait(5)) == [(number, [0, 1]) for number in range(5)]
 
 
-def test_a_shard_is_there_in_another_way(make_app: MakeApp, node: Node, broker: Broker, reports: Reports) -> None:
-    """Two joiners that read at once would each have a half of a chord."""
+def test_a_shard_without_single_active_consumer(
+    make_app: MakeApp, node: Node, broker: Broker, reports: Reports
+) -> None:
+    """Two joiners that read at once would each have half of a chord."""
     options = {"namespace": "another-way"}
     broker.declare("another-way.chords.0", {"x-expires": 600_000})
     app = make_app(result_backend_transport_options=options)
@@ -256,7 +258,7 @@ def test_a_shard_is_there_in_another_way(make_app: MakeApp, node: Node, broker: 
         finish(unrun, unrun.requests(2))
         until(lambda: "without x-single-active-consumer" in joiner.log(), SECONDS)
         assert unrun.called() == []
-        # The operator does as he is told.
+        # The operator follows the advice.
         broker.channel().queue_delete("another-way.chords.0")
         broker.wait_for_consumer("another-way.chords.0")
         unrun.send(2, "after")
@@ -266,7 +268,7 @@ def test_a_shard_is_there_in_another_way(make_app: MakeApp, node: Node, broker: 
 
 
 def test_tasks_are_sent_to_another_broker_than_results(make_app: MakeApp, node: Node, own_node: Node) -> None:
-    """The body and the acknowledgement of its parts are no single transaction then."""
+    """Then the body and the acknowledgement of its parts cannot be one transaction."""
     url = own_node.url.replace("amqp://", "fastres://")
     app = make_app(backend=url)
     tasks = Broker(node.url)
@@ -284,14 +286,14 @@ def test_tasks_are_sent_to_another_broker_than_results(make_app: MakeApp, node: 
 
 
 def test_a_header_of_strings_that_look_like_json(unrun: Unrun) -> None:
-    """Results are put into the body's message as the bytes they came in."""
+    """Results are copied into the body's message as bytes."""
     values = ['"', "\\", "]", "\u2028", '{"a": [', "", "null"]
     unrun.send(len(values))
     finish(unrun, unrun.requests(len(values)), values)
     assert unrun.wait(1) == [("body", values)]
 
 
-def test_a_body_with_arguments_of_its_own(app: Celery, unrun: Unrun) -> None:
+def test_a_body_with_arguments(app: Celery, unrun: Unrun) -> None:
     task = unrun.task
     header = [task.s().set(queue=unrun.header) for _ in range(2)]
     chord(header, app=app)(task.s(name={"of": ["its", "own"], "date": None}).set(queue=unrun.bodies))

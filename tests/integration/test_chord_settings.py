@@ -1,4 +1,4 @@
-"""Chords under the settings of an application: serializers, compression, routes, what is kept, who joins."""
+"""Chords with an application's settings: serializers, compression, routes, kept results, joiners."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PLAIN = [None, "text ü \U0001f600", 2**40, -1.5, [1, [2]], {"key": {"deep": [Tr
 
 @pytest.fixture(scope="module", params=SERIALIZERS)
 def of_results(request: pytest.FixtureRequest, node: Node) -> Iterator[str]:
-    """The serializer of the results of a worker, which takes tasks in any."""
+    """The result serializer of a worker that accepts tasks in any serializer."""
     conf = {
         "result_serializer": request.param,
         "accept_content": SERIALIZERS,
@@ -48,7 +48,7 @@ def test_serializers(worker: Worker, of_results: str, of_tasks: str) -> None:
     with worker.client(task_serializer=of_tasks):
         assert chord(echo.s(value) for value in PLAIN)(collect.s()).get(timeout=SECONDS) == [PLAIN]
         if of_tasks == "msgpack":
-            # Celery's signatures cannot be told from lists of pairs in it, where there are groups in chains.
+            # There, Celery's signatures look like lists of pairs if there are groups in chains.
             return
         header = [add.s(1, 1) | group(add.s(1), add.s(2)), add.s(5, 5)]
         assert chord(header)(collect.s()).get(timeout=SECONDS) == [[[3, 4], 10]]
@@ -70,8 +70,8 @@ def test_a_body_that_only_its_own_serializer_can_hold(worker: Worker, of_results
 
 
 @pytest.mark.parametrize("of_bodies", SERIALIZERS)
-def test_values_that_serializers_have_ways_for(worker: Worker, of_results: str, of_bodies: str) -> None:
-    """They come to the body as they would have come to a client."""
+def test_values_with_special_encodings(worker: Worker, of_results: str, of_bodies: str) -> None:
+    """The body gets the same values as a client."""
     if of_bodies not in {of_results, "pickle"}:
         pytest.skip("what the one can hold the other cannot")
     values = TYPED[of_results]
@@ -82,7 +82,7 @@ def test_values_that_serializers_have_ways_for(worker: Worker, of_results: str, 
         assert result.parent.get(timeout=SECONDS) == values
 
 
-def test_what_a_bodys_serializer_cannot_hold(worker: Worker, of_results: str) -> None:
+def test_results_that_the_bodys_serializer_cannot_encode(worker: Worker, of_results: str) -> None:
     if of_results != "pickle":
         pytest.skip("of results in pickle")
     with worker.client():
@@ -109,7 +109,7 @@ def test_compression(node: Node) -> None:
 
 
 def test_where_bodies_are_sent(node: Node) -> None:
-    """As any task: routes, queues, priorities and delays."""
+    """As for any task: routes, queues, priorities and delays."""
     names = {name: f"{name}-{uuid()}" for name in ("own", "routed", "asked")}
     conf = {
         "task_default_queue": names["own"],
@@ -126,7 +126,7 @@ def test_where_bodies_are_sent(node: Node) -> None:
         ):
             told = chord(adds(2))(delivery.s().set(**options)).get(timeout=SECONDS)
             assert told == {"values": [0, 2], "queue": queue, "priority": priority}, options
-        # A route that only the sender has: the body's own queue was not chosen by it.
+        # A route that only the sender has does not change the body's own queue.
         told = chord(adds(2))(chain(collect.s(), delivery.s())).get(timeout=SECONDS)
         assert (told["queue"], told["values"]) == (names["routed"], [[0, 2]])
         inner = chord(adds(2), delivery.s().set(queue=names["asked"]))
@@ -142,7 +142,7 @@ def test_a_queue_that_only_the_joiner_declares(node: Node) -> None:
         until(lambda: node.queues().get(name) == 1, SECONDS, 0.2)
 
 
-# -- what is kept
+# -- kept results
 
 
 @pytest.fixture(scope="module")
@@ -173,9 +173,9 @@ def test_chords_whose_results_are_not_kept(unkept: Worker) -> None:
         assert result.get(timeout=SECONDS) == [6, 2], "a body in a group, and a member of it, are kept"
 
 
-def test_what_is_kept_is_in_the_headers_queue(node: Node) -> None:
+def test_kept_results_are_in_the_headers_queue(node: Node) -> None:
     with Worker(node.url, pool="threads") as worker, worker.client() as app:
-        # A smaller header shares the page of its sender, and of its body.
+        # A smaller header shares its sender's page with the body.
         for count, on_page in ((3, 1), (60, 0)):
             result = chord(adds(count))(tsum.s())
             assert result.get(timeout=SECONDS) == sum(sums(count))
@@ -183,7 +183,7 @@ def test_what_is_kept_is_in_the_headers_queue(node: Node) -> None:
             assert settled(lambda held=result.parent: node.queues()[queue_of(held.id)], COUNTED) == count + on_page
 
 
-# -- who joins
+# -- joiners
 
 
 @pytest.fixture
@@ -194,7 +194,7 @@ def without(node: Node) -> Iterator[Worker]:
         yield worker
 
 
-def test_a_joiner_of_its_own(without: Worker, node: Node) -> None:
+def test_a_separate_joiner(without: Worker, node: Node) -> None:
     with without.client() as app:
         result = chord(adds(3))(tsum.s())
         assert result.parent.get(timeout=SECONDS) == sums(3)
@@ -220,7 +220,7 @@ def test_the_joiners_shards(node: Node) -> None:
 
 
 def test_a_sender_with_more_shards_than_the_workers(node: Node) -> None:
-    """What it sends waits for a joiner that reads that many, and the workers say so."""
+    """Its chords wait for a joiner with that many shards, and the workers log a warning."""
     options: dict[str, Any] = {"namespace": "more-shards"}
     more = {**options, "chord_shards": 4}
     with (
@@ -237,12 +237,12 @@ def test_a_sender_with_more_shards_than_the_workers(node: Node) -> None:
         assert worker.log().count("chord_shards") <= 3, "once for each shard"
 
 
-# -- who sends
+# -- senders
 
 
 @pytest.fixture(params=[True, False], ids=["kept", "unkept"])
 def upgraded(node: Node, request: pytest.FixtureRequest) -> Iterator[Worker]:
-    """A worker beside clients that are of an older version."""
+    """An upgraded worker, with clients of an older version."""
     options = {"namespace": f"upgraded-{request.param}", "keep_chord_results": request.param}
     with Worker(node.url, pool="threads", result_backend_transport_options=options) as worker:
         yield worker
@@ -259,7 +259,7 @@ def test_chords_of_an_older_sender(upgraded: Worker, node: Node) -> None:
         (shard,) = app.backend.asker.status(SECONDS)
         assert shard.open is not None
         assert shard.open.count == 0, "the joiner never heard of them"
-    # What the upgraded worker sends itself, and so does the client in the end.
+    # Chords that the upgraded worker sends, and later the upgraded client.
     unlocked = upgraded.log().count("Task celery.chord_unlock")
     with upgraded.client():
         assert chord(adds(3))(tsum.s()).get(timeout=SECONDS) == 6
@@ -267,7 +267,7 @@ def test_chords_of_an_older_sender(upgraded: Worker, node: Node) -> None:
 
 
 def test_chords_that_are_left_to_chord_unlock(upgraded: Worker) -> None:
-    """By a client that has the log, while there are workers that do not."""
+    """By a client that writes the log, while old workers do not."""
     options = {**upgraded.conf["result_backend_transport_options"], "chord_unlock": True}
     before = upgraded.log().count("Task celery.chord_unlock")
     with upgraded.client(result_backend_transport_options=options) as app:

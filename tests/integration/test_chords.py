@@ -1,4 +1,4 @@
-"""Chords as Celery's canvas guide documents them, through real workers of each pool that join them themselves."""
+"""Chords as in Celery's canvas guide, with real workers of each pool, which join them."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_results_are_in_the_order_of_the_header(app: Celery, count: int) -> None
     assert value(result.parent) == sums(count)
 
 
-def test_results_are_in_the_order_of_the_header_whatever_comes_first(app: Celery) -> None:
+def test_results_are_in_the_order_of_the_header_and_not_of_arrival(app: Celery) -> None:
     header = [slow.s(0.3 - number / 20, number) for number in range(5)]
     assert value(chord(header)(collect.s())) == [[0, 1, 2, 3, 4]]
 
@@ -113,7 +113,7 @@ def test_groups_in_a_header(app: Celery) -> None:
     assert sorted(value(nested)[0]) == [0, 0, 2, 2, 8]
 
 
-def test_groups_at_the_end_of_chains_in_a_header_come_back_nested(app: Celery) -> None:
+def test_results_of_groups_at_the_end_of_chains_in_a_header_are_nested(app: Celery) -> None:
     header = [add.s(1, 1) | group(add.s(1), add.s(2)), add.s(5, 5), group(adds(3)) | tsum.s()]
     assert value(chord(header)(collect.s())) == [[[3, 4], 10, 6]]
     deeper = [
@@ -141,7 +141,7 @@ def test_results_of_every_kind_in_a_header(app: Celery) -> None:
     assert value(chord(echo.s(one) for one in values)(collect.s())) == [values]
 
 
-# -- tasks that become others
+# -- replaced tasks
 
 
 def test_replace_in_a_header(app: Celery) -> None:
@@ -215,7 +215,7 @@ def test_chords_in_chains_and_groups(app: Celery) -> None:
     assert value(result) == [6, 2, [sums(2), "second"]]
 
 
-# -- what is known of whom
+# -- results, ids and progress
 
 
 def test_parents(app: Celery) -> None:
@@ -256,7 +256,7 @@ def test_many_chords_at_once(app: Celery) -> None:
 
 @pytest.mark.parametrize("pool", ["gevent", "eventlet"])
 def test_a_worker_of_greenlets(node: Node, pool: str) -> None:
-    """Celery's take a tenth of a second for a task, whatever the backend: no more than a few of all the above."""
+    """Celery's greenlet workers take 0.1 s for a task with any backend, so only a few of the tests above run here."""
     options = {"namespace": pool}
     with (
         Worker(node.url, pool=pool, concurrency=10, result_backend_transport_options=options) as worker,

@@ -1,4 +1,4 @@
-"""Threads, forks and greenlets: many waits at once, on one consuming connection per process."""
+"""Threads, forks and greenlets: many waits at once, with one consuming connection per process."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ SECONDS = 20
 
 @pytest.fixture(scope="module")
 def node(own_node: Node) -> Node:
-    """A broker on which nobody else's connections come and go."""
+    """A broker without connections of other tests."""
     return own_node
 
 
@@ -54,7 +54,7 @@ def app(node: Node) -> Iterator[Celery]:
 
 @pytest.fixture
 def writer(make_app: Callable[..., Celery]) -> Celery:
-    """The application that has the results, as a worker has."""
+    """The application that stores the results, like a worker."""
     app = make_app(result_backend_transport_options={"confirm": False})
     assert app.backend, "Celery makes one for each of the threads that come at once"
     return app
@@ -85,7 +85,7 @@ class Crowd:
 
 
 def time_out(app: Celery, timeout: float, task_id: str | None = None) -> float:
-    """How many seconds a wait for what does not come takes."""
+    """The seconds that a wait for a missing result takes."""
     start = time.monotonic()
     with pytest.raises(TimeoutError):
         app.AsyncResult(task_id or uuid()).get(timeout=timeout)
@@ -93,7 +93,7 @@ def time_out(app: Celery, timeout: float, task_id: str | None = None) -> float:
 
 
 def overslept(seconds: float) -> float:
-    """By how much a sleep is too long: what is not the fault of the one who waits, but of a busy machine."""
+    """The delay of a sleep, which is due to a busy machine and not to the wait."""
     start = time.monotonic()
     longest = 0.0
     while (now := time.monotonic()) - start < seconds + 0.5:
@@ -124,13 +124,13 @@ def test_threads_wait_for_the_same_result(app: Celery, writer: Celery, broker: B
     with Crowd(20) as crowd:
         waits = [crowd.send(app.AsyncResult(task_id).get, timeout=SECONDS) for _ in range(20)]
         broker.wait_for_consumer(app.backend.rkey(task_id))
-        time.sleep(0.1)  # for the others to wait too; those that come late get it as well
+        time.sleep(0.1)  # time for the others to wait too; late ones get the result as well
         store(writer, task_id, "for all")
         assert [wait.result() for wait in waits] == ["for all"] * 20
 
 
 def test_threads_come_one_after_the_other_for_the_same_result(app: Celery, writer: Celery) -> None:
-    """Some wait when it comes, some come while it is handed over, some later."""
+    """Some threads wait before the result arrives, some begin while it is handed over, some later."""
     (task_id,) = page_ids(1)
     with Crowd(20) as crowd:
         waits = []
@@ -182,7 +182,7 @@ def test_each_timeout_is_exact_while_others_wait(app: Celery, writer: Celery) ->
         assert [other.result() for other in others] == [busy[start::4] for start in range(4)]
     late = sorted(seconds - timeout for timeout, seconds in zip(timeouts, took))
     assert late[0] >= -0.01
-    # One thread may be kept from the processor for longer than the probe of that was.
+    # A thread may be delayed for longer than the probe was.
     assert late[len(late) // 2] <= 0.1 + slack.result(), late
     assert late[-1] <= 0.5 + slack.result(), late
 
@@ -195,7 +195,7 @@ def test_a_timeout_is_exact_while_a_large_group_is_joined(app: Celery, writer: C
         wait = crowd.send(time_out, app, 0.5)
         sleep = crowd.send(overslept, 0.5)
         assert held.get(timeout=SECONDS) == list(range(3000))
-        # The join leaves the processor to the wait only every now and then.
+        # The join lets the waiting thread run only at intervals.
         assert 0.49 <= wait.result() <= 0.9 + sleep.result()
 
 
@@ -214,8 +214,8 @@ def test_states_are_polled_while_a_thread_waits(app: Celery, writer: Celery, bro
 
 
 @pytest.mark.timing
-def test_a_result_is_told_to_its_waiter_at_once(app: Celery, writer: Celery, broker: Broker) -> None:
-    """Also while another thread, which waits for something else, is the one that reads the socket."""
+def test_a_waiter_is_notified_at_once(app: Celery, writer: Celery, broker: Broker) -> None:
+    """Also while another thread, which waits for another result, reads the socket."""
     first, second = page_ids(2)
     with Crowd(2) as crowd:
         long_wait = crowd.send(app.AsyncResult(first).get, timeout=SECONDS)
@@ -230,8 +230,8 @@ def test_a_result_is_told_to_its_waiter_at_once(app: Celery, writer: Celery, bro
         assert long_wait.result() == "late"
 
 
-def test_results_of_a_page_come_at_once_after_a_long_wait(app: Celery, writer: Celery, broker: Broker) -> None:
-    """The time before the first of them is no time that reading took, after which others are let read."""
+def test_results_of_a_page_arrive_at_once_after_a_long_wait(app: Celery, writer: Celery, broker: Broker) -> None:
+    """The time before the first result does not count as reading, after which another thread would read."""
     ids, seconds = page_ids(6), {}
 
     def wait(task_id: str) -> None:
@@ -265,7 +265,7 @@ def test_many_threads_write_at_once(app: Celery, writer: Celery, node: Node) -> 
 
 
 def in_fork(function: Callable[[], Any]) -> Any:
-    """What a function returns in a forked child, as JSON can hold it; the child's errors are raised here."""
+    """Call a function in a forked child. Returns: its value, as JSON; raises the child's errors."""
     ours, theirs = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -342,11 +342,11 @@ def test_a_child_writes(app: Celery, writer: Celery) -> None:
 
 
 def do_everything(app: Celery, members: int = 3) -> None:
-    """Store, look, wait, join, and a part of a chord."""
+    """Store, look, wait, join, and store a part of a chord."""
     (lone,) = page_ids(1)
     store(app, lone, "lone")
     result = app.AsyncResult(lone)
-    # Without confirms it may be looked for, over another connection, before the broker has it.
+    # Without confirms, a look over another connection may precede the broker's handling of it.
     until(lambda: result.state == "SUCCESS", SECONDS)
     assert result.get(timeout=SECONDS) == "lone"
     held = group_of(app, members)
@@ -361,11 +361,11 @@ def do_everything(app: Celery, members: int = 3) -> None:
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize("confirm", [True, False], ids=["confirmed", "window"])
 def test_children_forked_in_the_middle_of_everything(make_app: Callable[..., Celery], confirm: bool) -> None:
-    """While many threads store, look, wait and join: whatever these hold just then, a child has its own."""
+    """While many threads store, look, wait and join: a child is not blocked by locks that they hold."""
     app = make_app(result_backend_transport_options={"confirm": confirm})
     assert app.backend
     over = threading.Event()
-    # A quorum queue takes the broker so long to make that the last of more waits in vain.
+    # Creating a quorum queue takes so long that with more of them the last wait would time out.
     count = 40 if QUORUM else 200
 
     def many_times() -> int:
@@ -416,8 +416,8 @@ def test_children_of_multiprocessing(app: Celery, writer: Celery, broker: Broker
 
 
 @pytest.mark.usefixtures("both")
-def test_what_comes_for_one_who_leaves_is_for_nobody_else(node: Node, broker: Broker) -> None:
-    """While the end of a channel is awaited, the messages that were sent ahead still come over it."""
+def test_messages_of_a_closing_channel_go_to_no_other_wait(node: Node, broker: Broker) -> None:
+    """While a channel is being closed, messages that were sent ahead still arrive on it."""
     busy, quiet = new_ids(2)
     broker.declare(busy)
     broker.fill(busy, [success(busy, number) for number in range(5000)])

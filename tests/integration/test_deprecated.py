@@ -1,4 +1,4 @@
-"""Nothing that RabbitMQ has deprecated is used: the broker keeps the account."""
+"""fastres uses no deprecated feature of RabbitMQ, according to the broker."""
 
 from __future__ import annotations
 

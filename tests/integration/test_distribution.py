@@ -1,4 +1,4 @@
-"""The wheels and the sdist: what is in them, and that a wheel built from the sdist is the same."""
+"""The contents of the wheels and the sdist, and that a wheel built from the sdist is the same."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FILES = {
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the sources: a build leaves its traces in the tree."""
+    """A copy of the sources, because a build writes into the tree."""
     tree = tmp_path_factory.mktemp("tree")
     for name in FILES:
         shutil.copy(ROOT / name, tree)
@@ -37,14 +37,14 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def try_to_build(tree: Path, kind: str, out: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "build", "--no-isolation", f"--{kind}", "--outdir", str(out), str(tree)],
-        # What is compiled is compared by name: there is no need to wait for the optimizer.
+        # Compiled files are compared by name only, so they are built without optimization.
         env={**os.environ, "CFLAGS": "-O0", **environment},
         capture_output=True, text=True,
     )  # fmt: skip
 
 
 def build(tree: Path, kind: str, **environment: str) -> Path:
-    """Build a ``wheel`` or an ``sdist`` with the tools of this environment; where it is."""
+    """Build a ``wheel`` or an ``sdist`` with the tools of this environment. Returns: its path."""
     out = tree / f"dist-{kind}{len(environment)}"
     done = try_to_build(tree, kind, out, **environment)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -59,13 +59,13 @@ def wheel(tree: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def sdist(tree: Path, wheel: Path) -> Path:
-    # The build of the wheel has left the generated C in the tree, where it must not be taken from.
+    # The build of the wheel left generated C in the tree, which must not get into the sdist.
     assert {path.stem for path in (tree / "fastres_ext").glob("*.c")} == set(_impl.MODULES)
     return build(tree, "sdist")
 
 
 def contents(wheel: Path) -> dict[str, bytes]:
-    """The files of a wheel, compiled ones by name only, without the record of their checksums."""
+    """The files of a wheel, without the record of checksums; of compiled ones only the names."""
     with ZipFile(wheel) as archive:
         return {
             name: b"" if name.endswith(".so") else archive.read(name)
@@ -75,7 +75,7 @@ def contents(wheel: Path) -> dict[str, bytes]:
 
 
 def sources(package: str) -> set[str]:
-    """The files of a package that are in the repository, and belong into a distribution."""
+    """The files of a package in the repository that belong into a distribution."""
     return {
         str(path.relative_to(ROOT))
         for path in (ROOT / package).rglob("*")
@@ -108,7 +108,7 @@ def test_wheel_of_the_sdist(wheel: Path, sdist: Path, tmp_path: Path) -> None:
     assert contents(again) == contents(wheel)
 
 
-def test_without_a_compiler_it_says_what_to_do(tree: Path, tmp_path: Path) -> None:
+def test_the_error_without_a_compiler_says_what_to_do(tree: Path, tmp_path: Path) -> None:
     copied = tmp_path / "tree"
     shutil.copytree(tree, copied, ignore=shutil.ignore_patterns("build", "dist-*", "*.c"))
     done = try_to_build(copied, "wheel", tmp_path / "out", CC="no-such-compiler")
@@ -125,7 +125,7 @@ def test_the_compiled_modules_have_no_symbols(wheel: Path) -> None:
     assert size < 1_000_000
 
 
-def test_the_source_tree_says_what_to_do(tree: Path, tmp_path: Path) -> None:
+def test_the_error_in_the_source_tree_says_what_to_do(tree: Path, tmp_path: Path) -> None:
     bare = tmp_path / "tree"
     shutil.copytree(tree, bare, ignore=shutil.ignore_patterns("build", "dist-*", "*.c", "*.so"))
     done = subprocess.run(

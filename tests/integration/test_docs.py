@@ -1,4 +1,4 @@
-"""The code of README and docs/ runs as it stands: the blocks of a page one after the other, beside a worker."""
+"""The code of README and docs/ runs unchanged: the blocks of a page in order, with a worker."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from rabbitmq_node import Leashed, Node
 
 ROOT = Path(__file__).parents[2]
 START = (ROOT / "docs" / "start.md").read_text()
-#: Where the broker of the pages is.
+#: The broker's URL on the pages.
 BROKER = "amqp://guest:guest@localhost//"
 BLOCK = re.compile(r"(<!-- (?:file|not run): .*? -->\n\n)?^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 PAGES = [path for path in sorted((ROOT / "docs").glob("*.md")) if "```python" in path.read_text()]
 
 
 def file_of(page: str, name: str) -> str:
-    """The block that is to be saved as this file."""
+    """The block that a reader saves as this file."""
     found = re.search(rf"<!-- file: {re.escape(name)} -->\n\n```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
     assert found is not None, name
     return found[1]
 
 
 def code_of(page: Path) -> str:
-    """The blocks of a page as one program, without those that say why they are not run."""
+    """The blocks of a page as one program, without those that are marked as not run, with a reason."""
     return "\n".join(code for note, code in BLOCK.findall(page.read_text()) if not note.startswith("<!-- not run"))
 
 
@@ -76,7 +76,7 @@ def test_blocks_run(page: Path, project: Project, node: Node) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_the_first_five_minutes_print_what_the_page_says(project: Project) -> None:
+def test_the_commands_of_start_print_what_the_page_says(project: Project) -> None:
     done = project.run(file_of(START, "client.py"))
     printed = re.search(r"^```text\n(.*?)^```", START, re.MULTILINE | re.DOTALL)
     assert printed is not None
@@ -84,7 +84,7 @@ def test_the_first_five_minutes_print_what_the_page_says(project: Project) -> No
 
 
 def test_readme(node: Node, project: Project) -> None:
-    """Its program has tasks of the same names as those of the worker."""
+    """The tasks of its program have the same names as the worker's."""
     program, others = (code for _, code in BLOCK.findall((ROOT / "README.md").read_text()))
     for code in (program.replace(BROKER, node.url), others):
         done = project.run(code)

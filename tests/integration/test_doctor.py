@@ -1,4 +1,4 @@
-"""``celery -A proj fastres ...``: what the commands say of a broker, and their exit codes."""
+"""``celery -A proj fastres ...``: the reports of the commands, and their exit codes."""
 
 from __future__ import annotations
 
@@ -82,10 +82,10 @@ def test_other_backends_that_work(vhost: str, tmp_path: Path, backend: str, conf
     [{}, {"result_exchange": "results"}, {"result_backend_transport_options": {"namespace": "shop"}}],
     ids=str,
 )
-def test_the_permissions_that_it_prints_are_enough(
+def test_the_printed_permissions_are_enough(
     vhost: str, node: Node, tmp_path: Path, make_app: MakeApp, conf: dict[str, Any]
 ) -> None:
-    """To run a worker with remote control and events, and a client."""
+    """They are enough for a worker with remote control and events, and for a client."""
     conf = {**conf, "task_default_queue": "jobs"}
     code, said = doctor(tmp_path, vhost, conf=str(conf))
     assert code == 0, said
@@ -97,7 +97,7 @@ def test_the_permissions_that_it_prints_are_enough(
         node.ctl(*shlex.split(arguments.replace("USER", f"{who}-{vhost[-8:]}")))
         urls[who] = vhost.replace("guest:guest", f"{who}-{vhost[-8:]}:secret")
     with Worker(urls["worker"], **conf), client(urls["worker"], **conf) as app:
-        # The client's application sends its tasks with the worker's permissions: fastres needs none for that.
+        # The client sends tasks with the worker's permissions; fastres itself needs none for that.
         reading = make_app(urls["client"], **conf)
         lone, held = add.delay(1, 2), group(add.s(number, 1) for number in range(3))()
         joined = chord([add.s(1, 1), add.s(2, 2)])(tsum.s())
@@ -122,7 +122,7 @@ def test_a_backend_that_is_not_configured(node: Node, tmp_path: Path, backend: s
     assert text in said
 
 
-def test_a_broker_that_is_not_there(tmp_path: Path) -> None:
+def test_an_unreachable_broker(tmp_path: Path) -> None:
     code, said = doctor(tmp_path, f"amqp://127.0.0.1:{port_for.select_random()}//")
     assert code == 1
     assert "FAIL broker" in said
@@ -137,7 +137,7 @@ def test_a_user_who_may_not_log_in(node: Node, tmp_path: Path) -> None:
     assert "wrong" not in said.replace("what is wrong", "")
 
 
-def test_results_that_never_expire_are_warned_of(node: Node, tmp_path: Path) -> None:
+def test_a_warning_about_results_that_never_expire(node: Node, tmp_path: Path) -> None:
     code, said = doctor(tmp_path, node.url, conf="{'result_expires': None}")
     assert code == 0
     assert "warn result_expires" in said
@@ -174,8 +174,8 @@ def _answers(node: Node) -> bool:
 
 
 @pytest.mark.parametrize("kind", ["policy", "operator_policy"])
-def test_policies_that_only_the_management_api_tells_of(managed: Node, tmp_path: Path, kind: str) -> None:
-    """What acts later than after some seconds is not seen otherwise."""
+def test_policies_that_only_the_management_api_shows(managed: Node, tmp_path: Path, kind: str) -> None:
+    """Policies that take effect after more than some seconds are not seen otherwise."""
     command = f"doctor --management http://guest:guest@{HOST}:{managed.management_port}"
     managed.ctl(f"set_{kind}", "theirs", "^tasks", json.dumps({"max-length": 5}))
     code, said = doctor(tmp_path, managed.url, command=command)
@@ -229,7 +229,7 @@ def test_as_json(vhost: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("command", ["doctor", "joiner", "status", "watch ID", "exporter"])
-def test_every_command_has_an_example_and_names_an_option_that_is_misspelt(tmp_path: Path, command: str) -> None:
+def test_every_command_has_an_example_and_names_a_misspelt_option(tmp_path: Path, command: str) -> None:
     code, said = doctor(tmp_path, "amqp://", command=f"{command} --help")
     assert code == 0
     assert f"Example: celery -A proj fastres {command.split()[0]}" in said
@@ -251,7 +251,7 @@ def test_every_command_has_an_example_and_names_an_option_that_is_misspelt(tmp_p
         ("amqp://guest:guest@127.0.0.1:{port}/nowhere", "vhost nowhere not found"),
     ],
 )
-def test_what_is_wrong_is_one_line(node: Node, tmp_path: Path, command: str, broker: str, text: str) -> None:
+def test_errors_are_one_line(node: Node, tmp_path: Path, command: str, broker: str, text: str) -> None:
     code, said = doctor(tmp_path, broker.format(port=node.port), command=command)
     assert code == 1
     *_, last = said.splitlines()

@@ -1,4 +1,4 @@
-"""A rolling upgrade: workers of fastres 0.1.0 and of this one at the same queue, joiners of both at the same log."""
+"""A rolling upgrade: workers of fastres 0.1.0 and of this version share a queue, and their joiners the log."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class OldWorker(Worker):
 
 @pytest.mark.parametrize("first", ["old", "new"])
 def test_workers_of_both_join_chords(node: Node, old_sources: Path, tmp_path: Path, first: str) -> None:
-    """Each body runs once, whichever of them joins, and goes on when the old one is stopped."""
+    """Each body runs once, whichever version joins it, also after the old worker is stopped."""
     conf = {"task_default_queue": f"fleet-{uuid()}", "result_backend_transport_options": {"namespace": uuid()}}
     old, new = OldWorker(old_sources, node.url, **conf), Worker(node.url, **conf)
     workers = [old, new] if first == "old" else [new, old]

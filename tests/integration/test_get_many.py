@@ -1,4 +1,4 @@
-"""``get_many``: many results as they come."""
+"""``get_many``: many results in order of arrival."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from wire import BASIC_CONSUME, QUEUE_DECLARE, QUEUE_DELETE, methods
 
 
 def store_some(app: Celery, other: Celery, ids: list[str], kind: str, only: int | None = None) -> None:
-    """Results of lone tasks, or of a group that both applications know."""
+    """Store results of lone tasks, or of a group that both applications know."""
     fields: dict[str, Any] = {}
     if kind == "group":
         fields = {"group": uuid(), "group_index": 0}
@@ -53,9 +53,9 @@ def test_the_queues_of_lone_tasks_are_asked_for_in_bulk(
     sent = methods(b"".join(written))
     for method in (QUEUE_DECLARE, BASIC_CONSUME):
         assert sent.count(method) == 499
-    # Of the result and of the states before it.
+    # One for the result, and one for the states before it.
     assert sent.count(QUEUE_DELETE) == 2 * 499
-    # No round trip without a write.
+    # Each round trip has a write.
     assert len(written) < 30
     until(lambda: broker.state(reader.backend.rkey(ids[-1])) is None)
 
@@ -72,10 +72,10 @@ def test_get_many(app: Celery, other: Celery, broker: Broker) -> None:
 
 
 @pytest.mark.usefixtures("both")
-def test_get_many_of_queues_of_which_one_is_not_as_ours(
+def test_get_many_of_queues_of_which_one_has_other_arguments(
     app: Celery, other: Celery, broker: Broker, reports: Reports
 ) -> None:
-    """It refuses its declaration, which must not be the end of those that are declared in the same breath."""
+    """The broker refuses its declaration; the others in the same write must still be declared."""
     ids = new_ids(250)
     broker.declare(app.backend.rkey(ids[120]), {"x-expires": 77_000})
     results = app.backend.get_many(ids, timeout=ENOUGH)
@@ -88,8 +88,10 @@ def test_get_many_of_queues_of_which_one_is_not_as_ours(
 
 
 @on_classic_queues("let several read")
-def test_get_many_of_queues_of_which_one_is_taken(app: Celery, other: Celery, broker: Broker) -> None:
-    """Another program consumes from a lone task's queue, and lets nobody else: it is waited for."""
+def test_get_many_of_queues_of_which_one_is_consumed_exclusively(
+    app: Celery, other: Celery, broker: Broker
+) -> None:
+    """Another program consumes a lone task's queue exclusively: the call waits for its end."""
     ids = new_ids(3)
     for task_id in ids:
         store(other, task_id, task_id)
@@ -101,12 +103,12 @@ def test_get_many_of_queues_of_which_one_is_taken(app: Celery, other: Celery, br
 
 
 def test_get_many_of_none(make_app: MakeApp) -> None:
-    """Nothing to wait for takes no broker."""
+    """Without ids, no connection is opened."""
     assert list(make_app(broker="amqp://127.0.0.1:1//").backend.get_many([], timeout=0)) == []
 
 
 @pytest.mark.usefixtures("both")
-def test_get_many_yields_as_they_come(app: Celery, other: Celery) -> None:
+def test_get_many_yields_in_order_of_arrival(app: Celery, other: Celery) -> None:
     ids = new_ids(3)
     store(other, ids[1], 1)
     results = app.backend.get_many(iter(ids), timeout=ENOUGH)
@@ -163,7 +165,7 @@ def test_get_many_callbacks(app: Celery, other: Celery) -> None:
     assert calls
 
 
-def test_get_many_tells_states_of_group_members_too(app: Celery, other: Celery) -> None:
+def test_get_many_calls_on_message_for_states_of_group_members_too(app: Celery, other: Celery) -> None:
     held = group_of(app, 2)
     held.save()
     for index in range(2):
@@ -187,7 +189,7 @@ def test_get_many_getfields(app: Celery, other: Celery) -> None:
 
 
 def test_get_many_now(app: Celery) -> None:
-    """By this clock 100 seconds are over after two looks, of a second each at most."""
+    """By this clock, 100 seconds have passed after two looks of at most a second each."""
     ticks = iter(range(0, 1000, 60))
     start = time.monotonic()
     with pytest.raises(TimeoutError):
@@ -237,7 +239,7 @@ def test_get_many_loses_nothing_when_a_callback_raises(app: Celery, other: Celer
 
 
 def test_get_many_max_iterations(app: Celery, other: Celery) -> None:
-    """What ``ResultSet._iter_meta`` asks with: one look, and nothing is taken."""
+    """As ``ResultSet._iter_meta`` calls it: one look, which takes nothing."""
     ids = [uuid(), uuid()]
     store(other, ids[0])
     app.backend.get_task_meta(uuid())

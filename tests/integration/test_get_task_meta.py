@@ -84,7 +84,7 @@ def test_get_task_meta_is_one_round_trip(node: Node, other: Celery) -> None:
             proxy.answered.clear()
             assert app.AsyncResult(task_id).state == state
             answers = wire.methods(proxy.answered)
-            # Of the results and of the states.
+            # One for the result, and one for the states.
             assert answers.count(spec.Queue.DeclareOk) + answers.count(spec.Channel.Close) == 2
 
 
@@ -96,7 +96,7 @@ def test_get_task_meta_declares_nothing(app: Celery, broker: Broker) -> None:
 
 
 def test_get_task_meta_of_a_queue_somebody_else_declared(app: Celery, broker: Broker) -> None:
-    """A history of states, as Celery 3.1 leaves it: the latest counts, and all of them stay."""
+    """A history of states, as Celery 3.1 writes it: the latest counts, and all of them stay."""
     task_id, count = uuid(), 30
     name = app.backend.rkey(task_id)
     for number in range(count):
@@ -175,7 +175,7 @@ def test_task_result_exists(app: Celery, other: Celery) -> None:
 
 
 @pytest.mark.skipif(CELERY < (5, 7), reason="AsyncResult.exists came with Celery 5.7")
-def test_a_result_object_that_is_asked_whether_it_exists(app: Celery, other: Celery) -> None:
+def test_exists_of_a_result_object(app: Celery, other: Celery) -> None:
     task_id = uuid()
     assert not app.AsyncResult(task_id).exists()
     store(other, task_id, 1)
@@ -207,7 +207,7 @@ def test_forget(app: Celery, other: Celery, broker: Broker) -> None:
     assert app.backend.get_task_meta(result.id)["status"] == "PENDING"
 
 
-def test_forget_what_was_never_there(app: Celery) -> None:
+def test_forget_an_unknown_task(app: Celery) -> None:
     app.backend.forget(uuid())
 
 
@@ -224,7 +224,7 @@ def test_forget_with_parents(app: Celery, other: Celery, broker: Broker) -> None
 def test_many_tasks_are_looked_at_and_stored_at_once(
     written: list[bytes], make_app: MakeApp, options: dict[str, Any]
 ) -> None:
-    """As the remote control command ``revoke`` does with a group."""
+    """As the remote control command ``revoke`` does for a group."""
     app, other = make_app(result_backend_transport_options=options), make_app()
     held = group_of(app, 300)
     pages, lone = page_ids(100), new_ids(3)

@@ -1,4 +1,4 @@
-"""Waits of gevent's and eventlet's greenlets, and workers of them."""
+"""Waits in gevent's and eventlet's greenlets, and workers with these pools."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def app(node: Node) -> Iterator[Celery]:
 
 @pytest.fixture
 def writer(make_app: Callable[..., Celery]) -> Celery:
-    """The application that has the results, as a worker has."""
+    """The application that stores the results, like a worker."""
     return make_app(result_backend_transport_options={"confirm": False})
 
 
@@ -66,7 +66,7 @@ def test_waits_do_not_block_the_hub(app: Celery, writer: Celery, broker: Broker,
         store(writer, connected, 1)
         assert process.stdout is not None
         assert process.stdout.readline().strip() == "waiting", process.stderr and process.stderr.read()
-        time.sleep(1)  # for the ticker to tick
+        time.sleep(1)  # time for the ticker
         for task_id in task_ids:
             store(writer, task_id, task_id)
         out, err = process.communicate(timeout=30)

@@ -1,4 +1,4 @@
-"""``group_progress``: how many results of a group have come."""
+"""``group_progress``: the number of results of a group that have arrived."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_group_progress_is_one_passive_declare(node: Node, other: Celery) -> Non
         proxy.asked.clear()
         assert app.backend.group_progress(held.id) == 2
         assert wire.methods(proxy.asked) == [spec.Queue.Declare]
-        # Behind the queue's name stands the octet of flags, the lowest of which says passive.
+        # Behind the queue's name is the octet of flags, whose lowest bit means passive.
         flags = proxy.asked[proxy.asked.index(queue_of(held.id).encode()) + len(queue_of(held.id))]
         assert flags & 1
 
@@ -45,7 +45,7 @@ def test_group_progress_declares_nothing(app: Celery, broker: Broker) -> None:
 
 
 def test_group_progress_during_and_after_a_join(app: Celery, other: Celery) -> None:
-    """What has come does not go: the joiner counts what it has taken."""
+    """The number does not decrease: the join counts the results that it has taken."""
     held = group_of(app, 6)
     store_group(other, held)
     ids = ids_of(held)

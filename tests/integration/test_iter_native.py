@@ -68,7 +68,7 @@ def test_get_while_results_come(app: Celery, other: Celery) -> None:
 
 @pytest.mark.timing
 def test_get_timeout(app: Celery, other: Celery) -> None:
-    """What came before the timeout is not lost: the next get has it."""
+    """Results that arrived before the timeout are not lost: the next get returns them."""
     held = group_of(app, 3)
     store_member(other, held, 0, "a")
     app.backend.get_task_meta(uuid())
@@ -112,7 +112,7 @@ def test_get_with_callback_and_on_message(app: Celery, other: Celery) -> None:
 
 
 def test_members_one_by_one(app: Celery, other: Celery) -> None:
-    """Taking one member leaves the others to whoever wants them."""
+    """Taking one member's result leaves the others in the queue."""
     held = group_of(app, 4)
     store_group(other, held)
     assert [held.results[n].get(timeout=ENOUGH) for n in (2, 0)] == [2, 0]
@@ -148,14 +148,14 @@ def test_states_of_members(app: Celery, other: Celery, broker: Broker) -> None:
     # States do not count as results.
     assert broker.messages(queue_of(held.id)) in (None, 0)
     store_group(other, held)
-    # Polls of members may lag behind by a few times what reading the group's queue takes.
+    # Polls of members may be late by a few times the duration of a read of the group's queue.
     until(held.ready, SOON)
     assert held.completed_count() == 2
     assert (first.state, second.state) == ("SUCCESS", "SUCCESS")
 
 
 def test_members_with_ids_of_celery(make_app: MakeApp, broker: Broker) -> None:
-    """Each has a queue of its own, as in Celery 3.1; joined they are taken, and their queues go."""
+    """Each has its own queue, as in Celery 3.1; a join takes them and deletes the queues."""
     options = {"task_ids": "celery"}
     writer, reader = (make_app(result_backend_transport_options=options) for _ in range(2))
     held = group_of(writer, [uuid(), uuid()])
@@ -167,7 +167,7 @@ def test_members_with_ids_of_celery(make_app: MakeApp, broker: Broker) -> None:
 
 
 def test_group_that_was_put_together_by_hand(app: Celery, other: Celery) -> None:
-    """Tasks that were sent alone keep their own queues, here and where the group is restored."""
+    """Tasks that were sent alone keep their own queues, here and in a restored group."""
     results = [send(app) for _ in range(3)]
     held = GroupResult(uuid(), results, app=app)
     held.save()
@@ -187,7 +187,7 @@ def test_result_set(app: Celery, other: Celery) -> None:
 
 
 def test_group_that_this_process_sent(app: Celery, other: Celery, broker: Broker) -> None:
-    """Its sender knows its members by their bare ids."""
+    """The sender finds its members by their ids."""
     held = send_group(app, 3)
     store_group(other, held)
     results = app.backend.get_many(ids_of(held), timeout=ENOUGH)

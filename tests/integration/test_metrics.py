@@ -1,4 +1,4 @@
-"""Numbers for Prometheus: over HTTP from the exporter, and of a process of one's own."""
+"""Metrics for Prometheus: over HTTP from the exporter, and of the own process."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_chords_over_http(worker: Worker, tmp_path: Path) -> None:
             assert chord(adds(4))(tsum.s()).get(timeout=SECONDS) == 12
         failing = chord([add.s(1, 1), fail.s("apples")])(tsum.s())
         until(lambda: app.AsyncResult(failing.id).state == "FAILURE")
-        # Of two the last part is nobody's to bring.
+        # The last parts of two chords never arrive.
         group_of_nobody = [add.s(1, 1), add.s(1, 1).set(queue="nobody")]
         for _ in range(2):
             chord(group_of_nobody)(tsum.s())
@@ -116,7 +116,7 @@ def test_chords_over_http(worker: Worker, tmp_path: Path) -> None:
         assert after["fastres_joiner_start_time_seconds"] > 0
 
 
-def test_a_process_of_ones_own(make_app: MakeApp) -> None:
+def test_metrics_of_the_own_process(make_app: MakeApp) -> None:
     app = make_app()
     assert own_numbers(app)["fastres_published_total"] == 0
     held = group_of(app, 7)
@@ -142,13 +142,13 @@ def test_the_window_of_a_process_that_does_not_wait(make_app: MakeApp) -> None:
     assert own_numbers(app)["fastres_published_total"] == 50
 
 
-def test_without_a_broker_there_is_an_answer_all_the_same() -> None:
+def test_the_exporter_answers_without_a_broker() -> None:
     with Exporter("amqp://guest:guest@127.0.0.1:1//") as exporter:
         assert exporter.scrape() == {"fastres_up": 0}
         assert "cannot be asked about chords" in exporter.log()
 
 
-def test_a_broker_that_stands_still_is_not_waited_for(own_node: Node) -> None:
+def test_the_exporter_does_not_wait_for_a_broker_that_stands_still(own_node: Node) -> None:
     with Exporter(own_node.url) as exporter:
         assert exporter.scrape()["fastres_up"] == 1
         pid = int(own_node.ctl("eval", "os:getpid().").strip().strip('"'))
@@ -160,7 +160,7 @@ def test_a_broker_that_stands_still_is_not_waited_for(own_node: Node) -> None:
         until(lambda: exporter.scrape()["fastres_up"] == 1)
 
 
-def test_a_signal_handler_asks_while_a_question_is_under_way(worker: Worker) -> None:
+def test_a_signal_handler_asks_during_another_question(worker: Worker) -> None:
     joiners: list[int] = []
     with worker.client() as app:
 
@@ -200,7 +200,7 @@ def test_other_backends_have_no_such_numbers(collector: type) -> None:
         collector(Celery(backend="cache+memory://"))
 
 
-def test_the_dashboard_shows_what_there_is(worker: Worker) -> None:
+def test_the_dashboard_uses_existing_metrics(worker: Worker) -> None:
     dashboard = json.loads((ROOT / "docs" / "grafana.json").read_text())
     expressions = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
     with worker.client() as app, exporter_of(worker) as exporter:

@@ -1,4 +1,4 @@
-"""The private broker that the demo, the tests and the benchmarks stand on (ci/rabbitmq_node.py)."""
+"""The private broker of the demo, the tests and the benchmarks (ci/rabbitmq_node.py)."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def test_it_starts_empty_and_knows_its_queues(own_node: Node) -> None:
 
 
 @pytest.mark.parametrize("end", ["restart", "kill"])
-def test_a_persistent_message_outlives_the_node(own_node: Node, end: str) -> None:
+def test_a_persistent_message_survives_a_kill_of_the_node(own_node: Node, end: str) -> None:
     _publish(own_node, end, 1)
     url = own_node.url
     if end == "restart":
         own_node.restart()
     else:
-        time.sleep(2.5)  # until the declaration is safe: see Node
+        time.sleep(2.5)  # until the declaration is on disk: see Node
         own_node.kill()
         with pytest.raises(OSError, match=r"refused|reset"):
             _connect(own_node.port)
@@ -137,14 +137,14 @@ def _publish(node: Node, queue: str, count: int) -> None:
 
 
 def _processes(folder: Path) -> list[int]:
-    """Pids of the processes whose working folder this is, or was."""
+    """The pids of the processes with this working folder, even if it was deleted."""
     return [int(path.parts[2]) for path in Path("/proc").glob("[0-9]*/cwd") if _link(path).startswith(str(folder))]
 
 
 def _link(path: Path) -> str:
     try:
         return os.readlink(path)
-    except OSError:  # ended since it was listed, or somebody else's
+    except OSError:  # ended since it was listed, or of another user
         return ""
 
 

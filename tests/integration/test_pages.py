@@ -1,4 +1,4 @@
-"""Pages: the queue that lone tasks share, seen by processes that have nothing but an id."""
+"""Pages, the queues that lone tasks share, read by processes that have only an id."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_5000_results_that_nobody_reads(own_node: Node, make_app: MakeApp) -> No
         return [int(line) for line in own_node.ctl("list_queues", "--no-table-headers", "memory").splitlines()]
 
     assert len(memory()) == 100
-    # The broker's garbage goes after a while.
+    # The broker collects its garbage after a while.
     until(lambda: sum(memory()) < 20 * MIB, ENOUGH, 0.5)
     reader = make_app(own_node.url)
     assert {reader.AsyncResult(task_id).state for task_id in ids[::50]} == {"SUCCESS"}
@@ -59,7 +59,7 @@ print(json.dumps([pending_for, len(since)]))
 
 @pytest.mark.timing
 def test_two_processes_poll_and_one_waits(node: Node, broker: Broker) -> None:
-    """A result that is there never looks pending for longer than half a second."""
+    """An existing result never looks pending for longer than half a second."""
     ids = page_ids(12)
     with client(node.url) as app:
         for task_id in ids[:10]:
@@ -71,7 +71,7 @@ def test_two_processes_poll_and_one_waits(node: Node, broker: Broker) -> None:
         store(app, ids[10], "came")
         assert waiting.communicate(timeout=30)[0].strip() == "came"
     for longest, pending in answers:
-        # Of a second: of two cores other tests have their part, which have been seen to make it 0.57.
+        # Half a second would be exceeded beside other tests on two cores: 0.57 was seen.
         assert longest < 1
         assert not pending
 
@@ -88,7 +88,7 @@ def test_waits_of_several_processes_on_one_page(node: Node, broker: Broker) -> N
 
 
 def test_a_page_with_states(app: Celery, other: Celery) -> None:
-    """``on_message`` is told each update once, however often it is read."""
+    """``on_message`` gets each update once, no matter how often it is read."""
     ids = page_ids(3)
     store(other, ids[0], 1)
     told: list[int] = []

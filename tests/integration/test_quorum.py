@@ -1,4 +1,4 @@
-"""Quorum queues: what is looked at, given back, joined and chorded as with classic ones."""
+"""Quorum queues: looks, requeues, joins and chords work as with classic queues."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def types(node: Node) -> dict[str, str]:
 @pytest.mark.usefixtures("both")
 @pytest.mark.parametrize("kind", [page_ids, new_ids], ids=["page", "own"])
 def test_a_result_is_there_after_a_thousand_looks(app: Celery, other: Celery, kind: Any) -> None:
-    """RabbitMQ 4 drops what it has delivered 21 times, unless it is told not to."""
+    """RabbitMQ 4 drops a message at its 21st delivery, unless the queue's arguments forbid it."""
     (task_id,) = kind(1)
     store(other, task_id, "there")
     for _ in range(1000):
@@ -96,14 +96,14 @@ def test_a_queue_is_deleted_when_its_results_were_taken(app: Celery, broker: Bro
 
 
 def test_several_read_one_queue(app: Celery, other: Celery) -> None:
-    """There are no exclusive consumers: two joins that begin at once get everything between them."""
+    """Without exclusive consumers, two joins that begin at once share the results."""
     for _ in range(5):
         held = group_of(app, 20)
         store_group(app, held)
         got: list[Any] = []
 
         def join(by: Celery, held: GroupResult = held, got: list[Any] = got) -> None:
-            # Whoever comes second waits for what the first one takes.
+            # The second join waits for results that the first one takes.
             with contextlib.suppress(TimeoutError):
                 for task_id, _ in by.backend.get_many(ids_of(held), timeout=3):
                     got.append(task_id)
@@ -161,16 +161,16 @@ def test_with_a_worker(worker: Worker, node: Node) -> None:
         assert app.backend.group_progress(result.parent.id) in (0, 60)
 
 
-def test_a_wait_begins_while_the_queue_is_made(worker: Worker) -> None:
-    """RabbitMQ 4.3 answers with an internal error what comes while a quorum queue is being made."""
+def test_a_wait_begins_while_the_queue_is_created(worker: Worker) -> None:
+    """RabbitMQ 4.3 answers requests to a quorum queue that is being created with an internal error."""
     with worker.client():
         for number in range(30):
             results = [slow.apply_async((0.0, number), task_id=uuid()) for _ in range(3)]
             assert [result.get(timeout=ENOUGH) for result in results] == [number] * 3
 
 
-def test_chords_in_the_log_outlive_their_joiners(node: Node, tmp_path: Any) -> None:
-    """24 times: more than RabbitMQ 4 delivers anything by itself."""
+def test_chords_in_the_log_survive_their_joiners(node: Node, tmp_path: Any) -> None:
+    """24 times, which is more than RabbitMQ 4's default delivery limit."""
     from chord_kit import Unrun, finish
     from workers import JoinerProcess, client
 
@@ -210,8 +210,8 @@ def test_the_type_is_changed_while_chords_are_open(node: Node, types: tuple[str,
             assert unrun.wait(1) == [("body", [0, 1, 2])]
 
 
-def test_interrupted_members(app: Celery, other: Celery) -> None:
-    """Each member by itself, as a dashboard does, while others come."""
+def test_members_one_by_one_while_others_arrive(app: Celery, other: Celery) -> None:
+    """Each member is read by itself, as a dashboard does, while others arrive."""
     group_id = uuid()
     ids = member_ids(group_id, 30)
     for number, task_id in enumerate(ids):
@@ -221,8 +221,8 @@ def test_interrupted_members(app: Celery, other: Celery) -> None:
 
 
 @pytest.mark.usefixtures("both")
-def test_more_than_the_broker_sends_ahead_is_read_without_taking(app: Celery, other: Celery) -> None:
-    """A consumer without a limit is sent 2,000 messages of a quorum queue, and no more before it acknowledges."""
+def test_more_results_than_the_broker_sends_ahead_are_read_without_taking(app: Celery, other: Celery) -> None:
+    """A quorum queue sends a consumer without prefetch limit 2,000 messages ahead of their acknowledgement."""
     held = group_of(app, 5000)
     store_group(other, held, range(5000))
     for _ in range(2):
@@ -230,8 +230,8 @@ def test_more_than_the_broker_sends_ahead_is_read_without_taking(app: Celery, ot
         assert [metas[task_id]["result"] for task_id in ids_of(held)] == list(range(5000))
 
 
-def test_more_than_a_consumer_may_be_sent_is_read_without_taking(make_app: MakeApp, broker: Broker) -> None:
-    """More consumers come: 65,535 is the largest number that AMQP has for one."""
+def test_more_results_than_the_largest_prefetch_are_read_without_taking(make_app: MakeApp, broker: Broker) -> None:
+    """It takes more consumers: 65,535 is the largest prefetch of AMQP."""
     app = make_app(result_backend_transport_options=QUORUM)
     held = group_of(app, 70_000)
     store_group(make_app(result_backend_transport_options={**QUORUM, "confirm": False}), held, range(70_000))
@@ -242,7 +242,7 @@ def test_more_than_a_consumer_may_be_sent_is_read_without_taking(make_app: MakeA
 @pytest.mark.usefixtures("both")
 @pytest.mark.parametrize("size", [131_072, 1_000_000])
 def test_large_results(app: Celery, other: Celery, size: int) -> None:
-    """They come in the middle of the question how many consumers there are."""
+    """They arrive while the session asks for the number of consumers."""
     task_ids = [*page_ids(2), *new_ids(2)]
     for task_id in task_ids:
         store(other, task_id, "x" * size)

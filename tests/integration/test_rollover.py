@@ -1,4 +1,4 @@
-"""From Celery's backends to these: swapped in by the alias alone, or worker by worker."""
+"""From Celery's backends to these: by changing the alias, or worker by worker."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ SCRIPT = """
 
 
 @pytest.mark.parametrize(("old", "new"), [("rpc://", "fastres-rpc://"), ("amqp://", "fastres://")])
-def test_swapped_in_by_the_alias_alone(node: Node, old: str, new: str) -> None:
+def test_only_the_alias_changes(node: Node, old: str, new: str) -> None:
     said = []
     for backend in (old, new):
         with Worker(node.url, backend) as worker, worker.client() as app:
@@ -70,7 +70,7 @@ def test_swapped_in_by_the_alias_alone(node: Node, old: str, new: str) -> None:
 
 @pytest.mark.parametrize(("writes", "reads"), [("rpc://", "fastres-rpc://"), ("fastres-rpc://", "rpc://")])
 def test_a_fleet_is_rolled_over(node: Node, writes: str, reads: str) -> None:
-    """Results of workers that have the one backend are read by clients that have the other."""
+    """Clients with one backend read results of workers with the other."""
     with Worker(node.url, writes) as worker, client(node.url, reads, **worker.conf) as app:
         own_reply_queue(app)
         assert add.delay(1, 2).get(timeout=SECONDS) == 3
@@ -80,12 +80,12 @@ def test_a_fleet_is_rolled_over(node: Node, writes: str, reads: str) -> None:
 
 
 def own_reply_queue(app: Celery) -> Celery:
-    """Celery names it after the application's place in memory, which an earlier test's may have had before."""
+    """Celery names it by the application's address in memory, which an earlier application may have had."""
     app._local.oid = uuid()
     return app
 
 
-# -- RPCBackend and Celery's own, each reading what the other writes
+# -- RPCBackend and Celery's own, each reading the other's results
 
 
 @pytest.fixture
@@ -96,7 +96,7 @@ def celery_rpc(make_app: MakeApp) -> Celery:
 
 @pytest.mark.usefixtures("both")
 @pytest.mark.parametrize("serializer", ["json", "pickle", "msgpack", "yaml"])
-def test_reads_what_celerys_workers_write(make_app: MakeApp, serializer: str) -> None:
+def test_reads_results_of_celerys_workers(make_app: MakeApp, serializer: str) -> None:
     conf = {"result_serializer": serializer, "result_accept_content": [serializer], "result_extended": True}
     client, worker = make_app(backend="fastres-rpc://", **conf), make_app(backend="rpc://", **conf)
     good, bad = send(client), send(client)
@@ -111,7 +111,7 @@ def test_reads_what_celerys_workers_write(make_app: MakeApp, serializer: str) ->
 
 
 @pytest.mark.parametrize("serializer", ["json", "pickle", "msgpack", "yaml"])
-def test_celerys_clients_read_what_is_written(make_app: MakeApp, celery_rpc: Celery, serializer: str) -> None:
+def test_celerys_clients_read_its_results(make_app: MakeApp, celery_rpc: Celery, serializer: str) -> None:
     celery_rpc.conf.update(result_serializer=serializer, result_accept_content=[serializer])
     worker = make_app(backend="fastres-rpc://", result_serializer=serializer, result_accept_content=[serializer])
     polled, good, bad = (send(celery_rpc) for _ in range(3))
@@ -136,7 +136,7 @@ def test_the_wire_format_is_celerys_own(
         mailbox, task_id = uuid(), "0f8fad5b-d9cb-469f-a165-70867728950e"
         broker.declare(mailbox)
         reply(app, mailbox, task_id, {"a": [1]}, **fields)
-        # Celery's rpc waits for no confirm.
+        # Celery's rpc does not wait for confirms.
         until(lambda mailbox=mailbox: broker.messages(mailbox))
         message = broker.look(mailbox)
         meta = json.loads(message.body)

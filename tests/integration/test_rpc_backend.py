@@ -40,7 +40,7 @@ def client(make_app: MakeApp) -> Celery:
 
 @pytest.fixture
 def worker(make_app: MakeApp) -> Celery:
-    """An application that shares nothing with the client but the broker."""
+    """An application that shares only the broker with the client."""
     return make_app(backend="fastres-rpc://")
 
 
@@ -72,7 +72,7 @@ def test_destination_for(client: Celery) -> None:
 
 
 def test_on_reply_declare(client: Celery) -> None:
-    """The reply queue is its client's to declare."""
+    """Only the client declares its reply queue."""
     assert not client.backend.on_reply_declare("t")
 
 
@@ -103,7 +103,7 @@ def test_store_result(client: Celery, worker: Celery, broker: Broker) -> None:
 
 
 def test_store_result_for_nobody(worker: Celery, broker: Broker) -> None:
-    """A task that was sent without a client to answer, and a client that is gone."""
+    """A task without a reply queue, and one whose client has ended."""
     assert worker.backend.store_result("t", 5, states.SUCCESS, request=Context({"id": "t"})) == 5
     gone = uuid()
     reply(worker, gone, uuid())
@@ -261,7 +261,7 @@ def test_then(client: Celery, worker: Celery) -> None:
 
 
 def test_then_fires_while_another_result_is_waited_for(client: Celery, worker: Celery) -> None:
-    """As on Celery's ``rpc``: all results come through one queue, and whoever reads it tells everybody."""
+    """As on Celery's ``rpc``: all results share one queue, and any reader notifies all waiters."""
     first, second, called = send(client), send(client), []
     first.then(called.append)
     reply(worker, client, first.id, 1)
@@ -281,7 +281,7 @@ def test_forget(client: Celery, worker: Celery) -> None:
     assert result.state == "PENDING"
 
 
-def test_forget_before_the_result_comes(client: Celery, worker: Celery) -> None:
+def test_forget_before_the_result_arrives(client: Celery, worker: Celery) -> None:
     result = send(client)
     result.forget()
     reply(worker, client, result.id, 1)
@@ -290,8 +290,8 @@ def test_forget_before_the_result_comes(client: Celery, worker: Celery) -> None:
     assert other.get(timeout=ENOUGH) == 2
 
 
-def test_results_that_nobody_has_asked_for_yet(client: Celery, worker: Celery) -> None:
-    """They come in between, and are there when somebody does: those that were sent here however many come."""
+def test_results_that_were_not_awaited_yet(client: Celery, worker: Celery) -> None:
+    """They arrive in between and are kept for later calls, without a limit for tasks that were sent here."""
     results = [send(client) for _ in range(5)]
     for number, result in enumerate(results):
         reply(worker, client, result.id, number)
@@ -319,7 +319,7 @@ def test_unclaimed_results_have_a_limit_and_expected_ones_none(
 
 
 def test_repeated_results(client: Celery, worker: Celery, reports: Any) -> None:
-    """The first one counts, whether it was handed over or not; the others are reported."""
+    """The first one counts, returned or not; the others are reported."""
     handed, waiting = send(client), send(client)
     reply(worker, client, handed.id, "first")
     assert handed.get(timeout=ENOUGH) == "first"
@@ -338,7 +338,7 @@ def test_repeated_results(client: Celery, worker: Celery, reports: Any) -> None:
 
 
 def test_a_task_that_is_sent_again_under_its_id(client: Celery, worker: Celery, reports: Any) -> None:
-    """A retry by hand: the second result is no repetition."""
+    """A manual retry: the second result is not a repetition."""
     task_id = uuid()
     for number in range(2):
         result = send(client, task_id)
@@ -377,7 +377,7 @@ def test_a_thread_reads_what_another_one_has_sent(client: Celery, worker: Celery
     assert got == [1]
 
 
-# -- the rest
+# -- settings, pickling, closing
 
 
 def test_result_accept_content(make_app: MakeApp, client: Celery) -> None:
@@ -409,7 +409,7 @@ app.backend.close()
 
 
 def test_pickled_result(client: Celery, worker: Celery, node: Node) -> None:
-    """Another process can have the result's name, but not what is in this client's mailbox."""
+    """Another process can have the result object, but not read this client's mailbox."""
     result = send(client)
     reply(worker, client, result.id, 1)
     got = in_another_process(UNPICKLE, node.url, pickle.dumps(result).hex())
@@ -418,7 +418,7 @@ def test_pickled_result(client: Celery, worker: Celery, node: Node) -> None:
 
 
 def test_after_the_connection_was_closed(client: Celery, worker: Celery) -> None:
-    """The mailbox outlives it: what comes meanwhile is there."""
+    """The mailbox outlives the connection: results that arrive meanwhile are kept."""
     result = send(client)
     client.backend.close()
     reply(worker, client, result.id, 1)

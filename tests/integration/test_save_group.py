@@ -60,7 +60,7 @@ def test_restore_what_was_never_saved(app: Celery) -> None:
 
 
 def test_restore_again_and_again(app: Celery, make_app: MakeApp) -> None:
-    """Reading a saved group does not take it."""
+    """Restoring a saved group does not remove it."""
     held = group_of(app, 2)
     held.save()
     for _ in range(3):
@@ -162,7 +162,7 @@ def test_forget_members(app: Celery, other: Celery, broker: Broker) -> None:
 
 @pytest.mark.timeout(60)
 def test_forget_many_members(app: Celery, other: Celery, broker: Broker) -> None:
-    """They are not read as often as there are members."""
+    """Their queue is not read once for each member."""
     held = group_of(app, 1000)
     store_group(other, held)
     for member in held.results[:900]:
@@ -175,7 +175,7 @@ def test_forget_many_members(app: Celery, other: Celery, broker: Broker) -> None
 
 
 def test_a_look_has_put_back_what_it_read(app: Celery, other: Celery) -> None:
-    """Who looks after it, over another connection, reads all of it again."""
+    """A later look, over another connection, reads all of the results again."""
     held = group_of(app, 150)
     store_group(other, held)
     members, backends = {member.id for member in held}, (app.backend, other.backend)

@@ -1,4 +1,4 @@
-"""Groups and chords that are sent in bulk: what arrives is what Celery would have sent."""
+"""Groups and chords that are sent in bulk: the messages are those that Celery would send."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ import fastres
 from fastres import sending
 
 SECONDS = 30
-#: What differs between two tasks that are sent one after the other.
+#: The fields that differ between two tasks.
 OWN = ("id", "root_id", "group", "correlation_id")
 
 
@@ -42,7 +42,7 @@ def app(worker: Worker) -> Iterator[Celery]:
 
 @pytest.fixture
 def in_bulk(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many messages each bulk has written."""
+    """The number of messages in each bulk."""
     written: list[int] = []
     finish = sending.Bulk.finish
 
@@ -55,7 +55,7 @@ def in_bulk(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def stripped(message: Any, times: bool) -> Any:
-    """All of a message but ids and, where there are any, times."""
+    """A message without ids and times."""
     headers = {key: value for key, value in message.headers.items() if key not in OWN}
     if times:
         for name in ("eta", "expires"):
@@ -211,7 +211,7 @@ def test_bodies_of_every_kind(app: Celery, tmp_path: Any) -> None:
     with pytest.raises(ChordError):
         failed.get(timeout=SECONDS, follow_parents=False)
     until((tmp_path / f"told-{failed.id}").exists, SECONDS)
-    # The signature that was given is as it was.
+    # The caller's signature is unchanged.
     assert "task_id" not in body.options
 
 
@@ -220,7 +220,7 @@ def test_bodies_of_every_kind(app: Celery, tmp_path: Any) -> None:
 def test_a_chord_whose_header_ends_in_an_exception(
     app: Celery, tmp_path: Any, in_bulk: bool, error: type[Exception]
 ) -> None:
-    """It fails, whatever the exception is: its body could never be called."""
+    """It fails, whatever the exception is, because its body could never be called."""
 
     def arguments() -> Iterator[tuple[int, int]]:
         yield from ((number, number) for number in range(100))
@@ -251,7 +251,7 @@ def test_a_chord_whose_header_is_refused(app: Celery, broker: Broker, tmp_path: 
     until((tmp_path / f"told-{body_id}").exists, SECONDS)
 
 
-# -- what goes Celery's way
+# -- cases that are left to Celery
 
 
 def receiver(app: Celery, monkeypatch: pytest.MonkeyPatch, seen: list[Any]) -> Any:
@@ -272,7 +272,7 @@ def later_receiver(app: Celery, monkeypatch: pytest.MonkeyPatch, seen: list[Any]
 
 
 def wrapped(app: Celery, monkeypatch: pytest.MonkeyPatch, seen: list[Any]) -> Any:
-    """As Sentry does it."""
+    """As Sentry does."""
     apply_async = Task.apply_async
 
     @functools.wraps(apply_async)
@@ -313,7 +313,7 @@ def own_send_task(app: Celery, monkeypatch: pytest.MonkeyPatch, seen: list[Any])
 
 
 @pytest.mark.parametrize("hook", [receiver, later_receiver, wrapped, router, sent_event, own_send_task])
-def test_whoever_wants_to_see_each_task_does(
+def test_code_that_wants_to_see_each_task_sees_it(
     quiet: Celery, broker: Broker, monkeypatch: pytest.MonkeyPatch, in_bulk: list[int], hook: Callable[..., Any]
 ) -> None:
     seen: list[Any] = []

@@ -1,4 +1,4 @@
-"""Sending in bulk: what is refused, what breaks meanwhile, threads, slow iterables."""
+"""Sending in bulk: refused messages, broken connections, threads, slow iterables."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_a_queue_that_is_full(quiet: Celery, broker: Broker) -> None:
     assert broker.messages(queue) == 10
 
 
-def test_no_queue_gets_them(quiet: Celery, broker: Broker) -> None:
+def test_messages_without_a_queue(quiet: Celery, broker: Broker) -> None:
     broker.channel().exchange_declare("tests.nowhere", "topic", durable=True, auto_delete=False)
     task = nobodys(quiet)
     where = {"exchange": "tests.nowhere", "routing_key": "nobody"}
@@ -73,17 +73,17 @@ def test_no_queue_gets_them(quiet: Celery, broker: Broker) -> None:
     ) as caught:
         fastres.apply_many(task, [(number,) for number in range(10)], **where)
     assert sorted(caught.value.refused) == list(range(10))
-    # As Celery does it: nobody asks.
+    # As with Celery, which does not ask.
     assert len(fastres.apply_many(task, [(number,) for number in range(10)], confirm=False, **where)) == 10
     with pytest.raises(Exception, match=r"no exchange 'tests\.none'"):
         fastres.apply_many(task, [(number,) for number in range(10)], exchange="tests.none", routing_key="x")
-    # The connection that is left is as good as new.
+    # The connection can be used again.
     assert len(fastres.apply_many(task, [(1,)] * 5)) == 5
 
 
 @cuts_greetings
 def test_connections_that_break_meanwhile(node: Node, broker: Broker) -> None:
-    """What is not confirmed is sent again: each task at least once."""
+    """Unconfirmed messages are sent again: each task is sent at least once."""
     queue, count = f"cut-{uuid()}", 6000
     with Proxy(node.port) as proxy, client(proxy.url, task_default_queue=queue) as app:
 
@@ -101,7 +101,7 @@ def test_connections_that_break_meanwhile(node: Node, broker: Broker) -> None:
 
 
 @cuts_greetings
-def test_a_broker_that_is_away(node: Node) -> None:
+def test_a_broker_that_is_down(node: Node) -> None:
     policy = {"max_retries": 2, "interval_start": 0, "interval_step": 0.1, "interval_max": 0.1}
     with Proxy(node.port) as proxy, client(proxy.url, task_publish_retry_policy=policy) as app:
         task = nobodys(app)
@@ -118,7 +118,7 @@ def test_a_broker_that_is_away(node: Node) -> None:
 
 
 def test_a_broker_that_takes_nothing_is_waited_for(make_app: MakeApp) -> None:
-    """For longer than one that says nothing is."""
+    """For longer than for a silent broker."""
     with Node() as own, client(own.url, result_backend_transport_options={"confirm_timeout": 1}) as app:
         task, queue, broker = nobodys(app), f"blocked-{uuid()}", Broker(own.url)
         fastres.apply_many(task, [(1,)] * 3, queue=queue)
@@ -145,7 +145,7 @@ def test_the_error_can_be_stored() -> None:
     assert str(error) == "two"
 
 
-def test_a_slow_iterable_is_sent_as_it_comes(quiet: Celery, broker: Broker) -> None:
+def test_tasks_of_a_slow_iterable_are_sent_at_once(quiet: Celery, broker: Broker) -> None:
     goes_on = threading.Event()
 
     def arguments() -> Iterator[tuple[int]]:

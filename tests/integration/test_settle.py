@@ -1,4 +1,4 @@
-"""Chords on other terms than that all of the header succeeds, through real workers that join them."""
+"""Chords with terms, joined by real workers."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def app(worker: Worker) -> Iterator[Celery]:
 
 
 def value(result: Any) -> Any:
-    # Otherwise Celery raises what the header has.
+    # Otherwise Celery raises the header's exception.
     return result.get(timeout=SECONDS, follow_parents=False)
 
 
@@ -52,7 +52,7 @@ def test_values_and_exceptions_in_the_order_of_the_header(app: Celery) -> None:
 
 def test_groups_in_headers_and_bodies(app: Celery) -> None:
     nested = [add.s(1, 1), group(fail.s("apples", 4), echo.s(3)), chain(echo.s(1), add.s(2))]
-    # The results of a group come as they do without terms: not in a list of their own.
+    # The results of a group are, as without terms, not in a nested list.
     assert sorted(value(chord(nested)(fastres.settle(shown.s())))) == ["2", "3", "3", APPLES]
     both = chord([echo.s(1), fail.s("apples", 4)])(fastres.settle(group(shown.s(), shown.s())))
     assert [value(each) for each in both] == [["1", APPLES]] * 2
@@ -91,7 +91,7 @@ def test_the_first_that_succeed_are_enough(app: Celery, tmp_path: Any) -> None:
     found = value(result)
     assert [each for each in found if each != APPLES] == ["1", "3"]
     gate.touch()
-    # What comes late leaves nothing open.
+    # Late parts leave no open chord.
     assert result.parent.get(timeout=SECONDS, propagate=False)[0] == 0
     until(lambda: all(shard.open and not shard.open.count for shard in app.backend.asker.status(5)), SECONDS)
 
@@ -102,7 +102,7 @@ def test_too_few_succeed(app: Celery) -> None:
         value(result)
 
 
-def test_what_has_come_by_the_deadline(app: Celery, tmp_path: Any) -> None:
+def test_the_results_that_have_arrived_by_the_deadline(app: Celery, tmp_path: Any) -> None:
     gate = tmp_path / "gate"
     header = [echo.s(1), gated.s(str(gate), 2), fail.s("apples", 4)]
     start = time.monotonic()
@@ -124,7 +124,7 @@ def test_by_reference(app: Celery) -> None:
 
 
 def test_another_joiner_knows_the_terms(node: Node, broker: Broker, make_app: MakeApp) -> None:
-    """They are in the log, also when its messages were put together, with what has come."""
+    """They are in the log, also after its messages were merged with the parts."""
     options = {"namespace": uuid(), "keep_chord_results": False}
     app = make_app(result_backend_transport_options=options)
     unrun = Unrun(app, broker)
@@ -153,7 +153,7 @@ def test_another_joiner_knows_the_terms(node: Node, broker: Broker, make_app: Ma
         {"deadline": float("nan")},
     ],
 )
-def test_terms_that_are_none(terms: Any) -> None:
+def test_invalid_terms(terms: Any) -> None:
     with pytest.raises(ValueError, match=f"{next(iter(terms))}="):
         fastres.settle(echo.s(), **terms)
 
@@ -196,7 +196,7 @@ def test_the_first_of_a_group(app: Celery, tmp_path: Any) -> None:
     held = sent(app, gated.s(str(gate), 0), echo.s(1), fail.s("apples", 4), echo.s(3))
     assert fastres.join(held, first=2, timeout=SECONDS) == [1, 3]
     gate.touch()
-    # What was not waited for is there.
+    # Results that were not waited for are still in the queue.
     assert held.results[0].get(timeout=SECONDS) == 0
     with pytest.raises(OutOfStockError):
         fastres.join(sent(app, echo.s(1), fail.s("apples", 4)), first=2, timeout=SECONDS)
@@ -213,7 +213,7 @@ def test_a_group_until_its_deadline(app: Celery, tmp_path: Any) -> None:
 
 
 @pytest.mark.parametrize("terms", [{}, {"tolerate": 0}, {"first": 2}])
-def test_a_timeout_of_a_task_is_no_end_of_the_wait(app: Celery, terms: Any) -> None:
+def test_a_timeout_error_of_a_task_does_not_end_the_wait(app: Celery, terms: Any) -> None:
     with pytest.raises(TimeoutError, match="theirs"):
         fastres.join(sent(app, echo.s(1), broken.s("celery")), deadline=SECONDS, **terms)
 
@@ -222,6 +222,6 @@ def test_groups_in_a_group(app: Celery) -> None:
     assert sorted(fastres.join(sent(app, echo.s(1), group(echo.s(2), echo.s(3))), timeout=SECONDS)) == [1, 2, 3]
 
 
-def test_a_group_on_terms_that_are_none(app: Celery) -> None:
+def test_a_group_with_invalid_terms(app: Celery) -> None:
     with pytest.raises(ValueError, match="first=0"):
         fastres.join(sent(app, echo.s(1)), first=0)

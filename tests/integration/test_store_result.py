@@ -1,4 +1,4 @@
-"""``store_result``, and where it stores: ``destination_for``, ``on_reply_declare``, ``rkey``, ``revive``."""
+"""``store_result`` and its destination: ``destination_for``, ``on_reply_declare``, ``rkey``, ``revive``."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_store_result_of_a_member_without_a_request(app: Celery, broker: Broker)
     assert broker.messages(queue_of(held.id)) == 1
 
 
-def test_store_result_of_what_cannot_be_serialized(app: Celery, broker: Broker) -> None:
+def test_store_result_of_a_value_that_cannot_be_serialized(app: Celery, broker: Broker) -> None:
     task_id = uuid()
     with pytest.raises(kombu.exceptions.EncodeError):
         app.backend.store_result(task_id, object(), states.SUCCESS)
@@ -116,7 +116,7 @@ def test_store_result_after_its_queue_was_deleted(app: Celery, broker: Broker) -
 def test_store_result_into_a_queue_with_other_arguments(
     app: Celery, broker: Broker, reports: Any, make_app: MakeApp
 ) -> None:
-    """Reader and writer disagree on ``result_expires``: a warning, and no result is lost."""
+    """Reader and writer have different ``result_expires``: it logs a warning, and no result is lost."""
     task_id = uuid()
     broker.put(app.backend.rkey(task_id), success("earlier"), {"x-expires": 77_000, "x-max-length": 1})
     store(make_app(result_expires=60), task_id, "kept")
@@ -177,7 +177,7 @@ def test_rkey(app: Celery, make_app: MakeApp) -> None:
 
 
 def test_destination_for(app: Celery) -> None:
-    """The id says it, whatever the request says."""
+    """The id determines it, not the request."""
     destination_for = app.backend.destination_for
     assert destination_for("a-b", None) == ("fastres.task.a-b", "a-b")
     assert destination_for("a-b", Context({"id": "a-b"})) == ("fastres.task.a-b", "a-b")
@@ -192,7 +192,7 @@ def test_on_reply_declare(app: Celery, broker: Broker) -> None:
     (queue,) = app.backend.on_reply_declare(task_id)
     assert isinstance(queue, AMQPBackend.Queue)
     assert queue.name == app.backend.rkey(task_id)
-    # As ``Producer.publish(declare=...)`` does: it is the queue that a result is then stored in.
+    # As ``Producer.publish(declare=...)`` does: it declares the queue of the result.
     queue(broker.channel()).declare()
     store(app, task_id, 1)
     assert broker.messages(queue.name) == 1

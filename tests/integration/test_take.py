@@ -1,4 +1,4 @@
-"""Who takes results out of their queue: the three values of the option ``take``, and ``no_ack``."""
+"""When results are removed from their queue: the three values of the option ``take``, and ``no_ack``."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_a_result_that_is_read_by_itself(make_app: MakeApp, broker: Broker, take
     (task_id,) = {"of its own": new_ids, "page": page_ids, "member": lambda n: ids_of(group_of(app, n))}[kind](1)
     store(app, task_id, 5)
     assert app.AsyncResult(task_id).get(timeout=ENOUGH) == 5
-    # What a process has read it can be asked for again.
+    # A process can return a result again that it has read.
     assert app.AsyncResult(task_id).get(timeout=ENOUGH) == 5
     assert is_there(broker, task_id) is (take != "always")
     if take == "always":
@@ -103,7 +103,7 @@ def test_an_explicit_no_ack_false_never_takes(make_app: MakeApp, broker: Broker,
 
 @pytest.mark.usefixtures("both")
 def test_a_join_of_some_members_leaves_the_others(make_app: MakeApp, broker: Broker) -> None:
-    """The first message that somebody else may want turns it into a wait; nothing is lost on the way."""
+    """The first message that another reader may want turns it into a wait; no result is lost."""
     app, other = make_app(), make_app()
     held = group_of(app, 3000)
     store_group(app, held, range(3000))
@@ -116,7 +116,7 @@ def test_a_join_of_some_members_leaves_the_others(make_app: MakeApp, broker: Bro
 
 
 def test_two_waits_on_one_page(make_app: MakeApp) -> None:
-    """Each gets its own, whichever of the two the broker sends it to."""
+    """Each gets its own results, whichever of the two the broker sends them to."""
     apps = [make_app() for _ in range(3)]
     writer = make_app()
     ids = page_ids(30)

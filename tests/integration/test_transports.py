@@ -1,4 +1,4 @@
-"""Brokers and addresses other than the application's RabbitMQ: memory, Redis, TLS, a broker for results alone."""
+"""Other brokers than the application's RabbitMQ: memory, Redis, TLS, a broker for results only."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ def redis_worker(redis: Redis) -> Iterator[Worker]:
 
 @pytest.fixture(scope="module", params=["memory", "redis"])
 def app(request: pytest.FixtureRequest) -> Iterator[Celery]:
-    """An application whose results go through kombu's own drain, with a worker."""
+    """An application whose results go through kombu's drain, with a worker."""
     if request.param == "redis":
         with request.getfixturevalue("redis_worker").client() as app:
             yield app
         return
-    # Memory is this process's own: the worker is one of its threads.
+    # The in-memory broker belongs to this process, so the worker is one of its threads.
     with (
         client("memory://") as app,
         start_worker(app, pool="threads", concurrency=2, perform_ping_check=False, shutdown_timeout=20),
@@ -58,7 +58,7 @@ def test_a_lone_task(app: Celery) -> None:
     assert result.state == "SUCCESS"
 
 
-def test_quorum_queues_are_rabbitmqs_alone() -> None:
+def test_only_rabbitmq_has_quorum_queues() -> None:
     with (
         client("memory://", result_backend_transport_options={"queue_type": "quorum"}) as app,
         start_worker(app, pool="threads", concurrency=2, perform_ping_check=False, shutdown_timeout=20),
@@ -130,7 +130,7 @@ def test_a_chain_and_a_chord(app: Celery) -> None:
 
 
 def test_lone_tasks_do_not_share_queues(app: Celery) -> None:
-    """``chord_unlock`` looks at a header while somebody waits for its body: they would be in each other's way."""
+    """``chord_unlock`` polls a header while a client waits for its body: with one queue they would block each other."""
     rkey = app.backend.rkey
     results = [add.delay(1, 1), add.delay(1, 1), chord(adds(2))(tsum.s())]
     assert len({rkey(result.id) for result in [*results, *results[-1].parent]}) == 4
@@ -180,7 +180,7 @@ def tls_node() -> Iterator[Node]:
 
 
 def check(worker: Worker) -> None:
-    """The worker's results come to clients with its settings, from any process."""
+    """Check that clients in any process get the worker's results."""
     with worker.client() as app:
         assert add.delay(1, 2).get(timeout=SECONDS) == 3
         result = group(adds(200)).apply_async()
@@ -215,7 +215,7 @@ def test_tls_with_the_systems_authorities(tls_node: Node, node: Node, given: Any
             app.backend.store_result("unchecked", 1, "SUCCESS")
 
 
-def test_tls_with_a_file_that_is_not_there(tls_node: Node, node: Node) -> None:
+def test_tls_with_a_missing_file(tls_node: Node, node: Node) -> None:
     url = f"fastress://guest:guest@127.0.0.1:{tls_node.tls_port}//"
     options = {"ssl": {"ca_certs": "/nowhere/ca.pem"}}
     with client(node.url, url, result_backend_transport_options=options) as app, takes(0, late=SECONDS / 4):
@@ -225,7 +225,7 @@ def test_tls_with_a_file_that_is_not_there(tls_node: Node, node: Node) -> None:
 
 
 def test_several_brokers_over_tls(tls_node: Node, node: Node) -> None:
-    """The name in the certificate is that of the host that is connected to."""
+    """The certificate has the name of the connected host."""
     hosts = ("nowhere.invalid:1", f"localhost:{tls_node.tls_port}", f"127.0.0.1:{tls_node.tls_port}")
     for some in (hosts, hosts[::2], hosts[::-1]):
         url = ";".join(f"fastress://guest:guest@{host}//" for host in some)
@@ -256,7 +256,7 @@ def test_tls_of_a_large_result(tls_node: Node, node: Node) -> None:
         assert app.AsyncResult("large").get(timeout=SECONDS) == value
 
 
-def test_results_on_a_broker_of_their_own(tls_node: Node, node: Node) -> None:
+def test_results_on_another_broker(tls_node: Node, node: Node) -> None:
     url = f"fastres://guest:guest@127.0.0.1:{tls_node.port}//"
     before = set(node.queues())
     with Worker(node.url, url) as worker, worker.client() as app:

@@ -25,7 +25,7 @@ def test_wait_for(app: Celery, other: Celery, broker: Broker) -> None:
 
 
 @pytest.mark.usefixtures("both")
-def test_wait_for_what_comes_while_waiting(app: Celery, other: Celery, broker: Broker) -> None:
+def test_wait_for_a_result_that_arrives_meanwhile(app: Celery, other: Celery, broker: Broker) -> None:
     (task_id,) = page_ids(1)
     queue = app.backend.rkey(task_id)
 
@@ -40,7 +40,7 @@ def test_wait_for_what_comes_while_waiting(app: Celery, other: Celery, broker: B
     worker.join()
 
 
-def test_wait_for_an_id_of_ones_own_declares_nothing(app: Celery, other: Celery, broker: Broker) -> None:
+def test_wait_for_an_id_that_the_user_chose_declares_nothing(app: Celery, other: Celery, broker: Broker) -> None:
     task_id = f"mine-{uuid()}"
     with pytest.raises(TimeoutError):
         app.backend.wait_for(task_id, timeout=0.3)
@@ -66,7 +66,7 @@ def test_wait_for_timeout(app: Celery, timeout: float) -> None:
 
 @pytest.mark.timing
 def test_wait_for_timeout_with_states_coming(app: Celery, other: Celery, broker: Broker) -> None:
-    """States that are not final do not put the end of the wait off."""
+    """States that are not final do not extend the wait."""
     task_id, over = uuid(), threading.Event()
 
     def work() -> None:
@@ -96,8 +96,8 @@ def test_wait_for_calls_on_interval(app: Celery, other: Celery) -> None:
     assert len(calls) >= 2
 
 
-def test_wait_for_calls_on_interval_for_a_result_that_is_there(app: Celery) -> None:
-    """There ``AsyncResult.get`` finds out that a chord's header has failed, and with what."""
+def test_wait_for_calls_on_interval_for_an_existing_result(app: Celery) -> None:
+    """In it, ``AsyncResult.get`` finds the exception of a chord's failed header."""
     task_id = uuid()
     store(app, task_id, 1)
     calls: list[int] = []
@@ -105,7 +105,7 @@ def test_wait_for_calls_on_interval_for_a_result_that_is_there(app: Celery) -> N
     assert calls
 
 
-def test_wait_for_ends_with_what_on_interval_raises(app: Celery, broker: Broker) -> None:
+def test_wait_for_raises_the_exception_of_on_interval(app: Celery, broker: Broker) -> None:
     def on_interval() -> None:
         raise LookupError("enough")
 
@@ -170,7 +170,7 @@ def test_wait_for_without_taking(app: Celery, other: Celery, broker: Broker) -> 
 
 
 def test_wait_for_in_many_threads(app: Celery, other: Celery) -> None:
-    """Different results and the same one, on one connection."""
+    """Threads wait for different results and for the same one, on one connection."""
     assert app.backend  # if the threads asked for it first, Celery would make one for each
     same, ids = uuid(), new_ids(8)
     got: dict[int, Any] = {}
@@ -216,7 +216,7 @@ def test_consume(app: Celery, other: Celery) -> None:
     assert other.backend.consume(task_id, ENOUGH)["result"] == 7
 
 
-def test_consume_gives_failures_as_they_are(app: Celery, other: Celery) -> None:
+def test_consume_returns_failures(app: Celery, other: Celery) -> None:
     task_id = uuid()
     store(other, task_id, ValueError("no"), states.FAILURE)
     meta = app.backend.consume(task_id, timeout=ENOUGH)
@@ -266,7 +266,7 @@ def test_drain_events_timeout(app: Celery, consumer: Any) -> None:
         app.backend.drain_events(consumer.channel.connection.client, consumer, timeout=0.3)
 
 
-def test_drain_events_with_a_clock_and_a_wait_of_ones_own(app: Celery, consumer: Any) -> None:
+def test_drain_events_with_its_own_clock_and_wait(app: Celery, consumer: Any) -> None:
     ticks = iter(range(100))
     waits: list[float] = []
 

@@ -1,4 +1,4 @@
-"""How far groups and chords are: in code, on the command line, with a bar."""
+"""The progress of groups and chords: in code, on the command line, with a bar."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_chords(app: Celery, tmp_path: Path) -> None:
     found = fastres.progress(result)
     assert found == fastres.Progress(7, 8, 6, 1, 0, is_open=True)
     assert fastres.progress(result.parent.id, app=app) == found
-    # It is asked again, and counts what has come since.
+    # A second call counts the parts that have arrived since.
     assert fastres.progress(result) == found
     gate.touch()
     result.get(timeout=SECONDS, follow_parents=False)
@@ -120,7 +120,7 @@ def test_watch_a_group_on_a_terminal(app: Celery, worker: Worker) -> None:
     assert "[##############################] 10 of 10 (100%), complete" in shown.decode()
 
 
-def test_watch_says_in_one_line_what_is_wrong(worker: Worker) -> None:
+def test_errors_of_watch_are_one_line(worker: Worker) -> None:
     how = command(worker, "watch", "x", "--interval", "0")
     assert subprocess.run(**how, capture_output=True, timeout=SECONDS).returncode == 2
     how = command(worker, "watch", "x")

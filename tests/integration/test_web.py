@@ -14,7 +14,7 @@ from typing import Any
 from rabbitmq_node import Leashed, Node, Redis, free_ports
 from workers import Worker, environment
 
-#: Requests that wait at once, the seconds that each one's task takes, and how many tasks run at once.
+#: The number of simultaneous requests, the seconds of each one's task, and the number of tasks that run at once.
 REQUESTS, SECONDS, RUNNING = 200, 1.0, 100
 
 
@@ -46,7 +46,7 @@ class Web(Leashed):
             return json.load(response)
 
     def take(self, requests: int) -> float:
-        """Seconds that so many requests take which come at once, each of which waits for a task."""
+        """The seconds for so many simultaneous requests, each of which waits for a task."""
         with ThreadPoolExecutor(requests) as threads:
             start = time.monotonic()
             values = list(threads.map(lambda n: self.get(f"slow?seconds={SECONDS}&value={n}"), range(requests)))
@@ -75,7 +75,7 @@ def test_requests_that_wait(node: Node, redis: Redis) -> None:
 
 
 def connections_of(node: Node, web: Web) -> int:
-    """How many connections to the broker a process has."""
+    """The number of a process's connections to the broker."""
     sockets = {link.readlink().name for link in Path(f"/proc/{web.process.pid}/fd").iterdir()}
     rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
     # Columns of proc(5): the peer's address, the state (1: established), the inode.

@@ -1,4 +1,4 @@
-"""What applications do, through real workers of each pool, with results in a real RabbitMQ."""
+"""Whole applications: real workers of each pool, with results in a real RabbitMQ."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_many_lone_tasks_in_any_order(app: Celery) -> None:
 
 
 @pytest.mark.parametrize("value", [None, "text ü", 2**70, 1.5, [1, [2]], {"key": {"deep": [True, None]}}, ""])
-def test_values_come_back_as_they_were(app: Celery, value: Any) -> None:
+def test_values_are_returned_unchanged(app: Celery, value: Any) -> None:
     assert echo.delay(value).get(timeout=SECONDS) == value
 
 
@@ -111,7 +111,7 @@ def test_retries(app: Celery) -> None:
         result.get(timeout=SECONDS)
 
 
-def test_progress_is_told_and_polled(app: Celery, tmp_path: Path) -> None:
+def test_progress_is_passed_to_on_message_and_polled(app: Celery, tmp_path: Path) -> None:
     result = progress.delay(5)
     seen: list[tuple[str, Any]] = []
     assert result.get(timeout=SECONDS, on_message=lambda meta: seen.append((meta["status"], meta["result"]))) == 5
@@ -153,7 +153,7 @@ def test_ignored_results_leave_nothing_at_the_broker(worker: Worker, app: Celery
     until(lambda: all(f"[{task_id}] succeeded" in worker.log() for task_id in ids), SECONDS)
     queues = node.queues()
     assert queue_of(in_group.id) not in queues
-    # Of the one that was not ignored, on the same page.
+    # The result that was not ignored, on the same page.
     assert sum(queues.get(app.backend.rkey(result.id), 0) for result in ignored[:1]) <= 1
     assert [result.state for result in ignored] == ["PENDING", "PENDING"]
 
@@ -252,7 +252,7 @@ def test_members_of_a_restored_group_one_by_one(app: Celery) -> None:
 
 
 def test_nested_groups(app: Celery) -> None:
-    """Celery makes one group of groups in a group, but not of chains that end in groups."""
+    """Celery flattens groups in a group, but not chains that end in groups."""
     flat = group(group(adds(3)), add.s(50, 50), group(adds(2, 3))).apply_async()
     assert sorted(flat.get(timeout=SECONDS)) == [*sums(5), 100]
     nested = group(add.s(1, 1) | group(add.s(1), add.s(2)), add.s(5, 5)).apply_async()
@@ -261,7 +261,7 @@ def test_nested_groups(app: Celery) -> None:
 
 
 def test_groups_and_chords_in_message_protocol_1(worker: Worker) -> None:
-    """Its messages do not say which of a group a task is."""
+    """Its messages lack a task's index in its group."""
     with worker.client(task_protocol=1) as app:
         assert group(adds(3)).apply_async().get(timeout=SECONDS) == sums(3)
         result = chord(adds(3), tsum.s()).apply_async()
@@ -277,7 +277,7 @@ def test_groups_and_chords_in_message_protocol_1(worker: Worker) -> None:
 
 
 def test_groups_at_the_end_of_chains_in_a_group(app: Celery) -> None:
-    """Their members are sent as members of the outer group, which has no result of its own if it has one chain."""
+    """Their members are sent as members of the outer group, which has no own result if it has only one chain."""
     ending = add.s(1, 1) | group(add.s(1), add.s(2))
     for tasks, expected in ([ending], [3, 4]), ([ending, add.s(5, 5)], [[3, 4], 10]):
         assert group(tasks).apply_async().get(timeout=SECONDS) == expected
@@ -341,7 +341,7 @@ def test_a_group_of_chains(app: Celery) -> None:
 
 
 def test_a_group_into_a_chain(app: Celery) -> None:
-    """Celery makes a chord of it."""
+    """Celery turns it into a chord."""
     result = chain(group(adds(4)), tsum.s(), add.s(100)).apply_async()
     assert result.get(timeout=SECONDS) == sum(sums(4)) + 100
 
@@ -404,7 +404,7 @@ def test_a_failing_header_is_a_chord_error_that_names_the_dependency(app: Celery
 def test_a_failing_header_fails_every_task_of_a_group_body(app: Celery) -> None:
     result = chord([add.s(1, 1), fail.s("apples", 4)])(group(tsum.s(), collect.s()))
     for member in result:
-        # Celery 5.7 tells the cause itself, 5.6 revokes them.
+        # Celery 5.7 stores the cause; 5.6 revokes them.
         with pytest.raises((ChordError, OutOfStockError, TaskRevokedError), match=r"apples|revoked"):
             member.get(timeout=SECONDS, follow_parents=False)
 
@@ -464,11 +464,11 @@ def test_stamping(app: Celery) -> None:
     assert whole.apply_async().get(timeout=SECONDS) == [{"customer": "acme"}] * 2
 
 
-# -- what goes wrong
+# -- faults
 
 
 def test_a_task_executed_twice_counts_once(app: Celery) -> None:
-    """The broker delivers a task twice: its result is in the group's queue twice."""
+    """The broker delivers a task twice, so its result is in the group's queue twice."""
     result = group(adds(5)).apply_async()
     again = result.results[2]
     add.apply_async((2, 2), task_id=again.id, group_id=result.id, group_index=2)
@@ -480,7 +480,7 @@ def test_a_task_executed_twice_counts_once(app: Celery) -> None:
 
 def test_late_acknowledged_tasks_of_a_killed_process(worker: Worker, app: Celery, tmp_path: Path) -> None:
     if worker.pool != "prefork":
-        # The other pools have no process to lose: the task runs again because it says so itself.
+        # The other pools have no processes to kill: the task requests to run again.
         for number in range(3):
             (tmp_path / f"ran-{number}").touch()
     result = group(dies_once.s(str(tmp_path), number) for number in range(3)).apply_async()

@@ -1,4 +1,4 @@
-"""Workers with settings of their own, and with a broker that refuses large results."""
+"""Workers with other settings, and with a broker that refuses large results."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def tracking(node: Node) -> Iterator[Worker]:
         yield worker
 
 
-def test_states_before_the_result_are_no_progress(tracking: Worker, tmp_path: Path) -> None:
-    """With task_track_started every member sends two messages; progress counts results only."""
+def test_states_before_the_result_do_not_count_as_progress(tracking: Worker, tmp_path: Path) -> None:
+    """With task_track_started, every member sends two messages; progress counts only results."""
     gate = tmp_path / "gate"
     with tracking.client() as app:
         result = group([*adds(10), *(gated.s(str(gate), number) for number in range(3))]).apply_async()
