@@ -13,6 +13,7 @@ from backend_kit import (
     ENOUGH,
     Broker,
     MakeApp,
+    clear_cache,
     group_of,
     ids_of,
     in_another_process,
@@ -22,7 +23,6 @@ from backend_kit import (
     store,
     store_group,
     success,
-    unlearn,
     until,
 )
 from celery import Celery, uuid
@@ -79,7 +79,7 @@ def test_get_task_meta_is_one_round_trip(node: Node, other: Celery) -> None:
             store(other, ids[1], {"percent": percent}, "PROGRESS")
         assert app.AsyncResult(ids[1]).state == "PROGRESS"
         for state, task_id in (("PROGRESS", ids[1]), ("PENDING", ids[2]), ("PENDING", uuid())):
-            unlearn(app.backend, task_id)
+            clear_cache(app.backend, task_id)
             assert app.AsyncResult(task_id).state == state
             proxy.answered.clear()
             assert app.AsyncResult(task_id).state == state
@@ -116,7 +116,7 @@ def test_get_task_meta_of_a_queue_somebody_else_declared(app: Celery, broker: Br
 
 POLL_TOGETHER = """
 import json, multiprocessing, sys
-from backend_kit import unlearn
+from backend_kit import clear_cache
 from celery import Celery
 
 broker, *ids = sys.argv[1:]
@@ -129,7 +129,7 @@ def poll():
     for task_id in ids:
         together.wait()
         for attempt in range(5):
-            unlearn(app.backend, task_id)
+            clear_cache(app.backend, task_id)
             state = app.backend.get_task_meta(task_id)["status"]
             if state != "SUCCESS":
                 unseen.append([task_id, attempt, state])
@@ -189,7 +189,7 @@ def test_reload_task_result(app: Celery, other: Celery) -> None:
     other.AsyncResult(task_id).forget()
     store(other, task_id, 2)
     assert app.backend.get_task_meta(task_id)["result"] == 1
-    unlearn(app.backend, "what was seen of others")
+    clear_cache(app.backend, "what was seen of others")
     app.backend.reload_task_result(task_id)
     assert app.backend.get_task_meta(task_id)["result"] == 2
 

@@ -13,6 +13,7 @@ from backend_kit import (
     ENOUGH,
     Broker,
     MakeApp,
+    clear_cache,
     group_of,
     ids_of,
     in_thread,
@@ -22,7 +23,6 @@ from backend_kit import (
     queue_of,
     store,
     store_group,
-    unlearn,
     until,
 )
 from celery import Celery, chord, group, uuid
@@ -65,10 +65,10 @@ def test_a_result_is_there_after_a_thousand_looks(app: Celery, other: Celery, ki
     (task_id,) = kind(1)
     store(other, task_id, "there")
     for _ in range(1000):
-        unlearn(app.backend, task_id)
+        clear_cache(app.backend, task_id)
         assert app.AsyncResult(task_id).state == "SUCCESS"
     for _ in range(30):
-        unlearn(app.backend, task_id)
+        clear_cache(app.backend, task_id)
         assert app.AsyncResult(task_id).get(timeout=ENOUGH) == "there"
 
 
@@ -133,7 +133,7 @@ def test_the_latest_state_is_seen_although_queues_get_out_of_order(app: Celery, 
         over.set()
         looking.join()
     for task_id in ids:
-        unlearn(other.backend, task_id)
+        clear_cache(other.backend, task_id)
         meta = other.backend.get_task_meta(task_id)
         assert (meta["status"], meta["result"]) == ("PROGRESS", {"step": 29})
         assert set(meta) == {"status", "result", "traceback", "children", "date_done", "task_id"}

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from backend_kit import queue_of, takes, unlearn, until
+from backend_kit import clear_cache, queue_of, takes, until
 from celery import Celery, chain, chord, group, uuid
 from celery.contrib.testing.worker import start_worker
 from celery.exceptions import ChordError, ImproperlyConfigured, TimeoutError
@@ -119,7 +119,7 @@ def test_reading_without_taking(app: Celery) -> None:
         metas = dict(app.backend.get_many(ids, timeout=SECONDS, no_ack=False))
         assert [metas[task_id]["result"] for task_id in ids] == sums(10)
         for task_id in ids:
-            unlearn(app.backend, task_id)
+            clear_cache(app.backend, task_id)
 
 
 def test_a_chain_and_a_chord(app: Celery) -> None:
