@@ -26,6 +26,7 @@ def extensions() -> list[Extension]:
     return cythonize(
         [Extension(f"fastres_ext.{path.stem}", [str(path)], extra_link_args=stripped) for path in MODULES],
         language_level=3,
+        compiler_directives={"freethreading_compatible": True},
     )
 
 

@@ -3,6 +3,7 @@
 The wire layout is in fastres/_py/frames.py.
 """
 
+cimport cython
 from cpython.bytearray cimport PyByteArray_AS_STRING, PyByteArray_Resize
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from libc.string cimport memcpy
@@ -132,6 +133,7 @@ cdef enum:
 cdef class MessageTemplate:
     """See :class:`fastres._protocols.MessageTemplate`."""
 
+    # Threads may share one: whatever reads or changes it holds its critical section, which a GIL makes free.
     cdef bytes _method
     cdef list _pieces
     cdef bytes _slots
@@ -178,6 +180,7 @@ cdef class MessageTemplate:
         self._buffer = bytearray(1 << 16)
         self._used = 0
 
+    @cython.critical_section
     def add(self, bytes id_ not None, unsigned int place, bytes text not None, bytes body not None):
         if PyBytes_GET_SIZE(id_) != ID_SIZE:
             raise ValueError(f"an id has {ID_SIZE} bytes: {id_!r}")
@@ -227,9 +230,11 @@ cdef class MessageTemplate:
             left -= part
         self._used += size
 
+    @cython.critical_section
     def __len__(self):
         return self._used
 
+    @cython.critical_section
     def take(self):
         frames = PyBytes_FromStringAndSize(PyByteArray_AS_STRING(self._buffer), self._used)
         self._used = 0

@@ -12,6 +12,7 @@ import wire
 from amqp.exceptions import FrameSyntaxError
 
 from fastres import _impl
+from fastres._protocols import ID
 
 pytestmark = pytest.mark.skipif(
     sys.gettrace() is not None, reason="a tracer is called after every line, and lets other threads in"
@@ -121,3 +122,21 @@ def test_every_id_is_ready_once_whoever_feeds_it() -> None:
     assert sorted(task_id for _, task_id, _ in ready) == sorted(task_ids)
     assert len(repeated) == len(task_ids) * (THREADS - 1)
     assert aggregate.missing() == []
+
+
+def test_every_message_is_taken_once_whoever_adds_it() -> None:
+    template = C["publications"].MessageTemplate(1, 131_072, "", "queue", False, [b"<", b">"], bytes([ID]), 0)
+    taken: list[bytes] = []
+    added = [f"{number:036}".encode() for number in range(ROUNDS * THREADS)]
+
+    def add(mine: list[bytes]) -> None:
+        for id_ in mine:
+            template.add(id_, 0, b"", b"body of " + id_)
+            if id_[-1:] in b"05":
+                taken.append(template.take())
+
+    at_once(*[lambda start=start: add(added[start::THREADS]) for start in range(THREADS)])  # type: ignore[misc]
+    taken.append(template.take())
+    assert len(template) == 0
+    frames = b"".join(taken)
+    assert sorted(part[:36] for part in frames.split(b"body of ")[1:]) == added
