@@ -214,10 +214,8 @@ class _Sending:
         """Fail the chord, which lacks tasks: its errbacks are called."""
         if self._body is None:
             return
-        chords = self._app.backend.chords
         try:
-            chords.size(self.group_id, len(ids))
-            chords.fail(self.group_id, why)
+            self._app.backend.chords.size(self.group_id, len(ids), failed=why)
         except Exception as exc:
             # The exception of the call says more.
             logger.warning("Chord %s lacks tasks, and could not be failed: %r", self.group_id, exc)

@@ -114,8 +114,12 @@ class Log:
                 raise
             return dumps((body, structure), own)
 
-    def size(self, chord_id: str, size: int) -> None:
-        """Publish the number of parts of a chord that was registered with :meth:`begin`."""
+    def size(self, chord_id: str, size: int, failed: str = "") -> None:
+        """Publish the number of parts of a chord that was registered with :meth:`begin`.
+
+        Args:
+            failed: why it fails, although its parts may all arrive: in one event, or the joiner might call the body.
+        """
         try:
             shard, plan, terms = self._plans.pop(chord_id)
         except KeyError:
@@ -126,6 +130,8 @@ class Log:
             event.version, event.terms = WITH_TERMS, terms
             if terms.deadline is not None:
                 event.terms = msgspec.structs.replace(terms, deadline=event.at + terms.deadline)
+        if failed:
+            event.version, event.failed = WITH_TERMS, failed
         self._send(shard, chord_id, write_event(event, plan))
 
     def part(self, request: Any, state: str, result: Any, notified: list[str] | None = None) -> None:

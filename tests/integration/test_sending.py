@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import pickle
+import time
 from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta, timezone
 from typing import Any
@@ -224,6 +225,8 @@ def test_a_chord_whose_header_ends_in_an_exception(
 
     def arguments() -> Iterator[tuple[int, int]]:
         yield from ((number, number) for number in range(100))
+        # All parts arrive before the chord's size.
+        time.sleep(1)
         raise error("no more rows")
 
     body = tsum.s().on_error(chord_errback.s(folder=str(tmp_path))).set(task_id=uuid())
