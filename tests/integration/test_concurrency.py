@@ -206,7 +206,8 @@ def test_states_are_polled_while_a_thread_waits(app: Celery, writer: Celery, bro
         broker.wait_for_consumer(app.backend.rkey(waited))
         start = time.monotonic()
         assert [app.AsyncResult(polled).state for _ in range(20)] == ["PENDING"] * 20
-        assert time.monotonic() - start < 2
+        # On a busy machine 2.8 s were seen; if polls waited for the waiting thread, they would take its timeout.
+        assert time.monotonic() - start < 5
         store(writer, polled, 1)
         assert app.AsyncResult(polled).state == "SUCCESS"
         store(writer, waited, 2)

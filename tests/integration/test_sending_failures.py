@@ -136,7 +136,8 @@ def test_a_broker_that_takes_nothing_is_waited_for(make_app: MakeApp) -> None:
         own.ctl("set_vm_memory_high_watermark", usual)
         sender.join(60)
         assert len(got[0]) == 20_000
-        assert broker.messages(queue) == 20_003
+        # More if a confirm takes longer than a second on a busy machine: each task is sent at least once.
+        assert broker.messages(queue) >= 20_003
         broker.close()
 
 
