@@ -243,7 +243,13 @@ def alarms(seed: int) -> Iterator[Callable[[Callable[[], Any]], Any]]:
     # On a busy machine, connecting takes longer than this, and must succeed now and then.
     longest, interrupted = 0.006, 0
 
-    def on_alarm(*args: Any) -> None:
+    def on_alarm(number: int, frame: FrameType | None) -> None:
+        while frame is not None:
+            if frame.f_code.co_filename.startswith("<frozen importlib"):
+                # Python would keep its import lock, and hang in other threads; kombu imports at each connection.
+                signal.setitimer(signal.ITIMER_REAL, 0.0001)
+                return
+            frame = frame.f_back
         raise Alarm
 
     def do(operation: Callable[[], Any]) -> Any:
