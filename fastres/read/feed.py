@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from celery import states
 
 from fastres._protocols import CANCELLED
+from fastres.amqp.session import LARGEST_PREFETCH
 from fastres.read.inbox import MARK, Inbox
 from fastres.read.join import cancelled, sent_at
 
@@ -30,6 +31,10 @@ POLL_AFTER = 1.0
 #: Seconds for which shared results are held, and pauses before they are read again: the shortest, the factor to
 #: the time that reading took, and the longest.
 HOLD_TIME, SHORTEST_PAUSE, PAUSE_FACTOR, LONGEST_PAUSE = 0.05, 0.05, 2, 2.0
+#: Seconds that a broker may pause while a feed that shares reads its queues to their end, and the number of queues
+#: that it asks about then. A busy broker pauses for longer than ``HOLD_TIME``; a feed that requeued what it has would
+#: have to begin again.
+LONGEST_STALL, FEW_QUEUES = 2.0, 2
 #: Seconds between two checks for a missing queue, at first and at most.
 SHORTEST_ABSENCE, LONGEST_ABSENCE = 0.005, 0.1
 #: The number of handed-over results that a feed keeps for joins that begin late. More of them would push the next
@@ -90,6 +95,7 @@ class Feed(Inbox):
         #: have not arrived yet; when the first held message arrived, and when the last.
         self._reported: set[int] = set()
         self._backlog = 0
+        self._catching_up = False
         self._reading_since: float | None = None
         self._last_arrival = 0.0
         #: Queues of single tasks whose results were taken.
@@ -116,7 +122,8 @@ class Feed(Inbox):
         self._last_arrival = time.monotonic()
         # Waiting for the first message does not count as reading.
         self._reading_since = self._last_arrival if self._backlog else None
-        if self.shares and self.consumer is not None and self._backlog:
+        self._catching_up = self.shares and self.consumer is not None and self._backlog > 0
+        if self._catching_up:
             self.due = self._last_arrival + HOLD_TIME
 
     def act(self, session: Session) -> None:
@@ -124,6 +131,8 @@ class Feed(Inbox):
             return
         if self.consumer is None or self.consumer.session is not session:
             self.open(session)
+        elif self._is_sending(session, self.consumer):
+            self.due = time.monotonic() + HOLD_TIME
         elif self.consumer.unacknowledged:
             self.give_back(session)
         else:
@@ -131,7 +140,25 @@ class Feed(Inbox):
 
     def is_catching_up(self) -> bool:
         """Whether messages that were in the queues at the start have not arrived yet."""
-        return self.shares and self._backlog > 0 and time.monotonic() < self._last_arrival + HOLD_TIME
+        return self._catching_up and self.consumer is not None
+
+    def _is_sending(self, session: Session, consumer: Consumer) -> bool:
+        """Whether the broker still sends messages that were in the queues at the start."""
+        asks = self._catching_up and len(self.addresses) <= FEW_QUEUES
+        self._catching_up = False
+        if not asks or time.monotonic() > self._last_arrival + LONGEST_STALL:
+            return False
+        before = len(consumer.unacknowledged)
+        for address in self.addresses:
+            # The answer arrives after messages that are on the way.
+            state = session.inspect(address.name)
+            if state is not None and state.messages:
+                self._catching_up = True
+                tags = sum(consumed == address for consumed in consumer.addresses.values())
+                if address.is_quorum and self.held(address) >= LARGEST_PREFETCH * tags:
+                    self._consume(consumer, address)
+        self._catching_up = self._catching_up or len(consumer.unacknowledged) > before
+        return self._catching_up
 
     def give_back(self, session: Session) -> None:
         reading_time = 0.0 if self._reading_since is None else max(0.0, self._last_arrival - self._reading_since)
@@ -235,6 +262,7 @@ class Feed(Inbox):
         self._exclusive = False
         self._prefetch = 0
         self._backlog = 0
+        self._catching_up = False
 
     def _found(self, states: list[QueueState]) -> None:
         self._backlog += sum(state.messages for state in states)
@@ -266,6 +294,7 @@ class Feed(Inbox):
     def _offer_shared(self, consumer: Consumer, arrivals: list[Arrival], count: int) -> None:
         """Offer messages that other readers may want too."""
         self._backlog = max(0, self._backlog - count)
+        self._catching_up = self._backlog > 0
         self._last_arrival = time.monotonic()
         if self._reading_since is None:
             self._reading_since = self._last_arrival

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from fastres.amqp.connection import Link
     from fastres.errors import BrokerUnreachable
     from fastres.logs import Reports
-    from fastres.read.join import Batch, Join
+    from fastres.read.join import Batch, Inbox, Join
     from fastres.read.look import Looks
 
 __all__ = ("Reader",)
@@ -225,6 +225,9 @@ class Reader:
             complete = join.complete
             left = join.left()
             # Shared queues are read to their end before results are handed over, and requeued meanwhile.
+            for inbox in join.inboxes:
+                if inbox.is_catching_up():
+                    self._act(inbox, join)
             if complete or left <= 0 or not any(inbox.is_catching_up() for inbox in join.inboxes):
                 while (batch := join.next_batch()) is not None:
                     if not join.alone:
@@ -275,19 +278,22 @@ class Reader:
         for join in joins:
             seconds = min(seconds, max(0.0, join.left()))
             for inbox in join.inboxes:
+                self._act(inbox, join)
                 due = inbox.due
                 if due is not None:
-                    if due <= time.monotonic():
-                        self.link.call(inbox.act, join.deadline)
-                        due = inbox.due
-                    if due is not None:
-                        seconds = min(seconds, max(0.0, due - time.monotonic()))
+                    seconds = min(seconds, max(0.0, due - time.monotonic()))
                 catching_up = catching_up or inbox.is_catching_up()
         if catching_up and len(joins) == 1:
             (join,) = joins
             done = join.is_complete
         deadline = min((join.deadline for join in joins), default=None)
         self.link.read(seconds, done, deadline)
+
+    def _act(self, inbox: Inbox, join: Join) -> None:
+        """Have an inbox do the work that is due."""
+        due = inbox.due
+        if due is not None and due <= time.monotonic():
+            self.link.call(inbox.act, join.deadline)
 
     @staticmethod
     def _raise_unreadable(join: Join) -> None:

@@ -13,6 +13,7 @@ import pytest
 from backend_kit import (
     QUORUM,
     Broker,
+    fill_group,
     group_of,
     held_by,
     ids_of,
@@ -263,6 +264,31 @@ def test_polls_go_on_after_a_cut(alive: Node, writer: Celery) -> None:
         proxy.cut()
         assert (lone.state, reader.backend.group_progress(result.id)) == ("SUCCESS", 3)
         assert result.completed_count() == 3
+
+
+def test_a_join_without_taking_goes_on_over_a_network_that_pauses(
+    alive: Node, writer: Celery, broker: Broker, start: Start
+) -> None:
+    """A join that requeued all results at each pause would never read the last ones."""
+    count = 20_000
+    with Proxy(alive.port) as proxy, client(proxy.url) as reader:
+        held = group_of(reader, count)
+        fill_group(writer, broker, held)
+        over = threading.Event()
+
+        def pause_often() -> None:
+            while not over.wait(0.004):
+                proxy.stall()
+                time.sleep(0.12)
+                proxy.resume()
+
+        pauses = start(pause_often)
+        try:
+            metas = dict(reader.backend.get_many(ids_of(held), timeout=SECONDS, no_ack=False))
+        finally:
+            over.set()
+        pauses.result(SECONDS)
+        assert [metas[task_id]["result"] for task_id in ids_of(held)] == list(range(count))
 
 
 @pytest.mark.timing

@@ -425,7 +425,7 @@ def test_messages_of_a_closing_channel_go_to_no_other_wait(node: Node, broker: B
     """While a channel is being closed, messages that were sent ahead still arrive on it."""
     busy, quiet = new_ids(2)
     broker.declare(busy)
-    broker.fill(busy, [success(busy, number) for number in range(5000)])
+    broker.fill(busy, [success(busy, number) for number in range(50_000)])
     broker.declare(quiet)
     got: dict[str, list[Any]] = {busy: [], quiet: []}
     with Connection(node.url) as connection:
@@ -436,7 +436,8 @@ def test_messages_of_a_closing_channel_go_to_no_other_wait(node: Node, broker: B
             channels[name] = session.channel()
             session.consume(channels[name], name, name, deliveries.extend, lambda tag: None)
         session.leave(channels[busy], [busy], ())
-        assert len(got[busy]) < 5000
+        # The others were on their way, and were dropped.
+        assert len(got[busy]) < 50_000
         assert not got[quiet]
         broker.put(quiet, success(quiet))
         session.drain(SECONDS)
