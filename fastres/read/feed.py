@@ -31,9 +31,9 @@ POLL_AFTER = 1.0
 #: Seconds for which shared results are held, and pauses before they are read again: the shortest, the factor to
 #: the time that reading took, and the longest.
 HOLD_TIME, SHORTEST_PAUSE, PAUSE_FACTOR, LONGEST_PAUSE = 0.05, 0.05, 2, 2.0
-#: Seconds that a broker may pause while a feed that shares reads its queues to their end, and the number of queues
-#: that it asks about then. A busy broker pauses for longer than ``HOLD_TIME``; a feed that requeued what it has would
-#: have to begin again.
+#: Seconds that a broker may pause while a feed that shares reads its queues to their end, and the number of queues,
+#: the last ones, that it asks about then. A busy broker pauses for longer than ``HOLD_TIME``; a feed that requeued its
+#: messages would have to begin again.
 LONGEST_STALL, FEW_QUEUES = 2.0, 2
 #: Seconds between two checks for a missing queue, at first and at most.
 SHORTEST_ABSENCE, LONGEST_ABSENCE = 0.005, 0.1
@@ -144,12 +144,11 @@ class Feed(Inbox):
 
     def _is_sending(self, session: Session, consumer: Consumer) -> bool:
         """Whether the broker still sends messages that were in the queues at the start."""
-        asks = self._catching_up and len(self.addresses) <= FEW_QUEUES
-        self._catching_up = False
-        if not asks or time.monotonic() > self._last_arrival + LONGEST_STALL:
+        was_catching_up, self._catching_up = self._catching_up, False
+        if not was_catching_up or time.monotonic() > self._last_arrival + LONGEST_STALL:
             return False
         before = len(consumer.unacknowledged)
-        for address in self.addresses:
+        for address in self.addresses[-FEW_QUEUES:]:
             # The answer arrives after messages that are on the way.
             state = session.inspect(address.name)
             if state is not None and state.messages:
