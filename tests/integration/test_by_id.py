@@ -303,7 +303,8 @@ def test_the_exception_of_a_failed_header_is_raised(app: Celery) -> None:
     """A wait for the body reads the results of its parents, which are in the same queue."""
     for size in range(8):
         result = chord([fail.si("apples"), *adds(size)])(tsum.s())
-        with pytest.raises(OutOfStockError):
+        # With Redis on a busy machine, the body may have failed before the wait looks at its parents.
+        with pytest.raises((OutOfStockError, ChordError) if "redis" in app.backend.as_uri() else OutOfStockError):
             result.get(timeout=SECONDS)
 
 
