@@ -226,7 +226,8 @@ class Reader:
             left = join.left()
             # Shared queues are read to their end before results are handed over, and requeued meanwhile.
             for inbox in join.inboxes:
-                if inbox.is_catching_up():
+                # Not at the timeout: the broker may not answer.
+                if not complete and left > 0 and inbox.is_catching_up():
                     self._act(inbox, join)
             if complete or left <= 0 or not any(inbox.is_catching_up() for inbox in join.inboxes):
                 while (batch := join.next_batch()) is not None:
